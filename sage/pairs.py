@@ -1,0 +1,442 @@
+"""Preference pairs: read in any common format, checked, tokenised once, cached.
+
+Nothing here imports torch, so a command can refuse bad data before it loads a model.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sage.errors import UserError
+
+CACHE_VERSION = 1
+PARALLEL_FROM = 2000  # rows; below this, starting worker processes costs more than it saves
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+COLUMNS = ("pair_id", "prompt", "chosen", "rejected", "pass_rate")
+FEATURES = datasets.Features(
+    {name: datasets.Value("float64" if name == "pass_rate" else "string") for name in COLUMNS}
+    | {"row": datasets.Value("int64")}
+)
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+IDS_SCHEMA = pa.schema(
+    [("pair_id", pa.string()), ("pass_rate", pa.float64())] + [(name, pa.list_(pa.int32())) for name in IDS]
+)
+
+
+def resolve_path(path: str) -> str:
+    """The file inside an installed package for "pkg://package.sub/file"; anything else with ~ expanded.
+
+    The package is located, not imported: one that ships weights need not have its dependencies.
+    """
+    if not path.startswith("pkg://"):
+        return os.path.expanduser(path)
+    package, _, inside = path.removeprefix("pkg://").partition("/")
+    top, *subs = package.split(".")
+    spec = importlib.util.find_spec(top) if top.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path}: no package {top!r} is installed here; pip install the one that ships it")
+    found = [os.path.join(root, *subs, inside) for root in spec.submodule_search_locations]
+    if file := next(filter(os.path.isfile, found), None):
+        return file
+    raise UserError(f"{path}: package {top!r} is installed, but there is no file {found[0]}")
+
+
+def load_pairs(
+    path: str, *, split: str = "train", columns: Mapping[str, str] | None = None, limit: int | None = None
+) -> datasets.Dataset:
+    """Checked pairs from a .jsonl, .json or .parquet file, a `save_to_disk` folder or a hub name.
+
+    Takes TRL's four forms (standard or conversational, prompt explicit or implicit) and ShareGPT's messages;
+    `columns` maps our names to the source's. `split` is for hub names and saved DatasetDicts. Columns returned:
+      pair_id            str; the row's number where the source has none
+      prompt             str, JSON: a plain text or a list of {"role", "content"} (see `read_prompt`)
+      chosen, rejected   str, the responses' text alone
+      pass_rate          float in [0, 1] or null
+      row                int, 1-based row (in a .jsonl: line) of the source
+    Raises UserError for a source that cannot be read, and for bad rows, naming the first five.
+    """
+    columns = dict(columns or {})
+    if unknown := [name for name in columns if name not in COLUMNS]:
+        raise UserError(
+            f"data.columns: unknown name {unknown[0]!r}; it maps {', '.join(COLUMNS)} to the source's"
+        )
+    records = list(islice(_read(path, split), limit))
+    if not records:
+        raise UserError(f"{path}: no rows")
+    present = {key: None for _, record in records if isinstance(record, dict) for key in record}
+    names = _names(path, columns, present) if present else {}
+    pairs, problems, seen = [], [], {}
+    for row, record in records:
+        try:
+            pair = _pair(row, record, names)
+            if (first := seen.setdefault(pair["pair_id"], row)) != row:
+                raise UserError(f"pair_id {pair['pair_id']!r} is already taken by row {first}")
+            pairs.append(pair)
+        except UserError as error:
+            problems.append(f"  {path}:{row}: {error}")
+    if problems:
+        more = [f"  and {len(problems) - 5} more"] if len(problems) > 5 else []
+        head = f"{path}: {len(problems)} of {len(records)} rows are bad; mend or remove them"
+        raise UserError("\n".join([head, *problems[:5], *more]))
+    return datasets.Dataset.from_list(pairs, features=FEATURES)
+
+
+def read_prompt(text: str) -> str | list[dict[str, str]]:
+    """A `prompt` column's value: a plain text, or messages."""
+    return json.loads(text)
+
+
+def _read(path: str, split: str) -> Iterator[tuple[int, Any]]:
+    """(1-based row, record); in place of a line that does not parse, the UserError that says why."""
+    file = Path(resolve_path(path))
+    if file.suffix in (".jsonl", ".json", ".parquet") and not file.is_file():
+        raise UserError(f"{path}: no such file (looked for {file.absolute()})")
+    if file.suffix in (".jsonl", ".json"):
+        yield from _read_json(path, file)
+    elif file.suffix == ".parquet":
+        yield from _load(path, split, lambda: datasets.Dataset(pq.read_table(file)))
+    elif file.is_dir():
+        yield from _load(path, split, lambda: datasets.load_from_disk(str(file)))
+    elif file.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise UserError(f"{path}: neither a .jsonl, .json or .parquet file, nor a folder, nor a hub name")
+    else:
+        yield from _load(path, split, lambda: datasets.load_dataset(path, split=split))
+
+
+def _read_json(path: str, file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            is_array = lines.read(4096).lstrip().startswith("[")
+            lines.seek(0)
+            if is_array:
+                yield from enumerate(json.load(lines), 1)
+                return
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except json.JSONDecodeError as error:
+                        yield number, UserError(f"not valid JSON: {error}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error}") from error
+
+
+def _load(path: str, split: str, load: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
+    try:
+        data = load()
+    except Exception as error:  # the hub, the file system and Arrow each have their own families of errors
+        raise UserError(
+            f"{path}: cannot be read from disk or, where it is not there, the hub: {error}"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"{path}: no split {split!r}; data.split can be {', '.join(data)}")
+        data = data[split]
+    return enumerate(data, 1)
+
+
+def _names(path: str, columns: dict[str, str], present: Mapping[str, None]) -> dict[str, str]:
+    """Our name -> theirs, for the columns this source has; without one for prompt, it is implicit."""
+    names = {name: columns.get(name, name) for name in COLUMNS}
+    for name, theirs in names.items():
+        if theirs not in present and (name in columns or name in ("chosen", "rejected")):
+            raise UserError(
+                f"{path}: no column {theirs!r} for {name}; it has {', '.join(present)}. Say which is {name} with "
+                f"data.columns, for example data.columns.{name}={next(iter(present))}"
+            )
+    return {name: theirs for name, theirs in names.items() if theirs in present}
+
+
+def _pair(row: int, record: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """A row of `load_pairs`, or a UserError with the reason alone."""
+    if isinstance(record, UserError):
+        raise record
+    if not isinstance(record, dict):
+        raise UserError(f"not an object but {type(record).__name__}")
+    value = {name: record.get(theirs) for name, theirs in names.items()}
+    texts = {name: _text(name, value[name]) for name in ("prompt", "chosen", "rejected") if name in names}
+    prompt, chosen, rejected = texts.get("prompt", []), texts["chosen"], texts["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise UserError("of chosen and rejected, one is a text and the other messages")
+    if chosen == rejected:
+        raise UserError("chosen and rejected are the same")
+    if not isinstance(chosen, str):
+        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected)
+    elif "prompt" not in names:
+        prompt, chosen, rejected = _split_texts(chosen, rejected)
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise UserError("no prompt: neither a column nor a beginning that chosen and rejected share")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise UserError("the prompt ends with the assistant's message; it must end with the user's")
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise UserError(f"{name} is empty")
+    pair_id, pass_rate = value.get("pair_id", row), value.get("pass_rate")
+    if not isinstance(pair_id, str | int) or pair_id == "":
+        raise UserError(f"pair_id is {pair_id!r}, not a text or a whole number")
+    if pass_rate is not None and not (isinstance(pass_rate, int | float) and 0 <= pass_rate <= 1):
+        raise UserError(f"pass_rate is {pass_rate!r}, not a number from 0 to 1")
+    pass_rate = None if pass_rate is None else float(pass_rate)
+    prompt = json.dumps(prompt, ensure_ascii=False)
+    return dict(zip(FEATURES, (str(pair_id), prompt, chosen, rejected, pass_rate, row), strict=True))
+
+
+def _text(name: str, value: Any) -> str | list[dict[str, str]]:
+    """A text as it is; one message or a list of them as [{"role", "content"}]."""
+    if value is None:
+        raise UserError(f"{name} is missing")
+    if value == [] or (isinstance(value, str) and not value.strip()):
+        raise UserError(f"{name} is empty")
+    if isinstance(value, str):
+        return value
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"{name} is neither a text nor messages but {type(value).__name__}")
+    # Arrow gives every message all the keys that any of them has.
+    messages = [{key: part for key, part in message.items() if part is not None} for message in messages]
+    pairs = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
+    if not all(isinstance(role, str) and isinstance(content, str) for role, content in pairs):
+        raise UserError(f"{name} has a message without role and content, or whose content is not a text")
+    return [{"role": ROLES.get(role, role), "content": content} for role, content in pairs]
+
+
+def _shared(chosen: Sequence, rejected: Sequence) -> int:
+    """Length of the longest common prefix."""
+    same = (index for index, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    return next(same, min(len(chosen), len(rejected)))
+
+
+def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected): the longest common prefix is the prompt, as in TRL's `extract_prompt`."""
+    end = _shared(chosen, rejected)
+    end -= chosen[:end].endswith(
+        " "
+    )  # tokenizers like a space at a word's beginning, so the responses get it
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _split_messages(prompt: str | list, chosen: list, rejected: list) -> tuple[list, str, str]:
+    """(prompt, chosen, rejected): messages that both responses share belong to the prompt.
+
+    Some sources (UltraFeedback) give a prompt and repeat it in the responses, maybe after a system message.
+    """
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    end = _shared(chosen, rejected)
+    shared, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if (roles := [message["role"] for message in messages]) != ["assistant"]:
+            raise UserError(
+                f"{name} must be one assistant message after what both responses share, not {roles}"
+            )
+    if prompt not in (shared, shared[1:]):
+        shared = prompt + shared
+    return shared, chosen[0]["content"], rejected[0]["content"]
+
+
+class Pair(NamedTuple):
+    pair_id: str
+    pass_rate: float | None
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedPairs:
+    """`data` has Pair's columns; `dropped` is reason -> pair_ids; `fingerprint` names these very ids."""
+
+    data: datasets.Dataset
+    dropped: dict[str, list[str]]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Pair:
+        return Pair(**self.data[index])
+
+    def lengths(self) -> np.ndarray:
+        """int64 [pairs, 3]: tokens of prompt, chosen and rejected."""
+        return _lengths(self.data.data.table)
+
+
+def _lengths(table: pa.Table) -> np.ndarray:
+    return np.stack([pc.list_value_length(table[name]).to_numpy() for name in IDS], axis=1).astype(np.int64)
+
+
+def tokenize_pairs(
+    pairs: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    chat_template: bool,
+    max_length: int,
+    num_proc: int,
+    cache_dir: str,
+) -> TokenizedPairs:
+    """Token ids of every pair that fits, from `cache_dir` if these pairs were tokenised this way before.
+
+    A pair is dropped, never cut, when prompt and longer response exceed `max_length` ("too_long"): a cut takes
+    the answer away. One whose responses have the same ids teaches nothing ("same_tokens"). UserError when no
+    pair is left, or when pairs and tokenizer do not suit `chat_template`.
+    """
+    if chat_template and not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: set data.chat_template=false")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end token (eos_token), so a response could not end")
+    key = _cache_key(pairs, tokenizer, chat_template, max_length)
+    file = Path(cache_dir, f"pairs-{key}.arrow")
+    if not file.exists():
+        table = _encode_all(
+            pairs, partial(_encode, tokenizer=tokenizer, chat_template=chat_template), num_proc
+        )
+        _write(file, *_drop(table, max_length), key)
+    with pa.memory_map(str(file)) as source:
+        notes = json.loads(pa.ipc.open_stream(source).schema.metadata[b"sage"])
+    return TokenizedPairs(datasets.Dataset.from_file(str(file)), **notes)
+
+
+def _cache_key(pairs: datasets.Dataset, tokenizer: Any, chat_template: bool, max_length: int) -> str:
+    """Explicit, because datasets' own hash of a function is blind to, or thrown off by, a tokenizer's state."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        # Padding and truncation are whatever the last call left behind.
+        model = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    else:
+        model = tokenizer.get_vocab()
+    template = tokenizer.chat_template if chat_template else None
+    parts = [CACHE_VERSION, model, tokenizer.special_tokens_map, template, chat_template, max_length]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for pair in pairs:
+        digest.update(json.dumps([pair[name] for name in COLUMNS]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _encode_all(pairs: datasets.Dataset, encode: Callable[[dict], dict], num_proc: int) -> pa.Table:
+    if len(pairs) <= PARALLEL_FROM:
+        return pa.table(encode(pairs[:]), schema=IDS_SCHEMA)
+    mapped = pairs.map(
+        encode,
+        batched=True,
+        num_proc=num_proc if num_proc > 1 else None,
+        remove_columns=pairs.column_names,
+        features=datasets.Features.from_arrow_schema(IDS_SCHEMA),
+        new_fingerprint="tokenised",  # unused: our own cache is keyed by content
+        keep_in_memory=True,
+        desc="Tokenising pairs",
+    )
+    return mapped.data.table.cast(IDS_SCHEMA)
+
+
+def _drop(table: pa.Table, max_length: int) -> tuple[pa.Table, dict[str, list[str]]]:
+    """The pairs to keep, and reason -> pair_ids of the others."""
+    lengths = _lengths(table)
+    totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    too_long = totals > max_length
+    same = np.zeros(len(table), dtype=bool)
+    for index in np.flatnonzero((lengths[:, 1] == lengths[:, 2]) & ~too_long).tolist():
+        same[index] = table["chosen_ids"][index].equals(table["rejected_ids"][index])
+    if np.all(too_long | same):
+        raise UserError(
+            f"no pair is left of {len(table)}: {too_long.sum()} are longer than data.max_length={max_length} (the "
+            f"shortest has {totals.min()} tokens), {same.sum()} have the same tokens in both responses"
+        )
+    reasons = {"too_long": too_long, "same_tokens": same}
+    dropped = {
+        reason: table["pair_id"].filter(pa.array(where)).to_pylist() for reason, where in reasons.items()
+    }
+    return table.filter(pa.array(~(too_long | same))), dropped
+
+
+def _write(file: Path, table: pa.Table, dropped: dict[str, list[str]], key: str) -> None:
+    digest = hashlib.sha256(key.encode() + _lengths(table).tobytes())
+    for name in IDS:
+        digest.update(pc.list_flatten(table[name]).to_numpy().tobytes())
+    notes = {"dropped": dropped, "fingerprint": digest.hexdigest()[:32]}
+    table = table.replace_schema_metadata({"sage": json.dumps(notes)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    with pa.ipc.new_stream(str(unfinished), table.schema) as writer:
+        writer.write_table(table)
+    os.replace(unfinished, file)  # several ranks may get here at once; each file is whole, and all are equal
+
+
+def _encode(batch: dict[str, list], tokenizer: Any, chat_template: bool) -> dict[str, list]:
+    """Ids of a batch. A prompt's are made once, and a response's apart from it, so no token straddles them."""
+    render = partial(_render, tokenizer) if chat_template else _plain
+    rows = zip(*(batch[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
+    prompts, *responses = (list(texts) for texts in zip(*(render(*row) for row in rows), strict=True))
+    eos = tokenizer.eos_token_id
+    ends = {eos}
+    if chat_template:
+        # By flag, not by name: <|end|> and its like are often special without being the eos or any named token.
+        ends |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # A template writes its own begin token.
+    prompt_ids = tokenizer(prompts, add_special_tokens=not chat_template)["input_ids"]
+    if not chat_template:
+        prompt_ids = [ids[:-1] if ids[-1:] == [eos] else ids for ids in prompt_ids]
+    response_ids = [
+        [_end_once(ids, ends, tokenizer) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        for texts in responses
+    ]
+    columns = (batch["pair_id"], batch["pass_rate"], prompt_ids, *response_ids)
+    return dict(zip(IDS_SCHEMA.names, columns, strict=True))
+
+
+def _plain(pair_id: str, prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
+    text = read_prompt(prompt)
+    if not isinstance(text, str):
+        raise UserError(f"pair {pair_id} is a conversation: set data.chat_template=true")
+    return text, chosen, rejected
+
+
+def _render(tokenizer: Any, pair_id: str, prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The prompt up to where the assistant writes, and what the template writes there for each response."""
+    messages = read_prompt(prompt)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    apply = partial(tokenizer.apply_chat_template, tokenize=False)
+    answers = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
+    try:
+        head = apply(messages, add_generation_prompt=True)
+        full = [apply([*messages, answer]) for answer in answers]
+    except jinja2.TemplateError as error:
+        raise UserError(f"pair {pair_id}: the tokenizer's chat template refuses it: {error}") from error
+    if all(text.startswith(head) for text in full):
+        return head, full[0][len(head) :], full[1][len(head) :]
+    return (
+        head,
+        chosen,
+        rejected,
+    )  # some templates open with a thought that they then omit from a finished turn
+
+
+def _end_once(ids: list[int], ends: set[int], tokenizer: Any) -> list[int]:
+    """The response up to its first closing end token, or with eos added where there is none.
+
+    Templates close with a newline after <|im_end|>, or even with <|end|>, a newline and <|endoftext|>; generation
+    stops at the first. A special token inside the text closes nothing.
+    """
+    length = len(ids)
+    while length and (ids[length - 1] in ends or not tokenizer.decode([ids[length - 1]]).strip()):
+        length -= 1
+    closing = (index for index in range(length, len(ids)) if ids[index] in ends)
+    if (end := next(closing, None)) is None:
+        return [*ids, tokenizer.eos_token_id]
+    return ids[: end + 1]
