@@ -168,10 +168,12 @@ def _pair(row: int, record: Any, names: Mapping[str, str]) -> dict[str, Any]:
     """A row of `load_pairs`, or a UserError with the reason alone."""
     if isinstance(record, UserError):
         raise record
-    if not isinstance(record, dict):
-        raise UserError(f"not an object but {type(record).__name__}")
+    if not isinstance(record, dict) or not record:
+        raise UserError(f"not an object with columns but {str(record)[:40]}")
     value = {name: record.get(theirs) for name, theirs in names.items()}
-    texts = {name: _text(name, value[name]) for name in ("prompt", "chosen", "rejected") if name in names}
+    texts: dict[str, Any] = {
+        name: _text(name, value[name]) for name in ("prompt", "chosen", "rejected") if name in names
+    }
     prompt, chosen, rejected = texts.get("prompt", []), texts["chosen"], texts["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise UserError("of chosen and rejected, one is a text and the other messages")
@@ -211,10 +213,10 @@ def _text(name: str, value: Any) -> str | list[dict[str, str]]:
         raise UserError(f"{name} is neither a text nor messages but {type(value).__name__}")
     # Arrow gives every message all the keys that any of them has.
     messages = [{key: part for key, part in message.items() if part is not None} for message in messages]
-    pairs = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
-    if not all(isinstance(role, str) and isinstance(content, str) for role, content in pairs):
+    turns: list[Any] = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
+    if not all(isinstance(role, str) and isinstance(content, str) for role, content in turns):
         raise UserError(f"{name} has a message without role and content, or whose content is not a text")
-    return [{"role": ROLES.get(role, role), "content": content} for role, content in pairs]
+    return [{"role": ROLES.get(role, role), "content": content} for role, content in turns]
 
 
 def _shared(chosen: Sequence, rejected: Sequence) -> int:
@@ -302,7 +304,7 @@ def tokenize_pairs(
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), so a response could not end")
     key = _cache_key(pairs, tokenizer, chat_template, max_length)
-    file = Path(cache_dir, f"pairs-{key}.arrow")
+    file = Path(cache_dir, f"pairs-{key}.arrow").expanduser()
     if not file.exists():
         table = _encode_all(
             pairs, partial(_encode, tokenizer=tokenizer, chat_template=chat_template), num_proc

@@ -205,7 +205,8 @@ def test_ids_pass_rates_rows_and_limit(write):
     ("row", "reason"),
     [
         ('{"prompt": ', "not valid JSON"),
-        ("3", "not an object but int"),
+        ("3", "not an object with columns but 3"),
+        ("{}", "not an object with columns but {}"),
         ({**PLAIN, "chosen": "  "}, "chosen is empty"),
         ({**PLAIN, "rejected": None}, "rejected is missing"),
         ({**PLAIN, "rejected": []}, "rejected is empty"),
