@@ -1,0 +1,95 @@
+"""From pair indices to what a rank runs: micro-batches for the loop, and whole-set forwards for everyone else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sage.engine import Engine
+from sage.losses import PairLogps
+from sage.packing import MicroBatch, collate, plan
+from sage.pairs import TokenizedPairs
+from sage.progress import track
+
+
+COSTS = (
+    "forward_pairs",
+    "backward_pairs",
+    "forward_tokens",
+    "backward_tokens",
+    "real_tokens",
+    "padded_tokens",
+)
+
+
+class Work(NamedTuple):
+    """One micro-batch of this rank, of n pairs."""
+
+    positions: np.ndarray  # [n] where its pairs stand among the indices that were asked for
+    indices: np.ndarray  # [n] their indices in the pair set
+    batch: MicroBatch
+    weight: float  # 1, or 0 for a pair that only keeps this rank in step with the others
+    last: bool
+
+
+class PairForward:
+    """Runs pairs through the policy in micro-batches of at most `budget` tokens, over all ranks, counting the cost."""
+
+    def __init__(self, engine: Engine, budget: int):
+        self.engine, self.budget = engine, budget
+        self.reset_costs()
+
+    def reset_costs(self) -> None:
+        self.costs = dict.fromkeys(COSTS, 0.0)
+
+    def cost_metrics(self) -> dict[str, float]:
+        """What training has cost so far, over all ranks: cost/*."""
+        costs = {f"cost/{name}": self.costs[name] for name in COSTS[:4]}
+        real, padded = self.costs["real_tokens"], self.costs["padded_tokens"]
+        return {**costs, "cost/padding_fraction": 1 - real / padded if padded else 0.0}
+
+    def micro_batches(
+        self, pairs: TokenizedPairs, indices: np.ndarray, backward: bool = False
+    ) -> Iterator[Work]:
+        """This rank's share of the pairs. Every rank yields the same number of items."""
+        lengths = pairs.lengths()[indices]
+        plans = plan(lengths, self.budget, self.engine.world_size)
+        self.count(lengths, plans, backward)
+        mine = plans[self.engine.rank]
+        for i, members in enumerate(mine):
+            positions = np.array(members or [0])
+            batch = collate([pairs[int(j)] for j in indices[positions]]).to(self.engine.device)
+            yield Work(positions, indices[positions], batch, float(bool(members)), i == len(mine) - 1)
+
+    def count(self, lengths: np.ndarray, plans: list[list[list[int]]], backward: bool) -> None:
+        """Add the cost of a plan, over all ranks. Tokens are those of both rows; padding counts as computed."""
+        rows = lengths[:, :1] + lengths[:, 1:]
+        real = float(rows.sum())
+        padded = float(sum(2 * len(m) * rows[m].max() for rank in plans for m in rank if m))
+        direction = "backward" if backward else "forward"
+        self.costs[f"{direction}_pairs"] += len(lengths)
+        self.costs[f"{direction}_tokens"] += real
+        self.costs["real_tokens"] += real
+        self.costs["padded_tokens"] += padded
+
+    @torch.no_grad()
+    def all_logps(
+        self,
+        pairs: TokenizedPairs,
+        indices: np.ndarray,
+        description: str | None = None,
+        model: Callable[[np.ndarray, MicroBatch], PairLogps] | None = None,
+    ) -> PairLogps:
+        """Forward only: log-probabilities of n pairs in the order of `indices`, the same on every rank, [n] each.
+
+        `description` shows a progress bar; `model` (a Reference) replaces the policy.
+        """
+        out = torch.zeros(4, len(indices), device=self.engine.device)
+        for work in track(self.micro_batches(pairs, indices), description, len(indices)):
+            logps = torch.stack(list(model(work.indices, work.batch) if model else self.engine(work.batch)))
+            if work.weight:
+                out[:, torch.from_numpy(work.positions).to(out.device)] = logps
+        return PairLogps(*self.engine.sum_over_ranks(out))

@@ -1,0 +1,133 @@
+"""The `sage` command: pops the command word and hands the rest to that command's own Hydra entry.
+
+Hydra then does what it does everywhere: overrides, `-m` sweeps, `--cfg job`, `--help`, `--info`, `-cd DIR`, completion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sage import config
+from sage.errors import UserError, report
+
+USAGE = """\
+sage: align reasoning models with preference pairs, and spend gradients only on the pairs that deserve them
+
+usage: sage COMMAND [arguments]
+
+commands
+  train             align a policy: sage train +experiment=demo [key=value ...]; -m sweeps over comma-separated values
+  resume RUN_DIR    go on from the newest complete checkpoint, exactly
+
+sage train --help             every config group and key
+sage train --cfg job ...      the composed config, without running it
+sage train --shell-completion install=bash      how to install completion: docs/cli.md
+"""
+
+
+@hydra.main(version_base="1.3", config_path="pkg://sage.conf", config_name="train")
+def train(composed: DictConfig) -> None:
+    from sage import launch
+
+    try:
+        launch.run(config.load(composed), Path(HydraConfig.get().runtime.output_dir))
+    except UserError as e:
+        fail(e)  # here, so that Hydra does not add its own line
+
+
+def resume() -> None:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("usage: sage resume RUN_DIR\n\nGo on from the newest complete checkpoint of a run, exactly.")
+        raise SystemExit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
+    from sage import launch
+
+    run_dir = Path(sys.argv[1])
+    cfg = config.load(run_dir)
+    if (run_dir / "summary.json").exists():
+        raise UserError(f"{run_dir}: this run is finished; its outputs are in {run_dir / 'final'}")
+    launch.preflight(cfg)
+    launch.start(cfg.world_size, run_dir)
+
+
+COMMANDS: dict[str, Callable[[], None]] = {"train": train, "resume": resume}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    word = sys.argv.pop(1)
+    if word not in COMMANDS:
+        report(UserError(f"no command {word!r}{nearest(word, COMMANDS)}; commands: {', '.join(COMMANDS)}"))
+        raise SystemExit(2)
+    # Let exceptions through Hydra untouched, so that every error is told in one way, below.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        COMMANDS[word]()
+    except UserError as e:
+        fail(e)
+    except (HydraException, OmegaConfBaseException) as e:
+        fail(UserError(explain(e)), cause=e)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def fail(error: UserError, cause: BaseException | None = None) -> None:
+    error.__cause__ = cause or error.__cause__
+    report(error)
+    raise SystemExit(2)
+
+
+def explain(error: BaseException) -> str:
+    """Hydra's message for a config that does not compose, with the nearest valid key or option where one is close."""
+    causes = [str(error)]
+    while error.__cause__ is not None:
+        error = error.__cause__
+        causes.append(str(error))
+    text = "\n".join(causes)
+    if match := re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)", text) or re.search(
+        r"Could not override '([^']+)'", text
+    ):
+        full = re.search(r"full_key: (\S+)", text)
+        key = full[1] if full else match[1]
+        return f"unknown config key {key!r}{nearest(key, known_keys())}; `sage train --help` lists all keys"
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match[1].rpartition("/")
+        listed = text.split("Available options in", 1)[-1].split("Config search path")[0]
+        options = [line.strip() for line in listed.splitlines()[1:] if line.strip()]
+        return f"no {group or 'option'} {option!r}{nearest(option, options)}; there are: {', '.join(options)}"
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
+    return "; ".join(dict.fromkeys(lines))
+
+
+def nearest(word: str, known: object) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)  # pyright: ignore
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def known_keys() -> list[str]:
+    from sage import losses
+
+    blank = config.TrainConfig()
+    objectives = [c for c in vars(losses).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    return [
+        *(name for name, *_ in config.walk(blank)),
+        *(f.name for f in dataclasses.fields(blank)),
+        *(f"loss.{f.name}" for c in objectives for f in dataclasses.fields(c)),
+    ]
+
+
+if __name__ == "__main__":
+    main()

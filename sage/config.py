@@ -1,0 +1,252 @@
+"""The schema of a run: every key, its type, its default, what it means; and the checks no type can express.
+
+The dataclasses are registered with Hydra, so composition itself rejects unknown keys and wrong types. `check` looks at
+what one key cannot know of another. It raises and never edits: what was composed is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_class
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sage.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+
+
+def key(
+    default: Any, help: str, *, choices: tuple = (), low: float | None = None, high: float | None = None
+) -> Any:
+    """A config key: its default, the sentence that documents it, and the values it admits."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class LoraConfig:
+    r: int = key(16, "rank of the adapter", low=1)
+    alpha: float = key(32.0, "scale of the adapter's output is alpha / r", low=0)
+    dropout: float = key(0.0, "dropout on the adapter's input", low=0, high=1)
+    targets: list[str] = key(
+        ["all-linear"], "module names that get an adapter; all-linear = every linear but the head"
+    )
+
+
+@dataclass
+class ModelConfig:
+    path: str = key(MISSING, "local folder, hub name, or pkg://PACKAGE/FILE.gguf of an installed package")
+    revision: str | None = key(None, "commit or tag of a hub model")
+    dtype: str = key(
+        "auto",
+        "dtype of the compute; auto = bfloat16 where the device has it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    attention: str = key("sdpa", "attention of transformers", choices=("sdpa", "eager", "flash_attention_2"))
+    gradient_checkpointing: bool = key(
+        False, "recompute activations in backward: less memory, a third more time"
+    )
+    trust_remote_code: bool = key(False, "run Python code that the model repository ships")
+    lora: LoraConfig | None = key(None, "train a LoRA adapter instead of all weights (+model/lora=default)")
+    adapter_path: str | None = key(None, "go on from this peft adapter; it is then also the reference")
+
+
+@dataclass
+class DataConfig:
+    path: str | None = key(
+        MISSING, "training pairs: JSONL, JSON, Parquet, an Arrow folder, a hub name or pkg://"
+    )
+    split: str = key("train", "split of a hub dataset or an Arrow DatasetDict")
+    eval_path: str | None = key(None, "held-out pairs, in any of the same forms; null = no evaluation")
+    eval_split: str = key("test", "split of the held-out pairs")
+    limit: int | None = key(None, "use only the first N training pairs", low=1)
+    eval_limit: int | None = key(None, "use only the first N held-out pairs", low=1)
+    columns: dict[str, str] = key(
+        {}, "our column name -> theirs, e.g. {chosen: full_chosen, rejected: full_rejected}"
+    )
+    chat_template: bool = key(True, "wrap prompts and responses in the tokenizer's chat template")
+    max_length: int = key(
+        2048, "pairs whose prompt + longest response exceed this are dropped and counted", low=2
+    )
+    num_proc: int = key(1, "processes that tokenise", low=1)
+    list_dropped: bool = key(False, "write every dropped pair and its reason to RUN_DIR/dropped.jsonl")
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = key(5e-7, "peak learning rate", low=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "Adam's decay rates")
+    eps: float = key(1e-8, "Adam's epsilon", low=0)
+    weight_decay: float = key(0.0, "decoupled weight decay", low=0)
+    max_grad_norm: float = key(1.0, "clip the global gradient norm to this; 0 = never", low=0)
+    schedule: str = key("cosine", "after warm-up", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = key(
+        0.1, "share of all steps over which the rate rises linearly from 0", low=0, high=1
+    )
+    min_lr_ratio: float = key(0.0, "the schedule ends at this share of the peak", low=0, high=1)
+    implementation: str = key(
+        "auto",
+        "auto = DeepSpeed's CPU or fused Adam where it builds, else torch's",
+        choices=("auto", "torch"),
+    )
+
+
+@dataclass
+class EngineConfig:
+    zero_stage: int = key(
+        0, "0 replicates; 1 shards optimizer state; 2 gradients too; 3 weights too", low=0, high=3
+    )
+    offload: bool = key(False, "keep optimizer state (and weights under stage 3) in CPU memory")
+
+
+@dataclass
+class TrackingConfig:
+    wandb: bool = key(False, "also log to Weights & Biases")
+    mode: str = key(
+        "auto",
+        "auto = online when logged in, else offline",
+        choices=("auto", "online", "offline"),
+    )
+    project: str = key("sage", "Weights & Biases project")
+
+
+@dataclass
+class TrainConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: dict[str, Any] = key({}, "the objective: a class of sage.losses by _target_, and its fields")
+    scorer: dict[str, Any] = key(
+        {}, "which candidates get a gradient: a class of sage.scorers or yours by _target_"
+    )
+    curriculum: dict[str, Any] = key(
+        {}, "which pairs are candidates: a class of sage.curriculum or yours by _target_"
+    )
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    name: str = key("train", "names the run's folder")
+    seed: int = key(0, "seeds the data order, dropout and selection", low=0)
+    steps: int | None = key(None, "optimizer steps; give this or epochs", low=1)
+    epochs: float | None = key(None, "passes over the training pairs; give this or steps", low=0)
+    batch_size: int = key(32, "pairs per optimizer step, over all ranks", low=1)
+    micro_batch_tokens: int = key(16384, "tokens (padding included) of one forward of one rank", low=2)
+    reference: str = key(
+        "cached",
+        "reference log-probabilities: computed once and kept on disk, or by a second model in every step",
+        choices=("cached", "online"),
+    )
+    world_size: int = key(1, "ranks (processes) on this machine; one per GPU", low=1)
+    eval_every: int = key(0, "steps between evaluations; 0 = only before and after", low=0)
+    save_every: int = key(0, "steps between checkpoints; 0 = none", low=0)
+    keep_checkpoints: int = key(2, "newest checkpoints to keep", low=1)
+    log_every: int = key(1, "steps between log lines", low=1)
+    cache_dir: str = key("~/.cache/sage", "converted models, tokenised pairs, reference log-probabilities")
+
+
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yield (dotted key, its field, its value) for every leaf of a config dataclass."""
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", f, value
+
+
+def load(source: DictConfig | str | Path) -> TrainConfig:
+    """Read a composed config, or a run directory's frozen one, into dataclasses and check it.
+
+    Raises:
+        UserError: a key is unknown, missing, of the wrong type, out of range, or at odds with another.
+    """
+    if not isinstance(source, DictConfig):
+        file = Path(source) / CONFIG_FILE
+        if not file.is_file():
+            raise UserError(f"{source} is not a run directory: it has no {CONFIG_FILE}")
+        source = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file))  # pyright: ignore
+    try:
+        cfg: TrainConfig = OmegaConf.to_object(source)  # pyright: ignore
+    except OmegaConfBaseException as e:
+        raise UserError(str(e).splitlines()[0] + (f" (key {e.full_key})" if e.full_key else "")) from e
+    check(cfg)
+    return cfg
+
+
+def check(cfg: TrainConfig) -> None:
+    """Raise UserError for values out of range and for combinations that cannot run."""
+    for name, f, value in walk(cfg):
+        m = f.metadata
+        if m.get("choices") and value not in m["choices"]:
+            raise UserError(f"{name}={value}: must be one of {', '.join(map(str, m['choices']))}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if m.get("low") is not None and value < m["low"]:
+                raise UserError(f"{name}={value}: must be at least {m['low']}")
+            if m.get("high") is not None and value > m["high"]:
+                raise UserError(f"{name}={value}: must be at most {m['high']}")
+    for group in ("loss", "scorer", "curriculum"):
+        check_target(group, getattr(cfg, group))
+    if cfg.data.path is None:
+        raise UserError(
+            f"data.path is not set: give experiment {cfg.name!r} its preference pairs with data.path=FILE "
+            "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected)"
+        )
+    if (cfg.steps is None) == (cfg.epochs is None):
+        raise UserError("give exactly one of steps=N and epochs=X (the other null)")
+    if cfg.batch_size < cfg.world_size:
+        raise UserError(
+            f"batch_size={cfg.batch_size} pairs cannot feed world_size={cfg.world_size} ranks: raise it"
+        )
+    if cfg.data.max_length * 2 > cfg.micro_batch_tokens:
+        raise UserError(
+            f"micro_batch_tokens={cfg.micro_batch_tokens} cannot hold one pair of data.max_length="
+            f"{cfg.data.max_length} (two rows): raise it to {cfg.data.max_length * 2}, or lower data.max_length"
+        )
+    if cfg.engine.offload and cfg.engine.zero_stage == 0:
+        raise UserError("engine.offload=true needs engine.zero_stage of 1, 2 or 3")
+    if cfg.model.lora is None and cfg.model.adapter_path is not None:
+        raise UserError("model.adapter_path needs an adapter to train: add +model/lora=default")
+
+
+def check_target(group: str, node: dict[str, Any]) -> None:
+    """Check a `_target_` group against the dataclass it names, so that typos fail before a model is loaded."""
+    if "_target_" not in node:
+        raise UserError(f"{group}: choose one with {group}=NAME, or give {group}._target_")
+    try:
+        cls = get_class(node["_target_"])
+    except Exception as e:
+        raise UserError(f"{group}._target_={node['_target_']} cannot be imported: {e}") from e
+    if not dataclasses.is_dataclass(cls):
+        return
+    given = {k: v for k, v in node.items() if not k.startswith("_")}
+    try:
+        schema = OmegaConf.structured(cls)
+        OmegaConf.merge(schema, given)
+    except OmegaConfBaseException as e:
+        raise UserError(f"{group}: {str(e).splitlines()[0]} (key {group}.{e.full_key})") from e
+
+
+def freeze(cfg: TrainConfig, run_dir: Path) -> None:
+    """Write the one resolved config that every rank of a run reads.
+
+    Raises:
+        UserError: the directory already holds a run.
+    """
+    file = run_dir / CONFIG_FILE
+    if file.exists():
+        raise UserError(
+            f"{run_dir} already holds a run: go on with `sage resume {run_dir}`, or choose another hydra.run.dir"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))

@@ -1,0 +1,204 @@
+"""DeepSpeed: the only file that imports it.
+
+The loop owns gradient accumulation (the number of micro-batches varies from step to step), the learning rate and the
+loss scale; DeepSpeed owns sharding, gradient reduction, clipping, master weights and the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Checkpoints are data: nothing in them is executed, whatever flag a library passes to torch.load.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_available() else "cpu")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch import Tensor, nn
+
+from sage.config import EngineConfig, OptimizerConfig
+from sage.errors import UserError
+
+T = TypeVar("T")
+# DeepSpeed would compile a shared-memory all-reduce for CPU ranks, 40 seconds of a newcomer's first run; gloo serves.
+deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum])
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def init_distributed() -> torch.device:
+    """Join the process group (gloo on CPU, nccl on CUDA) and name this rank's device.
+
+    A rank that no launcher started is a world of its own.
+
+    Raises:
+        UserError: this machine has fewer GPUs than ranks.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"world_size asks for more ranks than this machine's {torch.cuda.device_count()} GPUs"
+            )
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+def build_optimizer(
+    parameters: list[nn.Parameter], cfg: OptimizerConfig, offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW: DeepSpeed's CPU one under offload and fused one on CUDA where they build, torch's otherwise."""
+    options: dict[str, Any] = {
+        "lr": cfg.lr, "betas": tuple(cfg.betas), "eps": cfg.eps, "weight_decay": cfg.weight_decay
+    }  # fmt: skip
+    if cfg.implementation == "auto" and (offload or parameters[0].is_cuda):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+        with suppress(
+            Exception
+        ):  # no compiler or no CUDA toolkit here: building the extension fails in many ways
+            return (DeepSpeedCPUAdam if offload else FusedAdam)(parameters, adamw_mode=True, **options)  # pyright: ignore
+    return torch.optim.AdamW(parameters, **options)
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and only then on the others, who find its results in a cache."""
+    if dist.get_rank() == 0:
+        result = work()
+        dist.barrier()
+        return result
+    dist.barrier()
+    return work()
+
+
+class Engine:
+    """A policy under ZeRO, with the calls the loop needs."""
+
+    def __init__(
+        self, policy: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, dtype: torch.dtype, device: torch.device
+    ):  # fmt: skip
+        self.device, self.bf16 = device, {"enabled": dtype == torch.bfloat16}
+        self.policy = policy.to(device)
+        trainable = [p for p in policy.parameters() if p.requires_grad]
+        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
+            model=self.policy,
+            model_parameters=trainable,  # pyright: ignore
+            optimizer=build_optimizer(trainable, optimizer, engine.offload),
+            config=deepspeed_config(engine, dtype, optimizer.max_grad_norm),
+            dist_init_required=False,
+        )
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add this micro-batch's gradient; `last` marks the step's final micro-batch, on all ranks together.
+
+        `loss` is this rank's share of the global mean. DeepSpeed averages gradients over ranks, we want their sum.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * self.world_size)
+
+    def step(self, lr: float) -> float:
+        """Clip, update and zero the gradients; returns the global gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def frozen(self, module: nn.Module) -> nn.Module:
+        """A second model that is only asked, sharded like the policy under stage 3."""
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        if self.deepspeed.zero_optimization_partition_weights():
+            config = {
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": {"stage": 3},
+                "bf16": self.bf16,
+            }
+            return deepspeed.initialize(
+                model=module.to(self.device), config=config, dist_init_required=False
+            )[0]
+        return module.to(self.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """One small Python object from every rank, in order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def save(self, folder: Path) -> None:
+        self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine")
+        if loaded is None:
+            raise UserError(f"{folder}: the engine's state cannot be loaded")
+
+    def full_state_dict(self) -> dict[str, Tensor] | None:
+        """All weights of the policy on the CPU, gathered from shards; None on ranks other than 0."""
+        if self.deepspeed.zero_optimization_partition_weights():
+            return self.deepspeed._zero3_consolidated_16bit_state_dict()
+        return {k: v.cpu() for k, v in self.policy.state_dict().items()} if self.rank == 0 else None
+
+
+def deepspeed_config(engine: EngineConfig, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if engine.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # the loop owns batches and accumulation
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 2**31,
+    }
+
+
+def shutdown() -> None:
+    """Leave the process group: ZeRO-3 aborts at exit otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

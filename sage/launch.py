@@ -1,0 +1,79 @@
+"""From a composed config to running ranks: check everything that needs no model, freeze the config, start the ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sage import config
+from sage.config import TrainConfig
+from sage.errors import UserError
+from sage.pairs import load_pairs, resolve_path
+
+
+def preflight(cfg: TrainConfig) -> None:
+    """Refuse a run whose model file is missing, whose pairs are bad, or that wants more GPUs than there are."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and cfg.world_size > gpus:
+        raise UserError(f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it")
+    path = resolve_path(cfg.model.path)
+    if path.startswith((".", "/")) and not os.path.exists(path):
+        raise UserError(f"model.path={cfg.model.path}: no such file or folder")
+    data = cfg.data
+    assert data.path is not None
+    load_pairs(data.path, split=data.split, columns=data.columns, limit=data.limit)
+    if data.eval_path:
+        load_pairs(data.eval_path, split=data.eval_split, columns=data.columns, limit=data.eval_limit)
+
+
+def run(cfg: TrainConfig, run_dir: Path) -> None:
+    """Check, freeze and start one run, and wait for it. Exits with the ranks' status when they fail."""
+    preflight(cfg)
+    config.freeze(cfg, run_dir)
+    print(f"run directory: {run_dir}", flush=True)
+    start(cfg.world_size, run_dir)
+
+
+def start(world_size: int, run_dir: Path) -> None:
+    """Run `sage.worker` once per rank; a single rank needs no launcher.
+
+    Raises:
+        SystemExit: a rank failed, with its exit status; the rank has said why.
+    """
+    worker = ["-m", "sage.worker", str(run_dir)]
+    if world_size == 1:
+        status = subprocess.run([sys.executable, *worker]).returncode
+    else:
+        status = launch_ranks(world_size, worker)
+    if status:
+        raise SystemExit(status if status > 0 else 128 - status)
+
+
+def launch_ranks(world_size: int, worker: list[str]) -> int:
+    """`torch.distributed.run` by its Python interface, which reports a failed rank's status instead of a traceback."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world_size, 1)))
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=f"sage-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(launch_config, sys.executable)(*worker)
+    except ChildFailedError as e:
+        return e.get_first_failure()[1].exitcode
+    return 0

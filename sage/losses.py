@@ -1,0 +1,154 @@
+"""Preference losses: pure functions of summed log-probabilities, one small class each.
+
+Every class is a dataclass whose fields are its options; calling it maps per-pair log-probabilities to a loss per pair.
+u below is beta * margin, where margin = (chosen logratio) - (rejected logratio).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PairLogps(NamedTuple):
+    """Summed response log-probabilities and response lengths of n pairs, each [n] float32."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+
+@dataclass
+class Loss:
+    """What all losses share: the implicit reward, and an NLL term on the chosen response.
+
+    nll_weight scales -log pi(chosen) / |chosen| (RPO, arXiv 2404.19733), which holds the chosen log-probabilities up.
+    """
+
+    beta: float = 0.1
+    nll_weight: float = 0.0
+    reference_free: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"loss.beta={self.beta}: must be positive")
+        if self.nll_weight < 0:
+            raise ValueError(f"loss.nll_weight={self.nll_weight}: must not be negative")
+
+    def rewards(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+        """Implicit rewards of chosen and rejected, [n] each: beta * (log pi - log pi_ref), arXiv 2305.18290 eq. 5."""
+        return self.beta * (policy.chosen - reference.chosen), self.beta * (
+            policy.rejected - reference.rejected
+        )
+
+    def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        raise TypeError(f"{type(self).__name__} defines no preference loss")
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        """Loss per pair, [n]."""
+        loss = self.preference(policy, reference)
+        if self.nll_weight:
+            loss = loss - self.nll_weight * policy.chosen / policy.chosen_tokens
+        return loss
+
+    def u(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen, rejected = self.rewards(policy, reference)
+        return chosen - rejected
+
+
+@dataclass
+class DPO(Loss):
+    """-log sigmoid(u): arXiv 2305.18290, equation 7."""
+
+    def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        return -F.logsigmoid(self.u(policy, reference))
+
+
+@dataclass
+class CDPO(Loss):
+    """Conservative DPO: cross-entropy against labels flipped with probability label_smoothing.
+
+    -(1 - e) log sigmoid(u) - e log sigmoid(-u): Mitchell, https://ericmitchell.ai/cdpo.pdf, equation 3.
+    """
+
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"loss.label_smoothing={self.label_smoothing}: must lie in [0, 0.5)")
+
+    def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        u, e = self.u(policy, reference), self.label_smoothing
+        return -(1 - e) * F.logsigmoid(u) - e * F.logsigmoid(-u)
+
+
+@dataclass
+class RobustDPO(CDPO):
+    """cDPO debiased so that its expectation under flipped labels is the clean DPO loss: arXiv 2403.00409, eq. 9.
+
+    (-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e).
+    """
+
+    def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        u, e = self.u(policy, reference), self.label_smoothing
+        return (-(1 - e) * F.logsigmoid(u) + e * F.logsigmoid(-u)) / (1 - 2 * e)
+
+
+@dataclass
+class IPO(Loss):
+    """(h - 1/(2 beta))^2 with h the difference of logratios: arXiv 2310.12036, equation 17.
+
+    Logratios are averaged over response tokens, as the authors' correction in TRL does; summed ones tie the target
+    1/(2 beta) to the response's length.
+    """
+
+    def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen = (policy.chosen - reference.chosen) / policy.chosen_tokens
+        rejected = (policy.rejected - reference.rejected) / policy.rejected_tokens
+        return (chosen - rejected - 1 / (2 * self.beta)) ** 2
+
+
+@dataclass
+class Hinge(Loss):
+    """max(0, 1 - u): SLiC's calibration with normalised likelihood ratios, arXiv 2309.06657, equation 8."""
+
+    def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        return torch.relu(1 - self.u(policy, reference))
+
+
+@dataclass
+class DPOP(Loss):
+    """DPO-Positive: u is lowered wherever the chosen response fell below the reference, arXiv 2402.13228, equation 3."""
+
+    penalty: float = 50.0
+
+    def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        fall = torch.relu(reference.chosen - policy.chosen)
+        return -F.logsigmoid(self.u(policy, reference) - self.beta * self.penalty * fall)
+
+
+@dataclass
+class SimPO(Loss):
+    """-log sigmoid(u - gamma) with the reward beta * log pi(y|x) / |y|, no reference: arXiv 2405.14734, equation 6.
+
+    target_margin is gamma, in units of reward.
+    """
+
+    beta: float = 2.0
+    target_margin: float = 1.0
+    reference_free: ClassVar[bool] = True
+
+    def rewards(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+        return (
+            self.beta * policy.chosen / policy.chosen_tokens,
+            self.beta * policy.rejected / policy.rejected_tokens,
+        )
+
+    def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        return -F.logsigmoid(self.u(policy, reference) - self.target_margin)

@@ -1,0 +1,235 @@
+"""Load the policy, the reference and the tokenizer; the forward that gives response log-probabilities."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import transformers
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+from sage.config import ModelConfig, TrainConfig
+from sage.errors import UserError
+from sage.kernels import token_stats
+from sage.losses import PairLogps
+from sage.packing import MicroBatch
+from sage.pairs import resolve_path
+
+
+def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
+    """A local Hugging Face folder for `model.path`: converted (GGUF), downloaded (hub name), or as it is.
+
+    Raises:
+        UserError: nothing usable is there.
+    """
+    path = resolve_path(cfg.path)
+    if path.endswith(".gguf"):
+        return convert_gguf(path, cache_dir)
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise UserError(
+                f"model.path={cfg.path} is a folder without config.json, so not a Hugging Face model"
+            )
+        return path
+    if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"model.path={cfg.path}: no such model folder, and not a hub name of the form owner/name"
+        )
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.txt"] + [
+        "*.py"
+    ] * cfg.trust_remote_code
+    try:
+        return snapshot_download(path, revision=cfg.revision, allow_patterns=patterns)
+    except Exception as e:
+        raise UserError(f"model.path={cfg.path} cannot be had from the hub: {e}".splitlines()[0]) from e
+
+
+def convert_gguf(path: str, cache_dir: str) -> str:
+    """Convert a GGUF file to a Hugging Face folder in float32, once; later calls find it in the cache."""
+    for module, package in (("gguf", "gguf"), ("accelerate", "accelerate")):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"model.path={path} is a GGUF file: reading it needs `pip install {package}`")
+    source = Path(path)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    target = Path(cache_dir).expanduser() / "models" / f"{source.stem}-{digest}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            # save_pretrained refuses while the GGUF quantization config is attached.
+            fields = loaded.config.to_dict()
+            fields.pop("quantization_config", None)
+            fields.pop("_name_or_path", None)
+            model = type(loaded)(type(loaded.config)(**fields))
+            model.load_state_dict(loaded.state_dict())
+            model.generation_config = loaded.generation_config
+            temporary = target.with_suffix(".tmp")
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            temporary.rename(target)
+    return str(target)
+
+
+def load_tokenizer(folder: str, cfg: ModelConfig) -> transformers.PreTrainedTokenizerBase:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path={cfg.path}: its tokenizer has no end token (eos_token)")
+    return tokenizer
+
+
+def compute_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it in hardware: on other CPUs it is ten times slower."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+    """The causal language model, with its LoRA adapter where the config asks for one, dropout off.
+
+    The adapter's random init is seeded, so the initial policy is the same on every rank and on resume.
+    """
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=cfg.attention,
+            use_safetensors=True,
+            trust_remote_code=cfg.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as e:
+        raise UserError(f"model.path={cfg.path} cannot be loaded: {str(e).splitlines()[0]}") from e
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    for module in model.modules():  # dropout would make policy and reference differ at step 0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if cfg.lora is None:
+        return model
+    try:
+        import peft
+    except ImportError as e:
+        raise UserError("model.lora needs peft: pip install 'sage-align[lora]'") from e
+    torch.manual_seed(seed)
+    if cfg.adapter_path:
+        adapted = peft.PeftModel.from_pretrained(model, resolve_path(cfg.adapter_path), is_trainable=True)
+    else:
+        targets = "all-linear" if cfg.lora.targets == ["all-linear"] else cfg.lora.targets
+        config = peft.LoraConfig(
+            r=cfg.lora.r,
+            lora_alpha=cfg.lora.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=cfg.lora.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as e:
+            raise UserError(f"model.lora.targets={cfg.lora.targets}: {str(e).splitlines()[0]}") from e
+    if cfg.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return adapted
+
+
+class Head(nn.Module):
+    """Log-probabilities of labels from hidden states, without logits of the unscored positions.
+
+    It owns the head's weight as a parameter of its own (the same object as the model's), so that ZeRO-3 gathers it for
+    this module's forward and again before its backward.
+    """
+
+    def __init__(self, lm_head: nn.Module, config: transformers.PretrainedConfig):
+        super().__init__()
+        if type(lm_head) is not nn.Linear:
+            raise UserError(
+                f"the model's head is a {type(lm_head).__name__}: adapters on the head are not supported"
+            )
+        self.weight, self.bias = lm_head.weight, lm_head.bias
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
+        self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        stats = token_stats(
+            hidden,
+            self.weight,
+            labels,
+            bias=self.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            stats=("logps",),
+        )
+        return stats.logps
+
+
+class Policy(nn.Module):
+    """The one module the engine wraps: micro-batch in, response log-probabilities out."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.head = Head(causal.get_output_embeddings(), causal.config)
+
+    def forward(self, batch: MicroBatch, reference: bool = False) -> PairLogps:
+        """Summed response log-probabilities and lengths, [n] each, of a micro-batch of n pairs.
+
+        `reference` switches a freshly initialised adapter off, which gives back the initial model.
+        """
+        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        with self.model.disable_adapter() if reference else nullcontext():
+            hidden = causal.base_model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).last_hidden_state
+        logps = self.head(hidden.flatten(0, 1)[batch.positions], batch.labels)
+        # Every position is written once, so this sum, unlike index_add, is deterministic on CUDA.
+        per_token = logps.new_zeros(batch.input_ids.numel()).scatter(0, batch.positions, logps)
+        return PairLogps(*per_token.view_as(batch.input_ids).sum(1).chunk(2), *batch.response_tokens.chunk(2))
+
+
+def fingerprint(folder: str, adapter_path: str | None) -> str:
+    """Hash of the weights and configs that make the initial policy: reference log-probabilities are keyed on it."""
+    digest = hashlib.sha256()
+    for root in (folder, resolve_path(adapter_path)) if adapter_path else (folder,):
+        for file in sorted(Path(root).iterdir()):
+            if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
+                digest.update(file.name.encode())
+                with open(file, "rb") as f:
+                    while chunk := f.read(1 << 24):
+                        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def export(
+    final: Path, weights: dict[str, Tensor], folder: str, cfg: TrainConfig, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:  # fmt: skip
+    """Write the policy as a Hugging Face folder, whole or not at all; an adapter is merged, and kept in adapter/ too.
+
+    Args:
+        weights: state of the Policy module on the CPU.
+        folder: the initial model, whose architecture and generation config the export takes.
+    """
+    prefix = "model."
+    state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    temporary = final.with_name(".final.tmp")
+    dtype = next(v.dtype for v in state.values() if v.is_floating_point())
+    model = load_model(folder, cfg.model, dtype, cfg.seed)
+    model.load_state_dict(state)
+    if cfg.model.lora is not None:
+        model.save_pretrained(temporary / "adapter")  # pyright: ignore
+        model = model.merge_and_unload()  # pyright: ignore
+    model.config.use_cache = True
+    model.save_pretrained(temporary)  # pyright: ignore
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(final)

@@ -1,0 +1,184 @@
+"""The parts of one training run, and what happens to all of them at once: building, evaluating, saving, finishing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from sage import checkpoint, policy
+from sage.batches import PairForward
+from sage.checkpoint import TrainState
+from sage.config import load
+from sage.curriculum import Curriculum
+from sage.engine import Engine, init_distributed, main_first
+from sage.errors import UserError
+from sage.losses import Loss, PairLogps
+from sage.metrics import means, peak_memory_gb, per_pair
+from sage.pairs import TokenizedPairs, load_pairs, tokenize_pairs
+from sage.progress import console, print_summary
+from sage.reference import Absent, Cached, Online, Reference
+from sage.scorers import PairStats, Scorer, select
+from sage.tracking import METRICS_FILE
+
+SUMMARY_FILE = "summary.json"
+
+
+class Run:
+    """Built once per rank: data first, so that bad input fails before a model is loaded; then the model, the reference
+    (while the policy is still the initial one), and last the place where an interrupted run stopped.
+    """
+
+    def __init__(self, run_dir: Path):
+        cfg = self.cfg = load(run_dir)
+        self.run_dir = run_dir
+        self.loss: Loss = build("loss", cfg.loss)
+        self.scorer: Scorer = build("scorer", cfg.scorer)
+        device = init_distributed()
+        torch.manual_seed(cfg.seed)
+        self.dtype = policy.compute_dtype(cfg.model, device)
+
+        self.folder = main_first(lambda: policy.resolve_model(cfg.model, cfg.cache_dir))
+        self.tokenizer = policy.load_tokenizer(self.folder, cfg.model)
+        assert cfg.data.path is not None
+        self.pairs = self.load_pairs(cfg.data.path, cfg.data.split, cfg.data.limit)
+        self.eval_pairs = None
+        if cfg.data.eval_path:
+            self.eval_pairs = self.load_pairs(cfg.data.eval_path, cfg.data.eval_split, cfg.data.eval_limit)
+        self.steps = cfg.steps or math.ceil((cfg.epochs or 0) * len(self.pairs) / cfg.batch_size)
+        self.curriculum: Curriculum = build(
+            "curriculum", cfg.curriculum, num_pairs=len(self.pairs), seed=cfg.seed
+        )
+
+        model = policy.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
+        self.engine = Engine(policy.Policy(model), cfg.engine, cfg.optimizer, self.dtype, device)
+        self.forward = PairForward(self.engine, cfg.micro_batch_tokens)
+        self.reference = self.build_reference(self.pairs, "training")
+        self.eval_reference = self.build_reference(self.eval_pairs, "held-out") if self.eval_pairs else None
+
+        self.state = TrainState(self.pairs.fingerprint, self.engine.world_size)
+        saved = checkpoint.list_checkpoints(run_dir)
+        if saved:
+            self.state = checkpoint.restore(self.engine, self.state, saved[-1])
+            self.curriculum.load_state_dict(self.state.curriculum)
+            self.forward.costs.update(self.state.costs)
+            console.print(f"resumed from {saved[-1]}")
+
+    def load_pairs(self, path: str, split: str, limit: int | None) -> TokenizedPairs:
+        data = self.cfg.data
+
+        def work() -> TokenizedPairs:
+            return tokenize_pairs(
+                load_pairs(path, split=split, columns=data.columns, limit=limit),
+                self.tokenizer,
+                chat_template=data.chat_template,
+                max_length=data.max_length,
+                num_proc=data.num_proc,
+                cache_dir=self.cfg.cache_dir,
+            )
+
+        pairs = main_first(work)
+        dropped = {reason: len(ids) for reason, ids in pairs.dropped.items() if ids}
+        console.print(f"{path}: {len(pairs)} pairs" + (f", dropped: {dropped}" if dropped else ""))
+        if data.list_dropped and not console.quiet:
+            with (self.run_dir / "dropped.jsonl").open("a") as f:
+                for reason, ids in pairs.dropped.items():
+                    f.writelines(
+                        json.dumps({"path": path, "pair_id": pair_id, "reason": reason}) + "\n"
+                        for pair_id in ids
+                    )
+        return pairs
+
+    def build_reference(self, pairs: TokenizedPairs, name: str) -> Reference:
+        cfg = self.cfg
+        if self.loss.reference_free:
+            return Absent()
+        if cfg.reference == "online":
+            if cfg.model.lora and not cfg.model.adapter_path:
+                return Online(self.engine, adapters_off=True)
+            if not hasattr(self, "reference_engine"):  # one copy serves training and held-out pairs
+                model = policy.Policy(policy.load_model(self.folder, cfg.model, self.dtype, cfg.seed))
+                self.reference_engine = self.engine.frozen(model)
+            return Online(self.reference_engine, adapters_off=False)
+        key = {
+            "weights": policy.fingerprint(self.folder, cfg.model.adapter_path),
+            "dtype": str(self.dtype),
+            "attention": cfg.model.attention,
+        }
+        return Cached(self.forward, pairs, key, cfg.cache_dir, name)
+
+    def choose(self, candidates: np.ndarray) -> np.ndarray:
+        """The batch_size candidates that get a gradient: all of them when nothing is scored, else the best."""
+        if len(candidates) == self.cfg.batch_size:
+            return candidates
+        logps = self.forward.all_logps(self.pairs, candidates)
+        reference = self.forward.all_logps(self.pairs, candidates, model=self.reference)
+        chosen, rejected = self.loss.rewards(logps, reference)
+        scores = self.scorer(PairStats(logps, reference, chosen - rejected)).cpu()
+        picked = select(scores, self.cfg.batch_size, seed=self.cfg.seed + self.state.step)
+        return candidates[picked.numpy()]
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of PER_PAIR on the held-out pairs, named eval/*; empty without held-out pairs."""
+        if self.eval_pairs is None or self.eval_reference is None:
+            return {}
+        everything = np.arange(len(self.eval_pairs))
+        costs = dict(self.forward.costs)
+        logps = self.forward.all_logps(self.eval_pairs, everything, "held-out pairs")
+        reference = self.forward.all_logps(self.eval_pairs, everything, model=self.eval_reference)
+        self.forward.costs.update(costs)  # the cost of training counts what training needs
+        metrics = per_pair(self.loss, self.loss(logps, reference), logps, reference)
+        return {**means(metrics.sum(1), len(everything), "eval/"), "eval/pairs": len(everything)}
+
+    def save(self) -> None:
+        self.state.curriculum = self.curriculum.state_dict()
+        self.state.costs = dict(self.forward.costs)
+        checkpoint.save(self.engine, self.state, self.run_dir, self.cfg.keep_checkpoints)
+
+    def finish(self, after: dict[str, float]) -> None:
+        """Export final/, write summary.json, print the table."""
+        final = self.run_dir / "final"
+        weights = self.engine.full_state_dict()
+        if self.engine.rank != 0:
+            return
+        assert weights is not None
+        policy.export(final, weights, self.folder, self.cfg, self.tokenizer)
+        memory, kind = peak_memory_gb(self.engine.device)
+        summary: dict[str, Any] = {
+            "name": self.cfg.name,
+            "steps": self.state.step,
+            "world_size": self.engine.world_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "train_pairs": len(self.pairs),
+            "before": self.state.baseline,
+            "after": after,
+            "seconds": self.state.seconds,
+            "pairs_per_second": self.state.step * self.cfg.batch_size / self.state.seconds,
+            **self.forward.cost_metrics(),
+            "peak_memory_gb": memory,
+            "memory_kind": kind,
+            "final": str(final),
+            "metrics": str(self.run_dir / METRICS_FILE),
+        }
+        (self.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        print_summary(summary)
+
+
+def build(group: str, node: dict[str, Any], **arguments: Any) -> Any:
+    """Instantiate the class that a `_target_` group names.
+
+    Raises:
+        UserError: the class refuses the values it was given.
+    """
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as e:
+        raise UserError(f"{group}: {e.__cause__ or e}") from e

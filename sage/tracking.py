@@ -1,0 +1,77 @@
+"""Where metrics go: always RUN_DIR/metrics.jsonl, and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sage.config import TrackingConfig, TrainConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes metrics on rank 0 and nowhere else.
+
+    On resume, lines past the checkpoint are moved to metrics.superseded.jsonl: their steps are about to be run again.
+    """
+
+    def __init__(self, cfg: TrainConfig, run_dir: Path, step: int, main: bool):
+        self.file, self.wandb = None, None
+        if not main:
+            return
+        path = run_dir / METRICS_FILE
+        if path.exists():
+            rewind(path, step)
+        self.file = path.open("a")
+        if cfg.tracking.wandb:
+            self.wandb = start_wandb(cfg.tracking, cfg, run_dir)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.file:
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish(quiet=True)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Move the lines after `step`, and a line that a kill cut short, out of the way."""
+    keep, superseded = [], []
+    for line in path.read_text().splitlines():
+        try:
+            late = json.loads(line)["step"] > step
+        except (ValueError, KeyError):
+            late = True
+        (superseded if late else keep).append(line + "\n")
+    if superseded:
+        with path.with_name("metrics.superseded.jsonl").open("a") as f:
+            f.writelines(superseded)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(keep))
+        temporary.rename(path)
+
+
+def start_wandb(tracking: TrackingConfig, cfg: TrainConfig, run_dir: Path):
+    """Open a run; offline unless the user is logged in or says online. One folder is one run, also after a resume."""
+    import dataclasses
+    import hashlib
+
+    import wandb
+
+    mode = tracking.mode if tracking.mode != "auto" else ("online" if wandb.api.api_key else "offline")
+    return wandb.init(
+        project=tracking.project,
+        name=f"{cfg.name}/{run_dir.name}",
+        id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12],
+        resume="allow",
+        dir=run_dir,
+        mode=mode,
+        config=dataclasses.asdict(cfg),
+    )

@@ -1,0 +1,77 @@
+"""Align a policy: the loop, in the order in which things happen. What it runs on is built in run.py."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from sage.config import OptimizerConfig
+from sage.errors import UserError
+from sage.metrics import means, per_pair
+from sage.progress import StepProgress
+from sage.run import Run
+from sage.tracking import Tracker
+
+
+def train(run_dir: Path) -> None:
+    """Run, or go on with, the run whose frozen config lies in `run_dir`. Every rank calls this."""
+    run = Run(run_dir)
+    cfg, engine, forward, state = run.cfg, run.engine, run.forward, run.state
+    if state.step == 0:
+        state.baseline = run.evaluate()
+    tracker = Tracker(cfg, run_dir, state.step, engine.rank == 0)
+    if state.step == 0 and state.baseline:
+        tracker.log(0, state.baseline)
+
+    with StepProgress(state.step, run.steps) as progress:
+        while state.step < run.steps:
+            started = time.perf_counter()
+            candidates = run.curriculum.draw(cfg.batch_size * run.scorer.candidates_per_pair)
+            chosen = run.choose(candidates)
+            sums = 0.0
+            for work in forward.micro_batches(run.pairs, chosen, backward=True):
+                logps, reference = engine(work.batch), run.reference(work.indices, work.batch)
+                losses = run.loss(logps, reference)
+                engine.backward(losses.sum() * (work.weight / cfg.batch_size), work.last)
+                sums = sums + work.weight * per_pair(run.loss, losses, logps, reference).sum(1)
+            lr = learning_rate(state.step, run.steps, cfg.optimizer)
+            grad_norm = engine.step(lr)
+            state.step += 1
+            elapsed = time.perf_counter() - started
+            state.seconds += elapsed
+
+            if not math.isfinite(grad_norm):
+                raise UserError(
+                    f"step {state.step}: the loss or its gradient is not finite (gradient norm {grad_norm}): lower "
+                    "optimizer.lr, or use model.dtype=float32; checkpoints written before this step are good"
+                )
+            metrics = None
+            if state.step % cfg.log_every == 0 or state.step == run.steps:
+                metrics = {
+                    **means(engine.sum_over_ranks(sums), cfg.batch_size), "grad_norm": grad_norm, "learning_rate": lr,
+                    "epoch": state.step * cfg.batch_size / len(run.pairs), "time/step_seconds": elapsed,
+                    "time/pairs_per_second": cfg.batch_size / elapsed, **forward.cost_metrics(),
+                }  # fmt: skip
+                tracker.log(state.step, metrics)
+            progress.step(state.step, metrics)
+            if cfg.eval_every and state.step % cfg.eval_every == 0 and state.step < run.steps:
+                tracker.log(state.step, run.evaluate())
+            if cfg.save_every and state.step % cfg.save_every == 0:
+                run.save()
+
+    after = run.evaluate()
+    if after:
+        tracker.log(state.step, after)
+    tracker.close()
+    run.finish(after)
+
+
+def learning_rate(step: int, steps: int, cfg: OptimizerConfig) -> float:
+    """The rate of the update number `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    warmup = math.ceil(cfg.warmup_ratio * steps)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.schedule]
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)

@@ -1,0 +1,39 @@
+"""A rank's entry: `python -m sage.worker RUN_DIR`, also under torchrun, srun or the deepspeed launcher.
+
+Everything it does is decided by RUN_DIR/config.yaml and the checkpoints beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warning about it helps nobody
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def main() -> None:
+    from sage.errors import UserError, report
+
+    try:
+        from transformers.utils import logging
+
+        from sage.engine import shutdown
+        from sage.train import train
+
+        logging.disable_progress_bar()  # we show our own
+
+        train(Path(sys.argv[1]))
+        shutdown()
+    except UserError as e:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 most likely says the same; it ends first and the launcher ends this rank
+        report(e)
+        os._exit(2)  # the other ranks may wait in a collective: do not join them at exit
+
+
+if __name__ == "__main__":
+    main()
