@@ -200,7 +200,7 @@ def _pair(row: int, record: Any, names: Mapping[str, str]) -> dict[str, Any]:
     return dict(zip(FEATURES, (str(pair_id), prompt, chosen, rejected, pass_rate, row), strict=True))
 
 
-def _text(name: str, value: Any) -> str | list[dict[str, str]]:
+def _text(name: str, value: Any) -> str | list[dict[str, Any]]:
     """A text as it is; one message or a list of them as [{"role", "content"}]."""
     if value is None:
         raise UserError(f"{name} is missing")
