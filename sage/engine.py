@@ -101,11 +101,14 @@ class Engine:
         self.device, self.bf16 = device, {"enabled": dtype == torch.bfloat16}
         self.policy = policy.to(device)
         trainable = [p for p in policy.parameters() if p.requires_grad]
+        self.max_grad_norm = optimizer.max_grad_norm
+        # Without master weights and shards DeepSpeed wraps no optimizer, and then tells no gradient norm.
+        self.unwrapped = trainable if engine.zero_stage == 0 and dtype == torch.float32 else None
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
             model=self.policy,
             model_parameters=trainable,  # pyright: ignore
             optimizer=build_optimizer(trainable, optimizer, engine.offload),
-            config=deepspeed_config(engine, dtype, optimizer.max_grad_norm),
+            config=deepspeed_config(engine, dtype, 0.0 if self.unwrapped else self.max_grad_norm),
             dist_init_required=False,
         )
 
@@ -132,8 +135,12 @@ class Engine:
         """Clip, update and zero the gradients; returns the global gradient norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.unwrapped:
+            norm = nn.utils.clip_grad_norm_(self.unwrapped, self.max_grad_norm or torch.inf)
+            self.deepspeed.step()
+            return float(norm)
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+        return float(self.deepspeed.get_global_grad_norm())  # pyright: ignore
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device)
