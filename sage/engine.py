@@ -68,9 +68,12 @@ def init_distributed() -> torch.device:
 def build_optimizer(
     parameters: list[nn.Parameter], cfg: OptimizerConfig, offload: bool
 ) -> torch.optim.Optimizer:
-    """AdamW: DeepSpeed's CPU one under offload and fused one on CUDA where they build, torch's otherwise."""
+    """AdamW: DeepSpeed's CPU one under offload and fused one on CUDA where they build, torch's otherwise.
+
+    The loop gives the learning rate with every step; it is zero here so that DeepSpeed's trial step decays no weight.
+    """
     options: dict[str, Any] = {
-        "lr": cfg.lr, "betas": tuple(cfg.betas), "eps": cfg.eps, "weight_decay": cfg.weight_decay
+        "lr": 0.0, "betas": tuple(cfg.betas), "eps": cfg.eps, "weight_decay": cfg.weight_decay
     }  # fmt: skip
     if cfg.implementation == "auto" and (offload or parameters[0].is_cuda):
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -111,6 +114,11 @@ class Engine:
             config=deepspeed_config(engine, dtype, 0.0 if self.unwrapped else self.max_grad_norm),
             dist_init_required=False,
         )
+        if engine.zero_stage == 0 and dtype == torch.bfloat16:
+            # DeepSpeed took a step with zero gradients to allocate the state, and Adam's bias correction counts it.
+            self.optimizer.state.clear()
+            for group in self.optimizer.param_groups:
+                group.pop("step", None)
 
     @property
     def rank(self) -> int:
