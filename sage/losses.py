@@ -6,7 +6,8 @@ u below is beta * margin, where margin = (chosen logratio) - (rejected logratio)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -35,10 +36,11 @@ class Loss:
     reference_free: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"loss.beta={self.beta}: must be positive")
-        if self.nll_weight < 0:
-            raise ValueError(f"loss.nll_weight={self.nll_weight}: must not be negative")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"loss.beta={self.beta}: must be positive and finite")
+        for f in fields(self):
+            if not 0 <= getattr(self, f.name) < math.inf:
+                raise ValueError(f"loss.{f.name}={getattr(self, f.name)}: must be finite and not negative")
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards of chosen and rejected, [n] each: beta * (log pi - log pi_ref), arXiv 2305.18290 eq. 5."""
