@@ -38,7 +38,7 @@ class Tracker:
         if self.file:
             self.file.close()
         if self.wandb:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def rewind(path: Path, step: int) -> None:
@@ -73,5 +73,6 @@ def start_wandb(tracking: TrackingConfig, cfg: TrainConfig, run_dir: Path):
         resume="allow",
         dir=run_dir,
         mode=mode,
+        settings=wandb.Settings(quiet=True),
         config=dataclasses.asdict(cfg),
     )
