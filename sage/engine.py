@@ -24,6 +24,7 @@ import torch.distributed as dist
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from sage.config import EngineConfig, OptimizerConfig
@@ -32,7 +33,7 @@ from sage.errors import UserError
 T = TypeVar("T")
 # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, 40 seconds of a newcomer's first run; gloo serves.
 deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum])
+torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
