@@ -1,0 +1,167 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit; what cannot be resumed exactly is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pairs, write_jsonl
+from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, interrupted, metrics, weights
+
+pytestmark = pytest.mark.slow
+VARIANTS = {
+    "zero0": ["engine=zero0"],
+    "zero1": ["engine=zero1"],
+    "zero2": ["engine=zero2"],
+    "zero3": ["engine=zero3"],
+    "bf16_0": ["engine=zero0", "model.dtype=bfloat16"],
+    "bf16_2": ["engine=zero2", "model.dtype=bfloat16"],
+    "bf16_3": ["engine=zero3", "model.dtype=bfloat16"],
+    "lora0": ["engine=zero0", "+model/lora=default", "model.lora.dropout=0.1"],
+    "lora3": ["engine=zero3", "+model/lora=default"],
+    "offload2": ["engine=zero2_offload", "optimizer.implementation=torch"],
+}
+TWO = ("zero0", "zero2", "zero3")
+
+
+@pytest.fixture(scope="session")
+def common(tiny_model, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return [
+        "model=hf", f"model.path={tiny_model}", f"data.path={write_jsonl(folder / 'pairs.jsonl', make_pairs(20))}",
+        "data.max_length=130", "micro_batch_tokens=260", "steps=8", "batch_size=6", "optimizer.lr=1e-3", "save_every=4",
+        f"cache_dir={folder / 'cache'}", "model.dtype=float32",
+    ]  # fmt: skip
+
+
+def both(world_size: int, names: list[str], common: list[str], root: Path) -> Path:
+    """root/whole/NAME runs 8 steps at once; root/resumed/NAME is what a kill after step 4 leaves, gone on with."""
+    wholes = [freeze(root / "whole" / n, *common, f"world_size={world_size}", *VARIANTS[n]) for n in names]
+    execute(world_size, wholes)
+    halves = [interrupted(root / "whole" / n, 4, root / "resumed" / n) for n in names]
+    for half in halves:  # a kill in the middle of writing leaves these
+        torn = half / "checkpoints" / ".step_8.tmp"
+        shutil.copytree(half / "checkpoints" / "step_4", torn)
+        (torn / "train_state.pt").write_bytes(b"half")
+    execute(world_size, halves)
+    assert not list(root.rglob(ERROR_FILE))
+    return root
+
+
+@pytest.fixture(scope="session")
+def one(common, tmp_path_factory) -> Path:
+    return both(1, list(VARIANTS), common, tmp_path_factory.mktemp("resume1"))
+
+
+@pytest.fixture(scope="session")
+def two(common, tmp_path_factory) -> Path:
+    return both(2, list(TWO), common, tmp_path_factory.mktemp("resume2"))
+
+
+def assert_same(whole: Path, resumed: Path) -> None:
+    steps = column(resumed, "step")
+    assert steps == list(range(1, 9))
+    for name in ("loss", "grad_norm", "learning_rate", "rewards/margins", "cost/backward_tokens", "epoch"):
+        assert column(resumed, name) == column(whole, name), name
+    ours, theirs = weights(resumed / "final"), weights(whole / "final")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    old = [json.loads(line)["step"] for line in (resumed / "metrics.superseded.jsonl").read_text().splitlines()]
+    assert set(old) <= {5, 6, 7, 8}
+    assert sorted(p.name for p in (resumed / "checkpoints").iterdir()) == ["step_4", "step_8"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resume_on_one_rank(one, name):
+    """Also: the half-written .step_8.tmp of a kill is ignored, then replaced."""
+    assert_same(one / "whole" / name, one / "resumed" / name)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_resume_on_two_ranks(two, name):
+    assert_same(two / "whole" / name, two / "resumed" / name)
+
+
+def sage(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "sage.cli", *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_kill_and_resume(two, common, tmp_path):
+    """The real thing: `sage train` on two ranks under ZeRO-2, kill -9 of all its processes, `sage resume`."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "sage.cli", "train", *common, "world_size=2", "engine=zero2", f"hydra.run.dir={run}"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
+    while not (run / "checkpoints" / "step_4").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "summary.json").exists()
+    done = sage("resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert column(run, "step") == list(range(1, 9))
+    assert column(run, "loss") == column(two / "whole" / "zero2", "loss")
+    ours, theirs = weights(run / "final"), weights(two / "whole" / "zero2" / "final")
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    again = sage("resume", str(run))
+    assert again.returncode == 2 and "finished" in again.stderr
+
+
+class Payload:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
+    """Other data, another number of ranks, and checkpoints that would run code when unpickled."""
+    whole = one / "whole" / "zero0"
+    data, ranks = (interrupted(whole, 4, tmp_path / n) for n in ("data", "ranks"))
+    other = write_jsonl(tmp_path / "other.jsonl", make_pairs(21)[1:])
+    text = (data / "config.yaml").read_text()
+    path = next(c for c in common if c.startswith("data.path=")).split("=", 1)[1]
+    (data / "config.yaml").write_text(text.replace(path, str(other)))
+    sidecar = ranks / "checkpoints" / "step_4" / "train_state.pt"
+    torch.save({**torch.load(sidecar, weights_only=True), "world_size": 4}, sidecar)
+
+    evil = {}
+    for name, variant, pattern in (
+        ("sidecar", "zero0", "train_state.pt"),
+        ("model", "zero0", "*model_states.pt"),
+        ("optimizer", "zero2", "*optim_states.pt"),
+        ("shard", "zero3", "*optim_states.pt"),
+    ):
+        run = evil[name] = interrupted(one / "whole" / variant, 4, tmp_path / name)
+        (file,) = (run / "checkpoints" / "step_4").rglob(pattern)
+        payload = Payload(tmp_path / f"{name}.executed")
+        if name in ("sidecar", "model"):
+            torch.save({"module": payload}, file)
+        else:
+            file.write_bytes(pickle.dumps(payload))
+    before = {run: (run / "metrics.jsonl").read_text() for run in (data, ranks, *evil.values())}
+    for run in before:  # one process each: an engine whose load failed is not to be trusted with the next run
+        try:
+            execute(1, [run])
+        except AssertionError as e:
+            (run / ERROR_FILE).write_text(str(e))
+    assert "data.path no longer holds the pairs" in (data / ERROR_FILE).read_text()
+    assert "world_size=4" in (ranks / ERROR_FILE).read_text()
+    for name, run in evil.items():
+        assert (run / ERROR_FILE).exists() and not (run / "final").exists()
+        assert "Traceback" not in (run / ERROR_FILE).read_text(), name
+        assert not (tmp_path / f"{name}.executed").exists()
+    for run, text in before.items():
+        assert (run / "metrics.jsonl").read_text() == text  # refused before anything is touched
+        assert metrics(run)
