@@ -8,6 +8,7 @@ renamed; a folder of the final name is complete.
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -39,7 +40,7 @@ class TrainState:
 
 def rng_state() -> dict[str, Any]:
     """The states of this rank's generators, as plain numbers and tensors that `weights_only` admits."""
-    name, keys, pos, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    name, keys, pos, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -54,7 +55,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
     name, keys, pos, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
 
@@ -99,8 +100,16 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     """Load a checkpoint into the engine and the generators, and return its TrainState.
 
     Raises:
-        UserError: the checkpoint belongs to other pairs or to another number of ranks.
+        UserError: the checkpoint belongs to other pairs or to another number of ranks, or its files hold anything but
+            plain data, which is never executed.
     """
+    try:
+        return _restore(engine, state, folder)
+    except (pickle.UnpicklingError, EOFError) as e:
+        raise UserError(f"{folder} is damaged or not of sage's making: delete it to go on from the one before") from e
+
+
+def _restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     saved = TrainState(**torch.load(folder / SIDECAR, weights_only=True))
     if saved.world_size != state.world_size:
         raise UserError(

@@ -115,6 +115,8 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
     for module in model.modules():  # dropout would make policy and reference differ at step 0
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
     if cfg.lora is None:
         return model
     try:

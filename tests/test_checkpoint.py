@@ -6,12 +6,12 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import make_pairs, write_jsonl
@@ -100,11 +100,13 @@ def test_kill_and_resume(two, common, tmp_path):
     """The real thing: `sage train` on two ranks under ZeRO-2, kill -9 of all its processes, `sage resume`."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "sage.cli", "train", *common, "world_size=2", "engine=zero2", f"hydra.run.dir={run}"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     while not (run / "checkpoints" / "step_4").exists():
         assert process.poll() is None
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    family = [*psutil.Process(process.pid).children(recursive=True), process]  # ranks have process groups of their own
+    for member in family:
+        member.kill()
     process.wait()
     assert not (run / "summary.json").exists()
     done = sage("resume", str(run))

@@ -276,7 +276,7 @@ def test_options_that_change_no_number(one_rank, name, like):
 def test_evaluation_changes_nothing_and_sums_right(one_rank):
     """Protects training from evaluation (costs, RNG, gradients), and held-out means: 30 pairs, accuracy within 0..1."""
     run = one_rank / "evaluated"
-    for name in ("loss", "grad_norm", "cost/backward_pairs", "cost/forward_pairs"):
+    for name in ("loss", "grad_norm", "cost/backward_pairs", "cost/backward_tokens"):
         assert column(run, name) == column(one_rank / "zero0", name)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held_out = [line for line in lines if "eval/loss" in line]
