@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -68,6 +69,8 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    if sys.argv[1] == "-sc":
+        return complete()
     word = sys.argv.pop(1)
     if word not in COMMANDS:
         report(UserError(f"no command {word!r}{nearest(word, COMMANDS)}; commands: {', '.join(COMMANDS)}"))
@@ -82,6 +85,21 @@ def main() -> None:
         fail(UserError(explain(e)), cause=e)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def complete() -> None:
+    """Answer the shell's completion function, which Hydra wrote and which calls `sage -sc query=SHELL`.
+
+    The line so far is in COMP_LINE. Hydra knows no command words, so they are completed here and hidden from it.
+    """
+    program, _, rest = os.environ.get("COMP_LINE", "").partition(" ")
+    word, space, arguments = rest.lstrip().partition(" ")
+    if not space:
+        print("\n".join(c for c in COMMANDS if c.startswith(word)))
+    elif word == "train":
+        os.environ.update(COMP_LINE=f"{program} {arguments.lstrip()}", HYDRA_FULL_ERROR="1")
+        with suppress(HydraException, OmegaConfBaseException):  # a line that does not compose yet
+            train()
 
 
 def fail(error: UserError, cause: BaseException | None = None) -> None:

@@ -1,0 +1,141 @@
+"""Writes the reference of every config key and option: python scripts/config_reference.py docs/config.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+
+from sage.config import TrainConfig
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+HEAD = """\
+# Config reference
+
+Made by `make docs` from `sage/config.py` and `conf/`; do not edit it by hand.
+
+Set a key with `key=value`, choose a group's option with `group=option`, add one with `+group=option`. A key that is
+not listed here is refused, with the nearest one that is.
+
+## Keys
+
+`???` = must be given. The defaults are those of the schema; an option or an experiment may set others.
+"""
+GROUPS = """
+## Options of each group
+
+`(default)` marks the option that `sage train` takes when none is named.
+"""
+
+
+def main(target: Path) -> None:
+    target.write_text(reference())
+
+
+def reference() -> str:
+    return HEAD + "".join(keys(TrainConfig)) + GROUPS + "".join(options())
+
+
+def keys(root: type) -> Iterator[str]:
+    """One table for the top level and one for each nested dataclass."""
+    queue: list[tuple[str, type]] = [("", root)]
+    for prefix, cls in queue:
+        yield f"\n### {prefix.rstrip('.') or 'top level'}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            nested = [t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)]
+            queue += [(f"{prefix}{f.name}.", t) for t in nested]  # pyright: ignore
+            if f.metadata:
+                name, kind = f"`{prefix}{f.name}`", type_name(hints[f.name])
+                yield f"| {name} | {kind} | `{default(f)}` | {cell(f.metadata['help'] + limits(f.metadata))} |\n"
+
+
+def type_name(hint: typing.Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(type_name(t) for t in typing.get_args(hint))
+    if hint is type(None):
+        return "null"
+    if dataclasses.is_dataclass(hint):
+        return "a group"
+    return str(hint).replace("typing.", "") if typing.get_args(hint) else hint.__name__
+
+
+def default(f: dataclasses.Field) -> str:
+    factory = f.default_factory
+    value = f.default if factory is dataclasses.MISSING else factory()
+    return MISSING if value == MISSING else flow(value)
+
+
+def flow(value: typing.Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {flow(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def limits(metadata: typing.Mapping[str, typing.Any]) -> str:
+    if metadata["choices"]:
+        return f" ({', '.join(map(str, metadata['choices']))})"
+    low, high = metadata["low"], metadata["high"]
+    if low is not None and high is not None:
+        return f" ({low} to {high})"
+    return f" (at least {low})" if low is not None else ""
+
+
+def options() -> Iterator[str]:
+    defaults = OmegaConf.load(CONF / "train.yaml")["defaults"]  # pyright: ignore
+    taken = {(k, v) for entry in defaults if not isinstance(entry, str) for k, v in entry.items()}
+    groups = sorted({file.parent for file in CONF.rglob("*.yaml")} - {CONF})
+    for folder in groups:
+        group = folder.relative_to(CONF).as_posix()
+        sign = "" if any(group == k for k, _ in taken) else "+"
+        yield f"\n### {sign}{group}=\n\n| option | | sets |\n|---|---|---|\n"
+        for file in sorted(folder.glob("*.yaml")):
+            star = " (default)" if (group, file.stem) in taken else ""
+            yield f"| `{file.stem}`{star} | {cell(description(file))} | {cell(settings(file, group))} |\n"
+
+
+def description(file: Path) -> str:
+    """The comment that opens the file."""
+    lines: list[str] = []
+    for line in file.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.removeprefix("#").strip())
+    return " ".join(lines)
+
+
+def settings(file: Path, group: str) -> str:
+    """What the file writes into the config, and the options it builds upon."""
+    content: typing.Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    chosen = []
+    for entry in content.pop("defaults", []):
+        pairs = [(None, entry)] if isinstance(entry, str) else list(entry.items())
+        chosen += [re.sub(r"^(override )?/", "", f"{k}={v}") if k else f"all of {v}" for k, v in pairs]
+    prefix = "" if group == "experiment" else group.replace("/", ".") + "."
+    return ", ".join(f"`{text}`" if "=" in text else text for text in chosen + list(leaves(content, prefix)))
+
+
+def leaves(node: dict, prefix: str) -> Iterator[str]:
+    for name, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}={flow(value)}"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
