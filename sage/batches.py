@@ -14,8 +14,7 @@ from sage.packing import MicroBatch, collate, plan
 from sage.pairs import TokenizedPairs
 from sage.progress import track
 
-
-COSTS = (
+COSTS: tuple[str, ...] = (
     "forward_pairs",
     "backward_pairs",
     "forward_tokens",
@@ -43,7 +42,7 @@ class PairForward:
         self.reset_costs()
 
     def reset_costs(self) -> None:
-        self.costs = dict.fromkeys(COSTS, 0.0)
+        self.costs: dict[str, float] = dict.fromkeys(COSTS, 0.0)
 
     def cost_metrics(self) -> dict[str, float]:
         """What training has cost so far, over all ranks: cost/*."""

@@ -106,7 +106,9 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     try:
         return _restore(engine, state, folder)
     except (pickle.UnpicklingError, EOFError) as e:
-        raise UserError(f"{folder} is damaged or not of sage's making: delete it to go on from the one before") from e
+        raise UserError(
+            f"{folder} is damaged or not of sage's making: delete it to go on from the one before"
+        ) from e
 
 
 def _restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:

@@ -108,6 +108,7 @@ class Engine:
         self.max_grad_norm = optimizer.max_grad_norm
         # Without master weights and shards DeepSpeed wraps no optimizer, and then tells no gradient norm.
         self.unwrapped = trainable if engine.zero_stage == 0 and dtype == torch.float32 else None
+        self.optimizer: Any
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
             model=self.policy,
             model_parameters=trainable,  # pyright: ignore

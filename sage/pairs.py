@@ -147,7 +147,7 @@ def _load(path: str, split: str, load: Callable[[], Any]) -> Iterator[tuple[int,
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise UserError(f"{path}: no split {split!r}; data.split can be {', '.join(data)}")
+            raise UserError(f"{path}: no split {split!r}; data.split can be {', '.join(map(str, data))}")
         data = data[split]
     return enumerate(data, 1)
 
@@ -281,7 +281,7 @@ class TokenizedPairs:
 
 
 def _lengths(table: pa.Table) -> np.ndarray:
-    return np.stack([pc.list_value_length(table[name]).to_numpy() for name in IDS], axis=1).astype(np.int64)
+    return np.stack([pc.list_value_length(table[name]).to_numpy() for name in IDS], axis=1).astype(np.int64)  # pyright: ignore
 
 
 def tokenize_pairs(
@@ -326,7 +326,7 @@ def _cache_key(pairs: datasets.Dataset, tokenizer: Any, chat_template: bool, max
     parts = [CACHE_VERSION, model, tokenizer.special_tokens_map, template, chat_template, max_length]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for pair in pairs:
-        digest.update(json.dumps([pair[name] for name in COLUMNS]).encode())
+        digest.update(json.dumps([pair[name] for name in COLUMNS]).encode())  # pyright: ignore
     return digest.hexdigest()[:32]
 
 
@@ -369,7 +369,7 @@ def _drop(table: pa.Table, max_length: int) -> tuple[pa.Table, dict[str, list[st
 def _write(file: Path, table: pa.Table, dropped: dict[str, list[str]], key: str) -> None:
     digest = hashlib.sha256(key.encode() + _lengths(table).tobytes())
     for name in IDS:
-        digest.update(pc.list_flatten(table[name]).to_numpy().tobytes())
+        digest.update(pc.list_flatten(table[name]).to_numpy().tobytes())  # pyright: ignore
     notes = {"dropped": dropped, "fingerprint": digest.hexdigest()[:32]}
     table = table.replace_schema_metadata({"sage": json.dumps(notes)})
     file.parent.mkdir(parents=True, exist_ok=True)

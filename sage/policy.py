@@ -7,6 +7,7 @@ import importlib.util
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -94,7 +95,7 @@ def compute_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> Any:
     """The causal language model, with its LoRA adapter where the config asks for one, dropout off.
 
     The adapter's random init is seeded, so the initial policy is the same on every rank and on resume.
@@ -114,7 +115,7 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
     model.config.use_cache = False
     for module in model.modules():  # dropout would make policy and reference differ at step 0
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            module.p = 0.0  # pyright: ignore
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     if cfg.lora is None:
@@ -172,15 +173,16 @@ class Head(nn.Module):
             scale=self.scale,
             stats=("logps",),
         )
+        assert stats.logps is not None
         return stats.logps
 
 
 class Policy(nn.Module):
     """The one module the engine wraps: micro-batch in, response log-probabilities out."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.head = Head(causal.get_output_embeddings(), causal.config)
 

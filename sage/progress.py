@@ -73,7 +73,9 @@ class StepProgress:
             f"margin {metrics['rewards/margins']:+.3f}  {metrics['time/pairs_per_second']:.2f} pairs/s"
         )  # fmt: skip
         if self.progress:
-            self.progress.update(self.task, completed=step, **({"metrics": text} if text else {}))
+            self.progress.update(self.task, completed=step)
+            if text:
+                self.progress.update(self.task, metrics=text)
         elif text:
             remaining = (time.monotonic() - self.start) / max(step - self.done, 1) * (self.total - step)
             console.print(f"step {step}/{self.total}  {text}  ETA {remaining:.0f}s")

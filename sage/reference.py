@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from sage.batches import PairForward
 from sage.engine import main_first
@@ -60,7 +60,7 @@ class Cached:
 class Online:
     """Asks a frozen model in every step: the policy without its fresh adapter, or a second copy of the initial one."""
 
-    def __init__(self, model: nn.Module, adapters_off: bool):
+    def __init__(self, model: Callable[..., PairLogps], adapters_off: bool):
         self.model, self.adapters_off = model, adapters_off
 
     @torch.no_grad()

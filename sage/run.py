@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -20,7 +19,7 @@ from sage.config import load
 from sage.curriculum import Curriculum
 from sage.engine import Engine, init_distributed, main_first
 from sage.errors import UserError
-from sage.losses import Loss, PairLogps
+from sage.losses import Loss
 from sage.metrics import means, peak_memory_gb, per_pair
 from sage.pairs import TokenizedPairs, load_pairs, tokenize_pairs
 from sage.progress import console, print_summary
@@ -62,6 +61,8 @@ class Run:
         self.forward = PairForward(self.engine, cfg.micro_batch_tokens)
         self.reference = self.build_reference(self.pairs, "training")
         self.eval_reference = self.build_reference(self.eval_pairs, "held-out") if self.eval_pairs else None
+
+        self.forward.reset_costs()  # what a warm cache would have saved is not a cost of training
 
         self.state = TrainState(self.pairs.fingerprint, self.engine.world_size)
         saved = checkpoint.list_checkpoints(run_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sage.config import TrackingConfig, TrainConfig
 
@@ -65,7 +66,7 @@ def start_wandb(tracking: TrackingConfig, cfg: TrainConfig, run_dir: Path):
 
     import wandb
 
-    mode = tracking.mode if tracking.mode != "auto" else ("online" if wandb.api.api_key else "offline")
+    mode: Any = tracking.mode if tracking.mode != "auto" else ("online" if wandb.api.api_key else "offline")
     return wandb.init(
         project=tracking.project,
         name=f"{cfg.name}/{run_dir.name}",

@@ -6,6 +6,8 @@ import math
 import time
 from pathlib import Path
 
+import torch
+
 from sage.config import OptimizerConfig
 from sage.errors import UserError
 from sage.metrics import means, per_pair
@@ -29,7 +31,7 @@ def train(run_dir: Path) -> None:
             started = time.perf_counter()
             candidates = run.curriculum.draw(cfg.batch_size * run.scorer.candidates_per_pair)
             chosen = run.choose(candidates)
-            sums = 0.0
+            sums = torch.zeros(())
             for work in forward.micro_batches(run.pairs, chosen, backward=True):
                 logps, reference = engine(work.batch), run.reference(work.indices, work.batch)
                 losses = run.loss(logps, reference)

@@ -49,7 +49,9 @@ def keys(root: type) -> Iterator[str]:
         yield f"\n### {prefix.rstrip('.') or 'top level'}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
-            nested = [t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)]
+            nested = [
+                t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)
+            ]
             queue += [(f"{prefix}{f.name}.", t) for t in nested]  # pyright: ignore
             if f.metadata:
                 name, kind = f"`{prefix}{f.name}`", type_name(hints[f.name])
@@ -78,7 +80,11 @@ def flow(value: typing.Any) -> str:
         return "{" + ", ".join(f"{k}: {flow(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(flow, value)) + "]"
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def limits(metadata: typing.Mapping[str, typing.Any]) -> str:

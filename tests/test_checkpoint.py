@@ -74,7 +74,9 @@ def assert_same(whole: Path, resumed: Path) -> None:
         assert column(resumed, name) == column(whole, name), name
     ours, theirs = weights(resumed / "final"), weights(whole / "final")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    old = [json.loads(line)["step"] for line in (resumed / "metrics.superseded.jsonl").read_text().splitlines()]
+    old = [
+        json.loads(line)["step"] for line in (resumed / "metrics.superseded.jsonl").read_text().splitlines()
+    ]
     assert set(old) <= {5, 6, 7, 8}
     assert sorted(p.name for p in (resumed / "checkpoints").iterdir()) == ["step_4", "step_8"]
 
@@ -92,19 +94,35 @@ def test_resume_on_two_ranks(two, name):
 
 def sage(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "sage.cli", *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "sage.cli", *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
 def test_kill_and_resume(two, common, tmp_path):
     """The real thing: `sage train` on two ranks under ZeRO-2, kill -9 of all its processes, `sage resume`."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "sage.cli", "train", *common, "world_size=2", "engine=zero2", f"hydra.run.dir={run}"]
+    command = [
+        sys.executable,
+        "-m",
+        "sage.cli",
+        "train",
+        *common,
+        "world_size=2",
+        "engine=zero2",
+        f"hydra.run.dir={run}",
+    ]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     while not (run / "checkpoints" / "step_4").exists():
         assert process.poll() is None
         time.sleep(0.002)
-    family = [*psutil.Process(process.pid).children(recursive=True), process]  # ranks have process groups of their own
+    family = [
+        *psutil.Process(process.pid).children(recursive=True),
+        process,
+    ]  # ranks have process groups of their own
     for member in family:
         member.kill()
     process.wait()

@@ -142,7 +142,9 @@ def test_conservative_and_robust_differ():
 def test_robust_is_unbiased_under_flipped_labels():
     """What makes it robust: (1-e) L(w, l) + e L(l, w) = the clean DPO loss."""
     policy, reference = random_logps()
-    swapped = [PairLogps(x.rejected, x.chosen, x.rejected_tokens, x.chosen_tokens) for x in (policy, reference)]
+    swapped = [
+        PairLogps(x.rejected, x.chosen, x.rejected_tokens, x.chosen_tokens) for x in (policy, reference)
+    ]
     e = 0.2
     loss = RobustDPO(label_smoothing=e)
     expected = (1 - e) * loss(policy, reference) + e * loss(*swapped)

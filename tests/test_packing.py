@@ -34,12 +34,12 @@ def test_plan(lengths, budget, world_size):
 
 
 def pair(name: str, prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
-    return Pair(
-        pair_id=name, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, pass_rate=None
-    )
+    return Pair(pair_id=name, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, pass_rate=None)
 
 
-ids = st.lists(st.integers(0, 3), min_size=1, max_size=12)  # few ids, so that pad == eos == ordinary tokens all over
+ids = st.lists(
+    st.integers(0, 3), min_size=1, max_size=12
+)  # few ids, so that pad == eos == ordinary tokens all over
 
 
 @settings(max_examples=200, deadline=None)

@@ -52,7 +52,10 @@ def pairs() -> list[Pair]:
     def ids(n: int) -> list[int]:
         return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
 
-    return [Pair(str(i), None, ids(p), ids(c), ids(r)) for i, (p, c, r) in enumerate([(9, 7, 2), (3, 1, 12), (1, 5, 5)])]
+    return [
+        Pair(str(i), None, ids(p), ids(c), ids(r))
+        for i, (p, c, r) in enumerate([(9, 7, 2), (3, 1, 12), (1, 5, 5)])
+    ]
 
 
 def naive(model: torch.nn.Module, prompt: list[int], response: list[int]) -> torch.Tensor:

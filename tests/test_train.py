@@ -148,7 +148,9 @@ def test_learning_rate():
     rates = [learning_rate(s, 20, OptimizerConfig(lr=1.0)) for s in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[11] == pytest.approx(0.5) and 0 < rates[19] < 0.01
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    linear = [learning_rate(s, 20, OptimizerConfig(lr=1.0, schedule="linear", min_lr_ratio=0.1)) for s in range(20)]
+    linear = [
+        learning_rate(s, 20, OptimizerConfig(lr=1.0, schedule="linear", min_lr_ratio=0.1)) for s in range(20)
+    ]
     assert linear[11] == pytest.approx(0.55)
     constant = OptimizerConfig(lr=1.0, schedule="constant", warmup_ratio=0.0)
     assert {learning_rate(s, 20, constant) for s in range(20)} == {1.0}
@@ -158,7 +160,9 @@ def test_the_micro_batches_are_several_and_uneven(tokenized):
     """The premise of the comparisons below: some rank of two runs a micro-batch that is only filler."""
     order, counts = Shuffled(len(tokenized), seed=0), []
     for _ in range(STEPS):
-        counts.append([len([m for m in p if m]) for p in plan(tokenized.lengths()[order.draw(BATCH)], 260, 2)])
+        counts.append(
+            [len([m for m in p if m]) for p in plan(tokenized.lengths()[order.draw(BATCH)], 260, 2)]
+        )
     assert len(tokenized) == 30
     assert all(min(c) >= 2 for c in counts) and any(c[0] != c[1] for c in counts)
 
@@ -181,8 +185,13 @@ def test_equals_the_naive_loop(one_rank, two_ranks, naive, stage, world_size):
     run = (one_rank if world_size == 1 else two_ranks) / f"zero{stage}"
     losses, norms = naive
     assert any(n > 1.2 for n in norms) and any(n < 1.2 for n in norms)  # clipping acts, and not always
-    differences = largest_difference(column(run, "loss"), losses), largest_difference(column(run, "grad_norm"), norms)
-    print(f"naive, {world_size} ranks, stage {stage}: loss {differences[0]:.1e}, grad_norm {differences[1]:.1e}")
+    differences = (
+        largest_difference(column(run, "loss"), losses),
+        largest_difference(column(run, "grad_norm"), norms),
+    )
+    print(
+        f"naive, {world_size} ranks, stage {stage}: loss {differences[0]:.1e}, grad_norm {differences[1]:.1e}"
+    )
     assert differences[0] < 1e-5 and differences[1] < 1e-4
 
 
@@ -257,7 +266,9 @@ def test_offload_changes_no_number(one_rank, stage):
     """With torch's AdamW: DeepSpeed's CPU one takes minutes to compile, once per machine."""
     for offloaded, like, tolerance in (("offload", "unclipped", 1e-5), ("offload_bf16_", "bf16_", 1e-3)):
         run = one_rank / f"{offloaded}{stage}"
-        assert largest_difference(column(run, "loss"), column(one_rank / f"{like}{stage}", "loss")) < tolerance
+        assert (
+            largest_difference(column(run, "loss"), column(one_rank / f"{like}{stage}", "loss")) < tolerance
+        )
         norms = column(run, "grad_norm"), column(one_rank / f"{like}{stage}", "grad_norm")
         assert largest_difference(*norms) < 10 * tolerance
 
@@ -336,9 +347,17 @@ def test_nan_stops_the_run(one_rank, stage, kind):
 
 @slow
 def test_nan_exits_2_with_one_message(common, tmp_path):
-    arguments = [*common, "optimizer.lr=1e30", "optimizer.warmup_ratio=0", f"hydra.run.dir={tmp_path / 'run'}"]
+    arguments = [
+        *common,
+        "optimizer.lr=1e30",
+        "optimizer.warmup_ratio=0",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "sage.cli", "train", *arguments], env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-m", "sage.cli", "train", *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -353,7 +372,9 @@ def test_final_loads_in_plain_transformers_and_generates(one_rank, tiny_model, n
     final = one_rank / name / "final"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     message = [{"role": "user", "content": "How many apples?"}]
-    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     out = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     assert out.shape[1] > prompt["input_ids"].shape[1]
     initial = json.loads((tiny_model / "config.json").read_text())
@@ -419,4 +440,6 @@ def test_wandb_offline(one_rank):
     assert len(metrics(run)) == 2
     (offline,) = (run / "wandb").glob("offline-run-*")
     assert list(offline.glob("run-*.wandb"))
-    assert not [p for p in Path(os.getcwd()).glob("wandb/offline-run-*") if p.stat().st_mtime > run.stat().st_mtime]
+    assert not [
+        p for p in Path(os.getcwd()).glob("wandb/offline-run-*") if p.stat().st_mtime > run.stat().st_mtime
+    ]

@@ -1,3 +1,5 @@
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false
+# The accumulators of statistics nobody asked for are None; one flag guards each, which pyright cannot follow.
 """Per-token statistics the obvious way: every logit at once, plain autograd. The meaning of the other backends."""
 
 from typing import NamedTuple

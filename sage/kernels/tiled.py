@@ -1,3 +1,5 @@
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false, reportArgumentType=false
+# The accumulators of statistics and gradients nobody asked for are None, which pyright cannot follow.
 """Per-token statistics over tiles of tokens x vocabulary: no [n, v] tensor, forward or backward.
 
 Online softmax (Milakov & Gimelshein, arXiv 1805.02867) with the softmax recomputed in the backward pass

@@ -1,0 +1,141 @@
+"""The docs say what the code does, and the code is laid out as the docs say."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from hydra import compose, initialize_config_module
+
+from sage import cli
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+# From the top down. A module imports from the layers below its own and never from its own or above.
+LAYERS = (
+    "cli",
+    "launch worker",
+    "train",
+    "run",
+    "checkpoint reference",
+    "batches",
+    "engine policy",
+    "metrics tracking progress scorers curriculum",
+    "losses packing",
+    "pairs kernels",
+    "config",
+    "errors",
+)
+DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
+MODULES = sorted(p.stem for p in (REPO / "sage").glob("*.py") if p.stem != "__init__")
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of all that a file imports, in functions too; what only type checkers read does not count."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: relative import"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(file.read_text()))
+    return found
+
+
+def files_of(module: str) -> list[Path]:
+    package = REPO / "sage" / module
+    return sorted(package.glob("*.py")) if package.is_dir() else [package.with_suffix(".py")]
+
+
+def test_every_module_has_a_layer():
+    assert sorted(DEPTH) == sorted([*MODULES, "kernels"])
+
+
+@pytest.mark.parametrize("module", sorted(DEPTH))
+def test_imports_point_downwards(module):
+    for file in files_of(module):
+        for name in imports(file):
+            top, _, rest = name.partition(".")
+            target = rest.split(".")[0]
+            if top == "sage" and target != module:
+                assert target in DEPTH, f"{file.name} imports {name}"
+                assert DEPTH[module] < DEPTH[target], f"{file.name} imports upwards or sideways: {name}"
+
+
+def test_only_the_engine_imports_deepspeed():
+    users = [
+        file.name
+        for file in sorted((REPO / "sage").rglob("*.py"))
+        if any(name.split(".")[0] == "deepspeed" for name in imports(file))
+    ]
+    assert users == ["engine.py"]
+
+
+def test_config_reference_is_current():
+    spec = importlib.util.spec_from_file_location(
+        "config_reference", REPO / "scripts" / "config_reference.py"
+    )
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert (REPO / "docs" / "config.md").read_text() == script.reference(), "run `make docs`"
+
+
+def test_layout_picture_names_every_file_once():
+    picture = (REPO / "README.md").read_text().split("## Layout", 1)[1].split("```")[1]
+    named = re.findall(r"^  (\w+)\.py +\S", picture, re.M)
+    assert sorted(named) == MODULES
+    for folder in ("kernels/", "assets/", "conf/", "scripts/", "tests/", "docs/"):
+        assert re.search(rf"^ *{folder} +\S", picture, re.M), folder
+
+
+def commands(program: str) -> list[tuple[str, list[str]]]:
+    """(page, words) of every line in a code block, and every `inline` command, that begins with this program."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+        prose = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S)
+        lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", prose)
+        for line in lines:
+            words = shlex.split(line, comments=True) if line.startswith(f"{program} ") else []
+            if words[:1] == [program]:
+                found.append((page.name, words))
+    return found
+
+
+def test_make_targets_in_the_docs_exist():
+    targets = set(re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), re.M))
+    quoted = {word for _, words in commands("make") for word in words[1:] if "=" not in word}
+    assert {"demo", "test"} <= quoted <= targets
+
+
+@pytest.mark.parametrize("page, words", commands("sage"), ids=lambda value: " ".join(value).replace("/", ":"))
+def test_sage_commands_in_the_docs_compose(page, words):
+    assert words[1] in cli.COMMANDS
+    if words[1] == "resume" or words[2:] == [] or words[2].startswith("["):
+        return
+    overrides = [
+        word for word in words[2:] if "=" in word and "<" not in word and not word.startswith("install=")
+    ]
+    if "-m" in words:  # a sweep: its first job
+        overrides = [re.sub(r"^([^=\[{]+=[^,\[{]+),.*", r"\1", word) for word in overrides]
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        compose("train", overrides)
+
+
+def test_files_in_the_docs_exist():
+    for page in PAGES:
+        for path in re.findall(r"\b((?:scripts|docs|tests|conf|sage)/[\w./-]+\.\w+)", page.read_text()):
+            assert (REPO / path).exists() or (page.parent / path).exists(), f"{page.name}: {path}"
