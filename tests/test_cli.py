@@ -1,0 +1,297 @@
+"""The command: every option composes and loads, every bad input ends in one message and status 2, completion answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO, make_pairs, write_jsonl
+from hydra import compose, initialize_config_module
+
+from sage import cli, config
+
+CONF = REPO / "conf"
+OPTIONS = sorted(
+    (file.parent.relative_to(CONF).as_posix(), file.stem)
+    for file in CONF.rglob("*.yaml")
+    if file.parent != CONF
+)
+OPTIONAL = ("experiment", "model/lora")  # groups that are added with +
+
+
+@pytest.fixture
+def sage(monkeypatch, capsys):
+    """Runs a command line in this process; returns its exit status, stdout and stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sage", *words])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that what the command sets is taken back
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            status = e.code if isinstance(e.code, int) else 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def train(sage, tiny_model, pair_file, tmp_path, monkeypatch):
+    """`sage train` on the tiny model, with more overrides, and proof that no rank is started."""
+    monkeypatch.setattr("sage.launch.start", lambda *_: pytest.fail("a rank was started"))
+
+    def run(*overrides: str, flags: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        return sage(
+            "train", *flags, "model=hf", f"model.path={tiny_model}", f"data.path={pair_file}", "steps=1", "batch_size=4",
+            "data.max_length=256", "micro_batch_tokens=1024", f"cache_dir={tmp_path / 'cache'}",
+            f"hydra.run.dir={tmp_path / 'run'}", *overrides,
+        )  # fmt: skip
+
+    return run
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    """One message on stderr that holds all parts, status 2, no traceback."""
+    status, _, err = result
+    assert status == 2, err
+    assert err.startswith("error: ") and err.count("error: ") == 1, err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err, err
+
+
+# --- every option
+
+
+@pytest.mark.parametrize("group, option", OPTIONS, ids=lambda value: value.replace("/", ":"))
+def test_every_option_composes_and_loads(group, option):
+    sign = "+" if group in OPTIONAL else ""
+    overrides = [f"{sign}{group}={option}", "data.path=pairs.jsonl", "epochs=null", "steps=1"]
+    if (group, option) == ("model", "hf"):
+        overrides.append("model.path=folder")
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        cfg = config.load(compose("train", overrides))
+    assert cfg.steps == 1
+
+
+@pytest.mark.parametrize("name", [option for group, option in OPTIONS if group == "experiment"])
+def test_every_experiment_is_complete_but_for_its_pairs(name):
+    overrides = [f"+experiment={name}"] + ([] if name == "demo" else ["data.path=pairs.jsonl"])
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        cfg = config.load(compose("train", overrides))
+    assert cfg.name == name
+    if name.endswith("_8gpu"):
+        assert (cfg.world_size, cfg.engine.zero_stage) == (8, 3)
+
+
+def test_a_frozen_config_reads_back_the_same(tmp_path):
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        cfg = config.load(compose("train", ["+experiment=gsm8k_qwen2.5-7b_1gpu", "data.path=pairs.jsonl"]))
+    config.freeze(cfg, tmp_path)
+    assert config.load(tmp_path) == cfg
+
+
+# --- help
+
+
+def test_help(sage):
+    status, out, _ = sage("train", "--help")
+    assert status == 0
+    assert "loss: cdpo, dpo, dpop, hinge, ipo, robust, simpo" in out and "micro_batch_tokens" in out
+    assert sage("--help")[0] == 0 and "resume RUN_DIR" in sage("--help")[1]
+    assert sage()[0] == 2
+
+
+def test_cfg_job_prints_the_config_and_runs_nothing(train, tmp_path):
+    status, out, _ = train("loss=ipo", flags=("--cfg", "job"))
+    assert status == 0
+    assert "_target_: sage.losses.IPO" in out and "steps: 1" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_usage(sage, tmp_path):
+    status, out, _ = sage("resume")
+    assert status == 2 and "usage: sage resume RUN_DIR" in out
+    assert sage("resume", "--help")[0] == 0
+    refused(sage("resume", str(tmp_path)), str(tmp_path), "config.yaml")
+
+
+def test_options_of_the_users_own_folder(train, tmp_path):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "mine.yaml").write_text("_target_: sage.losses.DPO\nbeta: 0.3\nnll_weight: 0.0\n")
+    status, out, err = train("loss=mine", flags=("-cd", str(tmp_path), "--cfg", "job"))
+    assert status == 0, err
+    assert "beta: 0.3" in out
+
+
+# --- bad input
+
+BAD_OVERRIDES = {
+    "unknown key": (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'optimizer.lr'"]),
+    "unknown top-level key": (["step=1"], ["'step'", "did you mean 'steps'"]),
+    "unknown key of the loss": (["loss.bta=1"], ["loss.bta", "did you mean 'loss.beta'"]),
+    "added key of the loss": (["+loss.bta=1"], ["loss.bta"]),
+    "wrong type": (["batch_size=many"], ["batch_size", "many"]),
+    "wrong type in the loss": (["loss.beta=high"], ["loss.beta", "high"]),
+    "wrong value": (["optimizer.schedule=cosin"], ["optimizer.schedule=cosin", "cosine, linear, constant"]),
+    "out of range": (["optimizer.lr=-1"], ["optimizer.lr=-1", "at least 0"]),
+    "unknown option": (["loss=dpoo"], ["loss", "dpoo", "did you mean 'dpo'"]),
+    "unknown group": (["los=dpo"], ["los"]),
+    "unknown experiment": (["+experiment=dem"], ["experiment", "'dem'", "did you mean 'demo'"]),
+    "not an override": (["steps"], ["steps"]),
+    "experiment without pairs": (["+experiment=gsm8k", "data.path=null"], ["data.path=FILE"]),
+    "missing value": (["data.path=???"], ["data.path"]),
+    "steps and epochs": (["epochs=1"], ["steps", "epochs"]),
+    "micro-batch below a pair": (["micro_batch_tokens=500"], ["micro_batch_tokens=500", "512"]),
+    "more ranks than pairs": (["world_size=8"], ["batch_size=4", "world_size=8"]),
+    "offload without ZeRO": (["engine.offload=true"], ["engine.offload", "zero_stage"]),
+    "class that is not there": (["scorer._target_=sage.scorers.Nope"], ["scorer._target_=sage.scorers.Nope"]),
+    "missing model": (["model.path=/no/such/model"], ["model.path=/no/such/model"]),
+    "missing package": (["model.path=pkg://no_such_package/x.gguf"], ["no_such_package"]),
+    "missing file": (["data.path=/no/such/pairs.jsonl"], ["/no/such/pairs.jsonl", "no such file"]),
+    "missing held-out file": (["data.eval_path=/no/such.jsonl"], ["/no/such.jsonl", "no such file"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OVERRIDES)
+def test_bad_overrides_are_refused(train, tmp_path, name):
+    overrides, parts = BAD_OVERRIDES[name]
+    refused(train(*overrides), *parts)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+GOOD = make_pairs(3)
+BAD_ROWS = {
+    "missing response": ([GOOD[0], {**GOOD[1], "chosen": None}], ["pairs.jsonl:2", "chosen is missing"]),
+    "empty response": ([GOOD[0], {**GOOD[1], "rejected": " "}], ["pairs.jsonl:2", "rejected is empty"]),
+    "equal responses": (
+        [{**GOOD[0], "chosen": "x", "rejected": "x"}],
+        ["pairs.jsonl:1", "chosen and rejected are the same"],
+    ),
+    "missing column": (
+        [{"prompt": "p", "chosen": "c"}],
+        ["pairs.jsonl", "no column 'rejected'", "prompt, chosen", "data.columns"],
+    ),
+    "no rows": ([], ["pairs.jsonl", "no rows"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_refused(train, tmp_path, name):
+    rows, parts = BAD_ROWS[name]
+    file = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    refused(train(f"data.path={file}"), *parts)
+
+
+def test_a_malformed_line_is_refused_by_file_and_line(train, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join([json.dumps(GOOD[0]), "{'prompt': ", json.dumps(GOOD[2])]))
+    refused(train(f"data.path={file}"), f"{file}:2", "not valid JSON")
+
+
+def test_more_ranks_than_gpus_are_refused(train, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    refused(train("world_size=4"), "world_size=4", "2 GPUs")
+
+
+def test_an_unknown_command_is_refused(sage):
+    refused(sage("trian"), "'trian'", "did you mean 'train'", "resume")
+
+
+def test_a_run_directory_in_use_is_refused_and_left_as_it_is(train, tmp_path):
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints" / "step_1").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints/step_1/train_state.pt"):
+        (run_dir / name).write_text(f"the user's {name}\n")
+    before = {p.relative_to(run_dir): p.is_file() and p.read_bytes() for p in run_dir.rglob("*")}
+    refused(train(), str(run_dir), "already holds a run", "sage resume")
+    assert {p.relative_to(run_dir): p.is_file() and p.read_bytes() for p in run_dir.rglob("*")} == before
+
+
+def test_debug_shows_the_traceback(train, monkeypatch):
+    monkeypatch.setenv("SAGE_DEBUG", "1")
+    status, _, err = train("steps=0")
+    assert status == 2
+    assert "Traceback" in err and "steps=0" in err
+
+
+def test_a_sweep_stops_at_bad_input_with_one_message(train, tmp_path):
+    sweep = (f"hydra.sweep.dir={tmp_path / 'sweep'}", "optimizer.lr=-1,1e-6")
+    refused(train(*sweep, flags=("-m",)), "optimizer.lr=-1")
+
+
+@pytest.mark.slow
+def test_the_installed_command_refuses_bad_input_as_well(tmp_path):
+    program = Path(sys.executable).with_name("sage")
+    result = subprocess.run(
+        [program, "train", "+experiment=gsm8k"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    refused((result.returncode, result.stdout, result.stderr), "data.path=FILE")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_message(tiny_model, pair_file, tmp_path):
+    program = Path(sys.executable).with_name("sage")
+    result = subprocess.run(
+        [
+            program, "train", "model=hf", f"model.path={tiny_model}", "model.dtype=float32", f"data.path={pair_file}",
+            "steps=4", "batch_size=4", "data.max_length=256", "micro_batch_tokens=1024", "optimizer.lr=1e30",
+            "optimizer.warmup_ratio=0", f"cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}",
+        ],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "not finite" in result.stderr and "optimizer.lr" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "final").exists()
+
+
+# --- completion
+
+BASH = """
+eval "$(sage train --shell-completion install=bash)"
+complete -p sage > /dev/null || exit 9
+COMP_LINE="$1"; COMP_POINT=${#1}; words=($1)
+COMP_CWORD=$(( ${#words[@]} - 1 )); [[ "$1" == *" " ]] && COMP_CWORD=${#words[@]}
+hydra_bash_completion
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("sage ", {"train", "resume"}),
+        ("sage tr", {"train"}),
+        ("sage train loss=d", {"loss=dpo", "loss=dpop"}),
+        ("sage train +experiment=de", {"+experiment=demo"}),
+        ("sage train -m engine=zero3 optimizer.l", {"optimizer.lr="}),
+        ("sage resume ru", {""}),
+    ],
+)
+def test_bash_completion_as_documented(line, expected):
+    assert 'eval "$(sage train --shell-completion install=bash)"' in (REPO / "docs" / "cli.md").read_text()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-c", BASH, "bash", line],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(result.stdout.removesuffix("\n").split("\n")) == expected
+    assert result.stderr == ""
+
+
+def test_completion_query(sage, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", "sage train tracking=")
+    assert sage("-sc", "query=bash")[1].split() == ["tracking=none", "tracking=wandb"]
+    monkeypatch.setenv("COMP_LINE", "sage train what ever +experiment=nope ste")
+    assert sage("-sc", "query=bash") == (0, "", "")
