@@ -1,4 +1,4 @@
-# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false, reportArgumentType=false, reportOperatorIssue=false
 # The accumulators of statistics and gradients nobody asked for are None, which pyright cannot follow.
 """Per-token statistics over tiles of tokens x vocabulary: no [n, v] tensor, forward or backward.
 
