@@ -115,9 +115,9 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
     model.config.use_cache = False
     for module in model.modules():  # dropout would make policy and reference differ at step 0
         if isinstance(module, nn.Dropout):
-            setattr(module, "p", 0.0)  # noqa: B010  pyright takes it for a tensor
+            module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # pyright: ignore
     if cfg.lora is None:
         return model
     try:
