@@ -24,7 +24,7 @@ peer: .venv/stamp-dev .venv/stamp-peer ## the comparison with TRL, which it inst
 lint: .venv/stamp-dev ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: .venv/stamp-dev ## docs/config.md, from the schema and conf/
 	$(BIN)/python scripts/config_reference.py docs/config.md
