@@ -62,7 +62,7 @@ def resume() -> None:
     launch.start(cfg.world_size, run_dir)
 
 
-COMMANDS: dict[str, Callable[[], None]] = {"train": train, "resume": resume}
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "resume": resume}
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def complete() -> None:
     elif word == "train":
         os.environ.update(COMP_LINE=f"{program} {arguments.lstrip()}", HYDRA_FULL_ERROR="1")
         with suppress(HydraException, OmegaConfBaseException):  # a line that does not compose yet
-            train()
+            COMMANDS["train"]()
 
 
 def fail(error: UserError, cause: BaseException | None = None) -> None:
