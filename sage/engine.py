@@ -79,9 +79,7 @@ def build_optimizer(
     if cfg.implementation == "auto" and (offload or parameters[0].is_cuda):
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-        with suppress(
-            Exception
-        ):  # no compiler or no CUDA toolkit here: building the extension fails in many ways
+        with suppress(Exception):  # without a compiler or CUDA toolkit, building it fails in many ways
             return (DeepSpeedCPUAdam if offload else FusedAdam)(parameters, adamw_mode=True, **options)  # pyright: ignore
     return torch.optim.AdamW(parameters, **options)
 
@@ -102,7 +100,7 @@ class Engine:
     def __init__(
         self, policy: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, dtype: torch.dtype, device: torch.device
     ):  # fmt: skip
-        self.device, self.bf16 = device, {"enabled": dtype == torch.bfloat16}
+        self.device, self.dtype = device, dtype
         self.policy = policy.to(device)
         trainable = [p for p in policy.parameters() if p.requires_grad]
         self.max_grad_norm = optimizer.max_grad_norm
@@ -164,16 +162,11 @@ class Engine:
         """A second model that is only asked, sharded like the policy under stage 3."""
         for parameter in module.parameters():
             parameter.requires_grad_(False)
+        module = module.to(self.device)
         if self.deepspeed.zero_optimization_partition_weights():
-            config = {
-                "train_micro_batch_size_per_gpu": 1,
-                "zero_optimization": {"stage": 3},
-                "bf16": self.bf16,
-            }
-            return deepspeed.initialize(
-                model=module.to(self.device), config=config, dist_init_required=False
-            )[0]
-        return module.to(self.device)
+            config = deepspeed_config(EngineConfig(zero_stage=3), self.dtype, max_grad_norm=0.0)
+            return deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
+        return module
 
     def gather(self, value: Any) -> list[Any]:
         """One small Python object from every rank, in order, on every rank."""

@@ -228,9 +228,8 @@ def _shared(chosen: Sequence, rejected: Sequence) -> int:
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     """(prompt, chosen, rejected): the longest common prefix is the prompt, as in TRL's `extract_prompt`."""
     end = _shared(chosen, rejected)
-    end -= chosen[:end].endswith(
-        " "
-    )  # tokenizers like a space at a word's beginning, so the responses get it
+    # Tokenizers like a space at a word's beginning, so the responses get it.
+    end -= chosen[:end].endswith(" ")
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -422,11 +421,8 @@ def _render(tokenizer: Any, pair_id: str, prompt: str, chosen: str, rejected: st
         raise UserError(f"pair {pair_id}: the tokenizer's chat template refuses it: {error}") from error
     if all(text.startswith(head) for text in full):
         return head, full[0][len(head) :], full[1][len(head) :]
-    return (
-        head,
-        chosen,
-        rejected,
-    )  # some templates open with a thought that they then omit from a finished turn
+    # Some templates open with a thought that they then omit from a finished turn.
+    return head, chosen, rejected
 
 
 def _end_once(ids: list[int], ends: set[int], tokenizer: Any) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
         raise UserError(
             f"model.path={cfg.path}: no such model folder, and not a hub name of the form owner/name"
         )
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.txt"] + [
-        "*.py"
-    ] * cfg.trust_remote_code
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.txt"]
+    if cfg.trust_remote_code:
+        patterns.append("*.py")
     try:
         return snapshot_download(path, revision=cfg.revision, allow_patterns=patterns)
     except Exception as e:
@@ -236,4 +237,6 @@ def export(
     model.config.use_cache = True
     model.save_pretrained(temporary)  # pyright: ignore
     tokenizer.save_pretrained(temporary)
+    if final.exists():  # a kill fell between this export and the summary, and the run's end was run again
+        shutil.rmtree(final)
     temporary.rename(final)

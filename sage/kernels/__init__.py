@@ -35,7 +35,6 @@ def token_stats(
     Logits and sums are float32 whatever hidden's dtype (float64 for float64), and so are the results [n].
     `logps` carries gradients to hidden, weight and bias; the other statistics are detached.
     Raises ValueError for shapes or dtypes that do not fit and for an unknown statistic or backend.
-    Statistics: DESIGN.md section 6, "logit level".
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: choose one of {sorted(BACKENDS)}")
