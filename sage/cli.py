@@ -30,39 +30,49 @@ usage: sage COMMAND [arguments]
 
 commands
   train             align a policy: sage train +experiment=demo [key=value ...]; -m sweeps over comma-separated values
-  resume RUN_DIR    go on from the newest complete checkpoint, exactly
+  resume RUN_DIR    go on with an interrupted run, exactly
 
-sage train --help             every config group and key
-sage train --cfg job ...      the composed config, without running it
+sage COMMAND --help             every config group and key
+sage COMMAND --cfg job ...      the composed config, without running it
 sage train --shell-completion install=bash      how to install completion: docs/cli.md
 """
 
 
-@hydra.main(version_base="1.3", config_path="pkg://sage.conf", config_name="train")
-def train(composed: DictConfig) -> None:
-    from sage import launch
+def hydra_command(word: str) -> Callable[..., None]:
+    """The Hydra program behind a command word."""
 
-    try:
-        launch.run(config.load(composed), Path(HydraConfig.get().runtime.output_dir))
-    except UserError as e:
-        fail(e)  # here, so that Hydra does not add its own line
+    @hydra.main(version_base="1.3", config_path="pkg://sage.conf", config_name=word.replace("-", "_"))
+    def run(composed: DictConfig) -> None:
+        from sage import launch
+
+        try:
+            launch.run(config.load(composed), Path(HydraConfig.get().runtime.output_dir))
+        except UserError as e:
+            fail(e)  # here, so that Hydra does not add its own line
+
+    return run
 
 
 def resume() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print("usage: sage resume RUN_DIR\n\nGo on from the newest complete checkpoint of a run, exactly.")
+        print(
+            "usage: sage resume RUN_DIR\n\nGo on with an interrupted run, exactly: from its newest complete checkpoint."
+        )
         raise SystemExit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     from sage import launch
 
     run_dir = Path(sys.argv[1])
     cfg = config.load(run_dir)
     if (run_dir / "summary.json").exists():
-        raise UserError(f"{run_dir}: this run is finished; its outputs are in {run_dir / 'final'}")
+        raise UserError(f"{run_dir}: this run is finished; its summary.json says what came of it")
     launch.preflight(cfg)
     launch.start(cfg.world_size, run_dir)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "resume": resume}
+COMMANDS: dict[str, Callable[..., None]] = {
+    **{word: hydra_command(word) for word in config.SCHEMAS},
+    "resume": resume,
+}
 
 
 def main() -> None:
@@ -82,7 +92,7 @@ def main() -> None:
     except UserError as e:
         fail(e)
     except (HydraException, OmegaConfBaseException) as e:
-        fail(UserError(explain(e)), cause=e)
+        fail(UserError(explain(e, word)), cause=e)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -96,10 +106,10 @@ def complete() -> None:
     word, space, arguments = rest.lstrip().partition(" ")
     if not space:
         print("\n".join(c for c in COMMANDS if c.startswith(word)))
-    elif word == "train":
+    elif word in config.SCHEMAS:
         os.environ.update(COMP_LINE=f"{program} {arguments.lstrip()}", HYDRA_FULL_ERROR="1")
         with suppress(HydraException, OmegaConfBaseException):  # a line that does not compose yet
-            COMMANDS["train"]()
+            COMMANDS[word]()
 
 
 def fail(error: UserError, cause: BaseException | None = None) -> None:
@@ -108,7 +118,7 @@ def fail(error: UserError, cause: BaseException | None = None) -> None:
     raise SystemExit(2)
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, word: str) -> str:
     """Hydra's message for a config that does not compose, with the nearest valid key or option where one is close."""
     causes = [str(error)]
     while error.__cause__ is not None:
@@ -120,7 +130,9 @@ def explain(error: BaseException) -> str:
     ):
         full = re.search(r"full_key: (\S+)", text)
         key = full[1] if full else match[1]
-        return f"unknown config key {key!r}{nearest(key, known_keys())}; `sage train --help` lists all keys"
+        return (
+            f"unknown config key {key!r}{nearest(key, known_keys(word))}; `sage {word} --help` lists all keys"
+        )
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         listed = text.split("Available options in", 1)[-1].split("Config search path")[0]
@@ -135,16 +147,15 @@ def nearest(word: str, known: object) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def known_keys() -> list[str]:
+def known_keys(word: str) -> list[str]:
     from sage import losses
 
-    blank = config.TrainConfig()
-    objectives = [c for c in vars(losses).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
-    return [
-        *(name for name, *_ in config.walk(blank)),
-        *(f.name for f in dataclasses.fields(blank)),
-        *(f"loss.{f.name}" for c in objectives for f in dataclasses.fields(c)),
-    ]
+    blank = config.SCHEMAS[word]()
+    names = [*(name for name, *_ in config.walk(blank)), *(f.name for f in dataclasses.fields(blank))]
+    if "loss" in names:
+        objectives = [c for c in vars(losses).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+        names += [f"loss.{f.name}" for c in objectives for f in dataclasses.fields(c)]
+    return names
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The schema of a run: every key, its type, its default, what it means; and the checks no type can express.
+"""The schema of every command: each key, its type, its default, what it means; and the checks no type can express.
 
 The dataclasses are registered with Hydra, so composition itself rejects unknown keys and wrong types. `check` looks at
 what one key cannot know of another. It raises and never edits: what was composed is what runs.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -120,8 +121,24 @@ class TrackingConfig:
 
 
 @dataclass
-class TrainConfig:
+class RunConfig:
+    """What the config of every command has. A command's own class adds its keys, and `check` for combinations."""
+
+    command: str = key(MISSING, "the command this config is for")
+    name: str = key(MISSING, "names the run's folder")
     model: ModelConfig = field(default_factory=ModelConfig)
+    seed: int = key(0, "seeds whatever is drawn: data order, dropout, selection, sampled responses", low=0)
+    world_size: int = key(1, "ranks (processes) on this machine; one per GPU", low=1)
+    cache_dir: str = key("~/.cache/sage", "converted models, tokenised pairs, reference log-probabilities")
+
+    def check(self) -> None:
+        """Raise UserError for values that are each allowed and cannot run together."""
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    command: str = key("train", "the command this config is for", choices=("train",))
+    name: str = key("train", "names the run's folder")
     data: DataConfig = field(default_factory=DataConfig)
     loss: dict[str, Any] = key({}, "the objective: a class of sage.losses by _target_, and its fields")
     scorer: dict[str, Any] = key(
@@ -133,8 +150,6 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    name: str = key("train", "names the run's folder")
-    seed: int = key(0, "seeds the data order, dropout and selection", low=0)
     steps: int | None = key(None, "optimizer steps; give this or epochs", low=1)
     epochs: float | None = key(None, "passes over the training pairs; give this or steps", low=0)
     batch_size: int = key(32, "pairs per optimizer step, over all ranks", low=1)
@@ -144,15 +159,40 @@ class TrainConfig:
         "reference log-probabilities: computed once and kept on disk, or by a second model in every step",
         choices=("cached", "online"),
     )
-    world_size: int = key(1, "ranks (processes) on this machine; one per GPU", low=1)
     eval_every: int = key(0, "steps between evaluations; 0 = only before and after", low=0)
     save_every: int = key(0, "steps between checkpoints; 0 = none", low=0)
     keep_checkpoints: int = key(2, "newest checkpoints to keep", low=1)
     log_every: int = key(1, "steps between log lines", low=1)
-    cache_dir: str = key("~/.cache/sage", "converted models, tokenised pairs, reference log-probabilities")
+
+    def check(self) -> None:
+        for group in ("loss", "scorer", "curriculum"):
+            check_target(group, getattr(self, group))
+        if self.data.path is None:
+            raise UserError(
+                f"data.path is not set: give experiment {self.name!r} its preference pairs with data.path=FILE "
+                "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected)"
+            )
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError("give exactly one of steps=N and epochs=X (the other null)")
+        if self.batch_size < self.world_size:
+            raise UserError(
+                f"batch_size={self.batch_size} pairs cannot feed world_size={self.world_size} ranks: raise it"
+            )
+        if self.data.max_length * 2 > self.micro_batch_tokens:
+            raise UserError(
+                f"micro_batch_tokens={self.micro_batch_tokens} cannot hold one pair of data.max_length="
+                f"{self.data.max_length} (two rows): raise it to {self.data.max_length * 2}, or lower data.max_length"
+            )
+        if self.engine.offload and self.engine.zero_stage == 0:
+            raise UserError("engine.offload=true needs engine.zero_stage of 1, 2 or 3")
+        if self.model.lora is None and self.model.adapter_path is not None:
+            raise UserError("model.adapter_path needs an adapter to train: add +model/lora=default")
 
 
-ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+# Command word -> its schema. The command composes conf/WORD.yaml, which names WORD_schema (a dash becomes _).
+SCHEMAS: dict[str, type[RunConfig]] = {"train": TrainConfig}
+for _word, _schema in SCHEMAS.items():
+    ConfigStore.instance().store(name=f"{_word.replace('-', '_')}_schema", node=_schema)
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -165,26 +205,34 @@ def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, 
             yield f"{prefix}{f.name}", f, value
 
 
-def load(source: DictConfig | str | Path) -> TrainConfig:
-    """Read a composed config, or a run directory's frozen one, into dataclasses and check it.
+def load(source: DictConfig | str | Path) -> RunConfig:
+    """Read a composed config, or a run directory's frozen one, into its command's dataclass and check it.
 
     Raises:
         UserError: a key is unknown, missing, of the wrong type, out of range, or at odds with another.
     """
     if not isinstance(source, DictConfig):
-        file = Path(source) / CONFIG_FILE
-        if not file.is_file():
-            raise UserError(f"{source} is not a run directory: it has no {CONFIG_FILE}")
-        source = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file))  # pyright: ignore
+        source = read_frozen(Path(source))
     try:
-        cfg: TrainConfig = OmegaConf.to_object(source)  # pyright: ignore
+        cfg: RunConfig = OmegaConf.to_object(source)  # pyright: ignore
     except OmegaConfBaseException as e:
         raise UserError(str(e).splitlines()[0] + (f" (key {e.full_key})" if e.full_key else "")) from e
     check(cfg)
     return cfg
 
 
-def check(cfg: TrainConfig) -> None:
+def read_frozen(run_dir: Path) -> DictConfig:
+    file = run_dir / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
+    try:
+        written: Any = OmegaConf.load(file)
+        return OmegaConf.merge(OmegaConf.structured(SCHEMAS[written["command"]]), written)  # pyright: ignore
+    except (KeyError, TypeError, OmegaConfBaseException, yaml.YAMLError) as e:
+        raise UserError(f"{file} is not a config that sage wrote: {str(e).splitlines()[0]}") from e
+
+
+def check(cfg: RunConfig) -> None:
     """Raise UserError for values out of range and for combinations that cannot run."""
     for name, f, value in walk(cfg):
         m = f.metadata
@@ -195,28 +243,7 @@ def check(cfg: TrainConfig) -> None:
                 raise UserError(f"{name}={value}: must be at least {m['low']}")
             if m.get("high") is not None and value > m["high"]:
                 raise UserError(f"{name}={value}: must be at most {m['high']}")
-    for group in ("loss", "scorer", "curriculum"):
-        check_target(group, getattr(cfg, group))
-    if cfg.data.path is None:
-        raise UserError(
-            f"data.path is not set: give experiment {cfg.name!r} its preference pairs with data.path=FILE "
-            "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected)"
-        )
-    if (cfg.steps is None) == (cfg.epochs is None):
-        raise UserError("give exactly one of steps=N and epochs=X (the other null)")
-    if cfg.batch_size < cfg.world_size:
-        raise UserError(
-            f"batch_size={cfg.batch_size} pairs cannot feed world_size={cfg.world_size} ranks: raise it"
-        )
-    if cfg.data.max_length * 2 > cfg.micro_batch_tokens:
-        raise UserError(
-            f"micro_batch_tokens={cfg.micro_batch_tokens} cannot hold one pair of data.max_length="
-            f"{cfg.data.max_length} (two rows): raise it to {cfg.data.max_length * 2}, or lower data.max_length"
-        )
-    if cfg.engine.offload and cfg.engine.zero_stage == 0:
-        raise UserError("engine.offload=true needs engine.zero_stage of 1, 2 or 3")
-    if cfg.model.lora is None and cfg.model.adapter_path is not None:
-        raise UserError("model.adapter_path needs an adapter to train: add +model/lora=default")
+    cfg.check()
 
 
 def check_target(group: str, node: dict[str, Any]) -> None:
@@ -237,7 +264,7 @@ def check_target(group: str, node: dict[str, Any]) -> None:
         raise UserError(f"{group}: {str(e).splitlines()[0]} (key {group}.{e.full_key})") from e
 
 
-def freeze(cfg: TrainConfig, run_dir: Path) -> None:
+def freeze(cfg: RunConfig, run_dir: Path) -> None:
     """Write the one resolved config that every rank of a run reads.
 
     Raises:

@@ -5,16 +5,32 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import singledispatch
 from pathlib import Path
 
 from sage import config
-from sage.config import TrainConfig
+from sage.config import RunConfig, TrainConfig
 from sage.errors import UserError
 from sage.pairs import load_pairs, resolve_path
 
 
-def preflight(cfg: TrainConfig) -> None:
-    """Refuse a run whose model file is missing, whose pairs are bad, or that wants more GPUs than there are."""
+@singledispatch
+def read_inputs(cfg: RunConfig) -> None:
+    """Read what this command's config points at, so that bad rows end it before a model is loaded."""
+    raise NotImplementedError(type(cfg))
+
+
+@read_inputs.register
+def _(cfg: TrainConfig) -> None:
+    data = cfg.data
+    assert data.path is not None
+    load_pairs(data.path, split=data.split, columns=data.columns, limit=data.limit)
+    if data.eval_path:
+        load_pairs(data.eval_path, split=data.eval_split, columns=data.columns, limit=data.eval_limit)
+
+
+def preflight(cfg: RunConfig) -> None:
+    """Refuse a run whose model file is missing, whose inputs are bad, or that wants more GPUs than there are."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -23,14 +39,10 @@ def preflight(cfg: TrainConfig) -> None:
     path = resolve_path(cfg.model.path)
     if path.startswith((".", "/")) and not os.path.exists(path):
         raise UserError(f"model.path={cfg.model.path}: no such file or folder")
-    data = cfg.data
-    assert data.path is not None
-    load_pairs(data.path, split=data.split, columns=data.columns, limit=data.limit)
-    if data.eval_path:
-        load_pairs(data.eval_path, split=data.eval_split, columns=data.columns, limit=data.eval_limit)
+    read_inputs(cfg)
 
 
-def run(cfg: TrainConfig, run_dir: Path) -> None:
+def run(cfg: RunConfig, run_dir: Path) -> None:
     """Check, freeze and start one run, and wait for it. Exits with the ranks' status when they fail."""
     preflight(cfg)
     config.freeze(cfg, run_dir)

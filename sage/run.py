@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from sage import checkpoint, policy
 from sage.batches import PairForward
 from sage.checkpoint import TrainState
-from sage.config import load
+from sage.config import TrainConfig, load
 from sage.curriculum import Curriculum
 from sage.engine import Engine, init_distributed, main_first
 from sage.errors import UserError
@@ -36,7 +36,9 @@ class Run:
     """
 
     def __init__(self, run_dir: Path):
-        cfg = self.cfg = load(run_dir)
+        cfg = load(run_dir)
+        assert isinstance(cfg, TrainConfig)
+        self.cfg = cfg
         self.run_dir = run_dir
         self.loss: Loss = build("loss", cfg.loss)
         self.scorer: Scorer = build("scorer", cfg.scorer)

@@ -1,6 +1,6 @@
 """A rank's entry: `python -m sage.worker RUN_DIR`, also under torchrun, srun or the deepspeed launcher.
 
-Everything it does is decided by RUN_DIR/config.yaml and the checkpoints beside it.
+Everything it does is decided by RUN_DIR/config.yaml, which names the command, and by what lies beside it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warning about it helps nobody
 warnings.filterwarnings("ignore", category=FutureWarning)
 
+# Command -> the function that every rank calls with the run directory. By name, so that a rank imports only its own.
+JOBS = {"train": "sage.train.train"}
+
 
 def main() -> None:
     from sage.errors import UserError, report
 
     try:
+        from hydra.utils import get_method
         from transformers.utils import logging
 
+        from sage import config
         from sage.engine import shutdown
-        from sage.train import train
 
         logging.disable_progress_bar()  # we show our own
 
-        train(Path(sys.argv[1]))
+        run_dir = Path(sys.argv[1])
+        get_method(JOBS[config.load(run_dir).command])(run_dir)
         shutdown()
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":

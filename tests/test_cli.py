@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import REPO, make_pairs, write_jsonl
 from hydra import compose, initialize_config_module
+from hydra.utils import get_method
+from omegaconf import OmegaConf
 
-from sage import cli, config
+from sage import cli, config, worker
+from sage.errors import UserError
 
 CONF = REPO / "conf"
 OPTIONS = sorted(
@@ -94,6 +97,27 @@ def test_a_frozen_config_reads_back_the_same(tmp_path):
         cfg = config.load(compose("train", ["+experiment=gsm8k_qwen2.5-7b_1gpu", "data.path=pairs.jsonl"]))
     config.freeze(cfg, tmp_path)
     assert config.load(tmp_path) == cfg
+
+
+def test_every_command_has_its_config_and_a_job_in_the_ranks():
+    """A command word is one key in three tables and the name of a YAML; here they cannot drift apart."""
+    assert set(worker.JOBS) == set(config.SCHEMAS) == set(cli.COMMANDS) - {"resume"}
+    for word, job in worker.JOBS.items():
+        assert callable(get_method(job))
+        with initialize_config_module("sage.conf", version_base="1.3"):
+            composed = compose(word.replace("-", "_"))
+        assert composed.command == word and OmegaConf.get_type(composed) is config.SCHEMAS[word]
+
+
+def test_a_config_of_another_command_is_refused(train):
+    refused(train("command=eval"), "command=eval", "train")
+
+
+def test_a_frozen_config_that_sage_did_not_write_is_refused(tmp_path):
+    for text in ("command: nope\n", "- a list\n", "steps: 1\n", "command: train\nstepps: 1\n", "a: [\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"config\.yaml is not a config that sage wrote"):
+            config.load(tmp_path)
 
 
 # --- help

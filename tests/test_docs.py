@@ -132,7 +132,7 @@ def test_sage_commands_in_the_docs_compose(page, words):
     if "-m" in words:  # a sweep: its first job
         overrides = [re.sub(r"^([^=\[{]+=[^,\[{]+),.*", r"\1", word) for word in overrides]
     with initialize_config_module("sage.conf", version_base="1.3"):
-        compose("train", overrides)
+        compose(words[1].replace("-", "_"), overrides)
 
 
 def test_files_in_the_docs_exist():
