@@ -21,6 +21,8 @@ COSTS: tuple[str, ...] = (
     "backward_tokens",
     "real_tokens",
     "padded_tokens",
+    "snr_pairs",
+    "snr_tokens",
 )
 
 

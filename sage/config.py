@@ -163,6 +163,11 @@ class TrainConfig(RunConfig):
     save_every: int = key(0, "steps between checkpoints; 0 = none", low=0)
     keep_checkpoints: int = key(2, "newest checkpoints to keep", low=1)
     log_every: int = key(1, "steps between log lines", low=1)
+    snr_every: int = key(
+        0,
+        "steps between measurements of the updates' signal-to-noise ratio, each a second backward; 0 = none",
+        low=0,
+    )
 
     def check(self) -> None:
         for group in ("loss", "scorer", "curriculum"):
@@ -185,6 +190,15 @@ class TrainConfig(RunConfig):
             )
         if self.engine.offload and self.engine.zero_stage == 0:
             raise UserError("engine.offload=true needs engine.zero_stage of 1, 2 or 3")
+        if self.snr_every and self.engine.zero_stage == 3:
+            raise UserError(
+                f"snr_every={self.snr_every} needs whole gradients, which engine.zero_stage=3 never holds: use "
+                "engine=zero2, or snr_every=0"
+            )
+        if self.snr_every and self.batch_size == 1:
+            raise UserError(
+                f"snr_every={self.snr_every}: a batch_size of 1 pair shows no noise: raise it, or set snr_every=0"
+            )
         if self.model.lora is None and self.model.adapter_path is not None:
             raise UserError("model.adapter_path needs an adapter to train: add +model/lora=default")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sage import snr
 from sage.config import OptimizerConfig
 from sage.errors import UserError
 from sage.metrics import means, per_pair
@@ -31,6 +32,8 @@ def train(run_dir: Path) -> None:
             started = time.perf_counter()
             candidates = run.curriculum.draw(cfg.batch_size * run.scorer.candidates_per_pair)
             chosen = run.choose(candidates)
+            if cfg.snr_every and (state.step + 1) % cfg.snr_every == 0:
+                tracker.log(state.step + 1, snr.measure(run, candidates, chosen))
             sums = torch.zeros(())
             for work in forward.micro_batches(run.pairs, chosen, backward=True):
                 logps, reference = engine(work.batch), run.reference(work.indices, work.batch)

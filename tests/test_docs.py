@@ -20,6 +20,7 @@ LAYERS = (
     "cli",
     "launch worker",
     "train",
+    "snr",
     "run",
     "checkpoint reference",
     "batches",
