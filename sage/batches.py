@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sage.engine import Engine
-from sage.losses import PairLogps
-from sage.packing import MicroBatch, collate, plan
+from sage.losses import LogitStats, PairLogps
+from sage.packing import MicroBatch, collate, pair_tokens, plan
 from sage.pairs import TokenizedPairs
 from sage.progress import track
 
@@ -37,10 +38,13 @@ class Work(NamedTuple):
 
 
 class PairForward:
-    """Runs pairs through the policy in micro-batches of at most `budget` tokens, over all ranks, counting the cost."""
+    """Runs pairs through the policy in micro-batches of at most `budget` tokens, over all ranks, counting the cost.
 
-    def __init__(self, engine: Engine, budget: int):
-        self.engine, self.budget = engine, budget
+    `layout` is one of `sage.packing.LAYOUTS`.
+    """
+
+    def __init__(self, engine: Engine, budget: int, layout: str):
+        self.engine, self.budget, self.layout = engine, budget, layout
         self.reset_costs()
 
     def reset_costs(self) -> None:
@@ -57,19 +61,21 @@ class PairForward:
     ) -> Iterator[Work]:
         """This rank's share of the pairs. Every rank yields the same number of items."""
         lengths = pairs.lengths()[indices]
-        plans = plan(lengths, self.budget, self.engine.world_size)
+        plans = plan(lengths, self.budget, self.engine.world_size, self.layout)
         self.count(lengths, plans, backward)
         mine = plans[self.engine.rank]
         for i, members in enumerate(mine):
             positions = np.array(members or [0])
-            batch = collate([pairs[int(j)] for j in indices[positions]]).to(self.engine.device)
+            batch = collate([pairs[int(j)] for j in indices[positions]], self.layout).to(self.engine.device)
             yield Work(positions, indices[positions], batch, float(bool(members)), i == len(mine) - 1)
 
     def count(self, lengths: np.ndarray, plans: list[list[list[int]]], backward: bool) -> None:
-        """Add the cost of a plan, over all ranks. Tokens are those of both rows; padding counts as computed."""
-        rows = lengths[:, :1] + lengths[:, 1:]
-        real = float(rows.sum())
-        padded = float(sum(2 * len(m) * rows[m].max() for rank in plans for m in rank if m))
+        """Add the cost of a plan, over all ranks: tokens as the layout runs them, padding apart."""
+        real = float(pair_tokens(lengths, "shared" if self.layout == "shared" else "unshared").sum())
+        padded = real
+        if self.layout == "padded":
+            tokens = pair_tokens(lengths, "padded")
+            padded = float(sum(len(m) * tokens[m].max() for rank in plans for m in rank if m))
         direction = "backward" if backward else "forward"
         self.costs[f"{direction}_pairs"] += len(lengths)
         self.costs[f"{direction}_tokens"] += real
@@ -88,9 +94,43 @@ class PairForward:
 
         `description` shows a progress bar; `model` (a Reference) replaces the policy.
         """
-        out = torch.zeros(4, len(indices), device=self.engine.device)
+        return PairLogps(
+            *self.gather(
+                pairs,
+                indices,
+                description,
+                4,
+                lambda w: model(w.indices, w.batch) if model else self.engine(w.batch),
+            )
+        )
+
+    @torch.no_grad()
+    def all_stats(
+        self, pairs: TokenizedPairs, indices: np.ndarray, description: str | None = None, logit: bool = False
+    ) -> tuple[PairLogps, LogitStats | None]:
+        """As `all_logps` of the policy, with what its next-token distributions say where `logit` asks for it."""
+        if not logit:
+            return self.all_logps(pairs, indices, description), None
+
+        def forward(work: Work) -> tuple[Tensor, ...]:
+            logps, stats = self.engine(work.batch, logit=True)
+            return (*logps, *stats)
+
+        values = self.gather(pairs, indices, description, 7, forward)
+        return PairLogps(*values[:4]), LogitStats(*values[4:])
+
+    def gather(
+        self,
+        pairs: TokenizedPairs,
+        indices: np.ndarray,
+        description: str | None,
+        width: int,
+        forward: Callable[[Work], tuple[Tensor, ...]],
+    ) -> Tensor:
+        """What `forward` says of every pair, `width` numbers each, from all ranks in the order of `indices`: [width, n]."""
+        out = torch.zeros(width, len(indices), device=self.engine.device)
         for work in track(self.micro_batches(pairs, indices), description, len(indices)):
-            logps = torch.stack(list(model(work.indices, work.batch) if model else self.engine(work.batch)))
+            values = torch.stack(list(forward(work)))
             if work.weight:
-                out[:, torch.from_numpy(work.positions).to(out.device)] = logps
-        return PairLogps(*self.engine.sum_over_ranks(out))
+                out[:, torch.from_numpy(work.positions).to(out.device)] = values
+        return self.engine.sum_over_ranks(out)

@@ -52,7 +52,9 @@ class ModelConfig:
         "dtype of the compute; auto = bfloat16 where the device has it, else float32",
         choices=("auto", "float32", "bfloat16"),
     )
-    attention: str = key("sdpa", "attention of transformers", choices=("sdpa", "eager", "flash_attention_2"))
+    attention: str = key(
+        "sdpa", "attention where rows are padded", choices=("sdpa", "eager", "flash_attention_2")
+    )
     gradient_checkpointing: bool = key(
         False, "recompute activations in backward: less memory, a third more time"
     )
@@ -154,6 +156,12 @@ class TrainConfig(RunConfig):
     epochs: float | None = key(None, "passes over the training pairs; give this or steps", low=0)
     batch_size: int = key(32, "pairs per optimizer step, over all ranks", low=1)
     micro_batch_tokens: int = key(16384, "tokens (padding included) of one forward of one rank", low=2)
+    packing: str = key(
+        "auto",
+        "shared: no padding, each prompt computed once for both responses; unshared: no padding; padded: a row per "
+        "response; auto = shared where the model's attention admits it, else padded",
+        choices=("auto", "shared", "unshared", "padded"),
+    )
     reference: str = key(
         "cached",
         "reference log-probabilities: computed once and kept on disk, or by a second model in every step",

@@ -16,12 +16,13 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from sage import attention
 from sage.config import ModelConfig, TrainConfig
 from sage.errors import UserError
-from sage.kernels import token_stats
-from sage.losses import PairLogps
-from sage.packing import MicroBatch
-from sage.pairs import resolve_path
+from sage.kernels import TokenStats, token_stats
+from sage.losses import LogitStats, PairLogps
+from sage.packing import MicroBatch, collate
+from sage.pairs import Pair, resolve_path
 
 
 def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
@@ -147,7 +148,7 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
 
 
 class Head(nn.Module):
-    """Log-probabilities of labels from hidden states, without logits of the unscored positions.
+    """Statistics of labels from hidden states, without logits of the unscored positions.
 
     It owns the head's weight as a parameter of its own (the same object as the model's), so that ZeRO-3 gathers it for
     this module's forward and again before its backward.
@@ -164,18 +165,10 @@ class Head(nn.Module):
         # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
         self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        stats = token_stats(
-            hidden,
-            self.weight,
-            labels,
-            bias=self.bias,
-            softcap=self.softcap,
-            scale=self.scale,
-            stats=("logps",),
+    def forward(self, hidden: Tensor, labels: Tensor, stats: tuple[str, ...]) -> TokenStats:
+        return token_stats(
+            hidden, self.weight, labels, bias=self.bias, softcap=self.softcap, scale=self.scale, stats=stats
         )
-        assert stats.logps is not None
-        return stats.logps
 
 
 class Policy(nn.Module):
@@ -184,23 +177,79 @@ class Policy(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model: Any = model
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.head = Head(causal.get_output_embeddings(), causal.config)
+        self.head = Head(self.causal.get_output_embeddings(), self.causal.config)
+        self.unpacked_attention = self.causal.config._attn_implementation
 
-    def forward(self, batch: MicroBatch, reference: bool = False) -> PairLogps:
-        """Summed response log-probabilities and lengths, [n] each, of a micro-batch of n pairs.
+    @property
+    def causal(self) -> Any:
+        """The transformers model, inside its adapter where there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, batch: MicroBatch, reference: bool = False, logit: bool = False) -> Any:
+        """PairLogps of a micro-batch of n pairs; with `logit`, (PairLogps, LogitStats).
 
         `reference` switches a freshly initialised adapter off, which gives back the initial model.
         """
-        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        causal, arguments = self.causal, {}
+        if batch.spans is None:
+            causal.config._attn_implementation = self.unpacked_attention
+        else:
+            causal.config._attn_implementation = attention.IMPLEMENTATION
+            arguments["packed_mask"] = attention.packed_mask(
+                batch.spans, batch.input_ids.shape[1], batch.input_ids.device
+            )
         with self.model.disable_adapter() if reference else nullcontext():
             hidden = causal.base_model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                **arguments,
             ).last_hidden_state
-        logps = self.head(hidden.flatten(0, 1)[batch.positions], batch.labels)
-        # Every position is written once, so this sum, unlike index_add, is deterministic on CUDA.
-        per_token = logps.new_zeros(batch.input_ids.numel()).scatter(0, batch.positions, logps)
-        return PairLogps(*per_token.view_as(batch.input_ids).sum(1).chunk(2), *batch.response_tokens.chunk(2))
+        hidden = hidden.flatten(0, 1)[batch.positions]
+        stats = self.head(hidden, batch.labels, ("logps", "sum_sq_probs") if logit else ("logps",))
+        logps = PairLogps(*per_response(stats.logps, batch).chunk(2), *batch.response_tokens.chunk(2))
+        if not logit:
+            return logps
+        squared_norms = per_response(1 - 2 * stats.logps.detach().exp() + stats.sum_sq_probs, batch)
+        uncertainties = per_response(1 - stats.sum_sq_probs, batch)
+        chosen_norm, rejected_norm = squared_norms.chunk(2)
+        return logps, LogitStats(chosen_norm + rejected_norm, *uncertainties.chunk(2))
+
+
+def per_response(values: Tensor, batch: MicroBatch) -> Tensor:
+    """Sum [s] per-token values over each response, [2n].
+
+    Every slot is written once, so this sum, unlike index_add, is deterministic on CUDA.
+    """
+    table = values.new_zeros(len(batch.response_tokens) * batch.longest).scatter(0, batch.slots, values)
+    return table.view(-1, batch.longest).sum(1)
+
+
+@torch.no_grad()
+def can_pack(model: Any, causal: Any, max_length: int, device: torch.device) -> str | None:
+    """None when the model reads a packed row as it reads padded ones, else why it does not.
+
+    `model` is a Policy, or the engine around it; `causal` is the transformers model in it. Every rank calls this.
+    """
+    window = getattr(causal.config, "sliding_window", None)
+    if window and max_length > window and getattr(causal.config, "use_sliding_window", True):
+        return f"its attention window of {window} tokens is shorter than data.max_length={max_length}"
+    if not causal._supports_attention_backend:
+        return "its attention cannot be replaced"
+    ids = (torch.arange(36) * 7919 % (causal.config.vocab_size - 1)).tolist()
+    pairs = [Pair("", None, ids[:5], ids[5:12], ids[12:16]), Pair("", None, ids[16:17], ids[17:26], ids[26:])]
+    logps = []
+    for layout in ("shared", "padded"):
+        try:
+            logps.append(torch.cat(model(collate(pairs, layout).to(device))[:2]))
+        except Exception as e:
+            return f"it fails on a packed row ({type(e).__name__}: {str(e).splitlines()[0]})"
+    packed, padded = logps
+    # What leaks, or lies at a wrong place, moves a log-probability by whole nats; bfloat16 moves it by hundredths.
+    if not torch.allclose(packed, padded, rtol=1e-2, atol=1e-2):
+        return f"its log-probabilities change by up to {float((packed - padded).abs().max()):.3g} in a packed row"
+    return None
 
 
 def fingerprint(folder: str, adapter_path: str | None) -> str:

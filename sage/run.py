@@ -60,7 +60,7 @@ class Run:
 
         model = policy.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
         self.engine = Engine(policy.Policy(model), cfg.engine, cfg.optimizer, self.dtype, device)
-        self.forward = PairForward(self.engine, cfg.micro_batch_tokens)
+        self.forward = PairForward(self.engine, cfg.micro_batch_tokens, self.layout())
         self.reference = self.build_reference(self.pairs, "training")
         self.eval_reference = self.build_reference(self.eval_pairs, "held-out") if self.eval_pairs else None
 
@@ -99,6 +99,20 @@ class Run:
                     )
         return pairs
 
+    def layout(self) -> str:
+        """How pairs lie in memory: `packing`, or under auto the best that this model admits."""
+        cfg = self.cfg
+        if cfg.packing == "padded":
+            return cfg.packing
+        module = self.engine.policy
+        reason = policy.can_pack(self.engine, module.causal, cfg.data.max_length, self.engine.device)
+        if reason is None:
+            return "shared" if cfg.packing == "auto" else cfg.packing
+        if cfg.packing != "auto":
+            raise UserError(f"packing={cfg.packing} does not suit this model: {reason}; set packing=padded")
+        console.print(f"rows are padded and prompts computed twice, since this model cannot pack: {reason}")
+        return "padded"
+
     def build_reference(self, pairs: TokenizedPairs, name: str) -> Reference:
         cfg = self.cfg
         if self.loss.reference_free:
@@ -113,6 +127,7 @@ class Run:
         key = {
             "weights": policy.fingerprint(self.folder, cfg.model.adapter_path),
             "dtype": str(self.dtype),
+            "layout": self.forward.layout,
             "attention": cfg.model.attention,
         }
         return Cached(self.forward, pairs, key, cfg.cache_dir, name)

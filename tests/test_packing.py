@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sage.packing import collate, plan
+from sage.packing import LAYOUTS, collate, pair_tokens, plan
 from sage.pairs import Pair
 
 lengths = st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=40).map(
@@ -16,21 +16,34 @@ lengths = st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=40
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths, st.integers(2, 600), st.integers(1, 9))
-def test_plan(lengths, budget, world_size):
+@given(lengths, st.integers(240, 1200), st.integers(1, 9), st.sampled_from(LAYOUTS))
+def test_plan(lengths, budget, world_size, layout):
     """Protects the mean over the batch (each pair once), memory (the budget) and ZeRO's collectives (equal counts)."""
-    plans = plan(lengths, budget, world_size)
-    assert plans == plan(lengths.copy(), budget, world_size)  # every rank computes the same plan
+    plans = plan(lengths, budget, world_size, layout)
+    assert plans == plan(lengths.copy(), budget, world_size, layout)  # every rank computes the same plan
     assert len(plans) == world_size
     assert len({len(mine) for mine in plans}) == 1
     members = [i for mine in plans for micro_batch in mine for i in micro_batch]
     assert sorted(members) == list(range(len(lengths)))
-    rows = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    for micro_batch in (m for mine in plans for m in mine if len(m) > 1):
-        assert 2 * len(micro_batch) * rows[micro_batch].max() <= budget
+    tokens = pair_tokens(lengths, layout)
+    for micro_batch in (m for mine in plans for m in mine if m):
+        size = (
+            len(micro_batch) * tokens[micro_batch].max() if layout == "padded" else tokens[micro_batch].sum()
+        )
+        assert size <= budget
     busy = [sum(map(len, mine)) for mine in plans]
     assert min(busy) > 0 or max(busy) <= 1  # nobody idles while another has two pairs
     assert sum(not m for mine in plans for m in mine) < world_size  # no round in which nobody has work
+
+
+def test_packed_ranks_get_equal_work():
+    """Protects speed on many ranks: the slowest decides, and packed micro-batches differ by less than one pair."""
+    lengths = np.random.default_rng(0).integers(20, 200, (500, 3))
+    tokens = pair_tokens(lengths, "shared")
+    work = [sum(tokens[m].sum() for m in mine) for mine in plan(lengths, 4096, 8, "shared")]
+    assert max(work) - min(work) < 0.05 * max(work)
+    rounds = len(plan(lengths, 4096, 8, "shared")[0])
+    assert rounds <= -(-tokens.sum() // (4096 * 8)) + 1  # and the budget is used up
 
 
 def pair(name: str, prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
@@ -43,24 +56,45 @@ ids = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(ids, ids, ids), min_size=1, max_size=6))
-def test_collate_against_a_naive_reading(rows):
-    """Protects position bookkeeping: labels are the response tokens, each predicted one column to its left, whatever
-    the ids are (trap 3: pad == eos is told apart by position)."""
+@given(st.lists(st.tuples(ids, ids, ids), min_size=1, max_size=6), st.sampled_from(LAYOUTS))
+def test_collate_against_a_naive_reading(rows, layout):
+    """Protects position bookkeeping: every label is a response token, and what predicts it has read that response's own
+    prompt and past, whatever the ids are (trap 3: pad == eos is told apart by position)."""
     pairs = [pair(str(i), *row) for i, row in enumerate(rows)]
-    batch = collate(pairs)
+    batch = collate(pairs, layout)
+    n, flat, places = len(rows), batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
     texts = [(p, c) for p, c, _ in rows] + [(p, r) for p, _, r in rows]
-    width = max(len(p) + len(r) for p, r in texts)
-    assert batch.input_ids.shape == batch.attention_mask.shape == (2 * len(rows), width)
-    positions, labels = [], []
+    past = visible(batch)
+    scored = zip(batch.positions.tolist(), batch.labels.tolist(), batch.slots.tolist(), strict=True)
+    found = {slot: (position, label) for position, label, slot in scored}
+    assert len(found) == sum(len(response) for _, response in texts)  # every slot once
     for i, (prompt, response) in enumerate(texts):
-        full = prompt + response
-        assert batch.input_ids[i, : len(full)].tolist() == full
-        assert batch.attention_mask[i].tolist() == [1] * len(full) + [0] * (width - len(full))
         for t, token in enumerate(response):
-            positions.append(i * width + len(prompt) + t - 1)
-            labels.append(token)
-    assert batch.positions.tolist() == positions
-    assert batch.labels.tolist() == labels
+            position, label = found[i * batch.longest + t]
+            assert label == token
+            assert [flat[j] for j in past[position]] == prompt + response[:t]
+            assert [places[j] for j in past[position]] == list(range(len(prompt) + t))
     assert batch.response_tokens.tolist() == [len(r) for _, r in texts]
     assert batch.response_tokens.dtype == torch.float32
+    if layout == "padded":
+        assert batch.spans is None and len(batch.input_ids) == 2 * n
+    else:
+        assert batch.attention_mask is None
+        assert len(flat) == pair_tokens(np.array([[len(x) for x in row] for row in rows]), layout).sum()
+
+
+def visible(batch) -> dict[int, list[int]]:
+    """Flat position -> the flat positions it attends to, by the definition of each layout."""
+    past = {}
+    if batch.spans is None:
+        length = batch.input_ids.shape[1]
+        for row, mask in enumerate(batch.attention_mask.tolist()):
+            for t in range(sum(mask)):
+                past[row * length + t] = [row * length + j for j in range(t + 1)]
+        return past
+    for start, prompt, chosen, rejected in batch.spans:
+        first = list(range(start, start + prompt + chosen))
+        second = first[:prompt] + list(range(start + prompt + chosen, start + prompt + chosen + rejected))
+        for text in (first, second):
+            past.update({position: text[: t + 1] for t, position in enumerate(text)})
+    return past

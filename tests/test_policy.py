@@ -10,9 +10,9 @@ import transformers
 
 from sage.config import LoraConfig, ModelConfig
 from sage.errors import UserError
-from sage.packing import collate
+from sage.packing import LAYOUTS, collate
 from sage.pairs import Pair
-from sage.policy import Policy, load_model
+from sage.policy import Policy, can_pack, load_model
 
 VOCAB = 97
 LLAMA = {
@@ -36,11 +36,17 @@ CONFIGS = {
     "granite": transformers.GraniteConfig(**LLAMA, logits_scaling=3.0, tie_word_embeddings=False),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", CONFIGS)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def tiny(name: str) -> torch.nn.Module:
+def tiny(name: str, layout: str = "padded", **changes) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]))
+    config = copy.deepcopy(CONFIGS[name])
+    if name == "gemma2" and layout != "padded":
+        config.sliding_window = 4096  # `can_pack` admits windows that are longer than any text
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # larger than the init, so that soft caps and scales bite
         parameter.data.mul_(4.0) if parameter.ndim > 1 else None
     return model
@@ -64,11 +70,14 @@ def naive(model: torch.nn.Module, prompt: list[int], response: list[int]) -> tor
 
 
 @each
-def test_log_probabilities_and_gradients(name):
-    """Protects padding, the mask, the shift by one, soft caps, logit scales, tied heads and learned positions."""
-    model = tiny(name)
+@each_layout
+def test_log_probabilities_and_gradients(name, layout):
+    """Protects the layouts (who sees whom, at which position; the last token of a shared prompt predicting both first
+    tokens), padding, the shift by one, soft caps, logit scales, tied heads and learned positions."""
+    model = tiny(name, layout)
     policy, rows = Policy(model), pairs()
-    out = policy(collate(rows))
+    out = policy(collate(rows, layout))
+    model.config._attn_implementation = policy.unpacked_attention
     expected = [torch.stack([naive(model, p.prompt_ids, r(p)) for p in rows])
                 for r in (lambda p: p.chosen_ids, lambda p: p.rejected_ids)]  # fmt: skip
     for ours, theirs in zip(out[:2], expected, strict=True):
@@ -91,13 +100,90 @@ def test_the_head_shares_the_models_weight(name):
     assert sum(p.numel() for p in policy.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-def test_a_pair_does_not_depend_on_its_neighbours():
+@each_layout
+def test_a_pair_does_not_depend_on_its_neighbours(layout):
     policy, rows = Policy(tiny("llama")), pairs()
-    together = policy(collate(rows))
+    together = policy(collate(rows, layout))
     for i, row in enumerate(rows):
-        alone = policy(collate([row]))
+        alone = policy(collate([row], layout))
         assert abs(together.chosen[i] - alone.chosen[0]) < 1e-4
         assert abs(together.rejected[i] - alone.rejected[0]) < 1e-4
+
+
+@each_layout
+def test_long_and_short_prompts_in_one_row(layout):
+    """Protects spans of very unequal length: a prompt of one token beside one of a thousand."""
+    model = tiny("llama", max_position_embeddings=2048)
+    ids = (torch.arange(1100) * 31 % VOCAB).tolist()
+    rows = [
+        Pair("long", None, ids[:1000], ids[5:30], ids[40:90]),
+        Pair("short", None, ids[3:4], ids[7:8], ids[:60]),
+    ]
+    policy = Policy(model)
+    with torch.no_grad():
+        out = policy(collate(rows, layout))
+        model.config._attn_implementation = policy.unpacked_attention
+        for i, row in enumerate(rows):
+            assert out.chosen[i] == pytest.approx(
+                float(naive(model, row.prompt_ids, row.chosen_ids)), rel=1e-5
+            )
+            assert out.rejected[i] == pytest.approx(
+                float(naive(model, row.prompt_ids, row.rejected_ids)), rel=1e-5
+            )
+
+
+def test_logit_statistics_against_autograd():
+    """Protects D and U of the logit-level score: |d margin / d logits|^2 and the trace of logsumexp's Hessian."""
+    model, rows = tiny("llama"), pairs()
+    logps, stats = Policy(model)(collate(rows, "padded"), logit=True)
+    assert torch.equal(logps.chosen, Policy(model)(collate(rows, "padded")).chosen)
+    for i, row in enumerate(rows):
+        squared_norm, traces = 0.0, []
+        for response in (row.chosen_ids, row.rejected_ids):
+            ids = torch.tensor([row.prompt_ids + response])
+            logits = model(ids).logits[0, len(row.prompt_ids) - 1 : -1].detach().requires_grad_()
+            logp = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
+            (slope,) = torch.autograd.grad(logp, logits)
+            squared_norm += float(slope.square().sum())
+            traces.append(
+                float(sum(torch.diag(torch.func.hessian(lambda z: z.logsumexp(0))(z)).sum() for z in logits))
+            )
+        assert float(stats.squared_norm[i]) == pytest.approx(squared_norm, rel=1e-4)
+        assert float(stats.chosen_uncertainty[i]) == pytest.approx(traces[0], rel=1e-4)
+        assert float(stats.rejected_uncertainty[i]) == pytest.approx(traces[1], rel=1e-4)
+
+
+@each
+def test_who_can_pack(name):
+    """Every model here packs, unless its attention looks less far back than a pair is long."""
+    model = tiny(name)
+    reason = can_pack(Policy(model), model, 20, torch.device("cpu"))
+    assert (reason is None) == (name != "gemma2"), reason
+    if name == "gemma2":
+        assert "window of 6" in reason
+        assert (
+            can_pack(Policy(model), model, 6, torch.device("cpu")) is not None
+        )  # the probe's own texts are longer
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+        transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
+        transformers.GptOssConfig(
+            **LLAMA, head_dim=8, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_models_that_cannot_pack_are_found_out(config):
+    """Position by index, a recurrent state, attention sinks: each would be silently wrong in a packed row."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert can_pack(Policy(model), model, 20, torch.device("cpu"))
 
 
 def lora(tiny_model, **options) -> torch.nn.Module:
@@ -113,7 +199,7 @@ def test_lora_reference_is_the_base_model(tiny_model):
         assert parameter.requires_grad == ("lora_" in name)
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    batch = collate(pairs())
+    batch = collate(pairs(), "shared")
     with torch.no_grad():
         initial, reference, adapted = Policy(base)(batch), policy(batch, reference=True), policy(batch)
     assert torch.equal(initial.chosen, reference.chosen) and torch.equal(initial.rejected, reference.rejected)
@@ -139,7 +225,7 @@ def test_dropout_is_off(tmp_path):
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), ModelConfig(path=str(tmp_path)), torch.float32, seed=0)
-    policy, batch = Policy(model).train(), collate(pairs())
+    policy, batch = Policy(model).train(), collate(pairs(), "padded")
     assert torch.equal(policy(batch).chosen, policy(batch).chosen)
 
 
@@ -149,5 +235,5 @@ def test_attention_dropout_is_off(tmp_path):
     config.attention_dropout = 0.5
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), ModelConfig(path=str(tmp_path)), torch.float32, seed=0)
-    policy, batch = Policy(model).train(), collate(pairs())
+    policy, batch = Policy(model).train(), collate(pairs(), "padded")
     assert torch.equal(policy(batch).chosen, policy(batch).chosen)
