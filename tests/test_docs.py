@@ -27,7 +27,7 @@ LAYERS = (
     "engine policy",
     "metrics tracking progress scorers curriculum",
     "losses packing",
-    "pairs kernels",
+    "pairs kernels attention",
     "config",
     "errors",
 )
