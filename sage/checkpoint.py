@@ -31,7 +31,7 @@ class TrainState:
     data_fingerprint: str
     world_size: int
     step: int = 0
-    curriculum: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)  # with the curriculum's and the scorer's
     costs: dict[str, float] = field(default_factory=dict)
     baseline: dict[str, float] = field(default_factory=dict)  # held-out metrics before the first step
     seconds: float = 0.0  # spent in steps

@@ -120,6 +120,9 @@ class TrackingConfig:
         choices=("auto", "online", "offline"),
     )
     project: str = key("sage", "Weights & Biases project")
+    samples: int = key(
+        1_000_000, "rows kept in samples/*.parquet, the log of scored pairs; 0 = no such log", low=0
+    )
 
 
 @dataclass

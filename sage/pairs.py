@@ -278,6 +278,14 @@ class TokenizedPairs:
         """int64 [pairs, 3]: tokens of prompt, chosen and rejected."""
         return _lengths(self.data.data.table)
 
+    def pair_ids(self) -> np.ndarray:
+        """str objects [pairs]."""
+        return np.array(self.data.data.table["pair_id"].to_pylist(), dtype=object)
+
+    def pass_rates(self) -> np.ndarray:
+        """float64 [pairs], NaN where unknown."""
+        return self.data.data.table["pass_rate"].to_numpy().astype(np.float64)
+
 
 def _lengths(table: pa.Table) -> np.ndarray:
     return np.stack([pc.list_value_length(table[name]).to_numpy() for name in IDS], axis=1).astype(np.int64)  # pyright: ignore

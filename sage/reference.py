@@ -29,6 +29,10 @@ class Reference(Protocol):
         """Log-probabilities under the reference of the n pairs `indices`, which `batch` holds in this order."""
         ...
 
+    def lookup(self, indices: np.ndarray) -> PairLogps | None:
+        """The same without a batch, where no model has to be asked."""
+        ...
+
 
 class Cached:
     """Reads from disk what the initial policy said of every pair; computes and writes it the first time."""
@@ -53,8 +57,10 @@ class Cached:
         self.logps = PairLogps(**load_file(file))
 
     def __call__(self, indices: np.ndarray, batch: MicroBatch) -> PairLogps:
-        index = torch.from_numpy(indices)
-        return PairLogps(*(values[index].to(batch.input_ids.device) for values in self.logps))
+        return PairLogps(*(values.to(batch.input_ids.device) for values in self.lookup(indices)))
+
+    def lookup(self, indices: np.ndarray) -> PairLogps:
+        return PairLogps(*(values[torch.from_numpy(indices)] for values in self.logps))
 
 
 class Online:
@@ -67,10 +73,19 @@ class Online:
     def __call__(self, indices: np.ndarray, batch: MicroBatch) -> PairLogps:
         return self.model(batch, reference=self.adapters_off)
 
+    def lookup(self, indices: np.ndarray) -> None:
+        return None
+
 
 class Absent:
     """For reference-free losses: zeros, so that an implicit reward is beta times a log-probability."""
 
+    def __init__(self, pairs: TokenizedPairs):
+        self.tokens = torch.from_numpy(pairs.lengths()[:, 1:]).float()
+
     def __call__(self, indices: np.ndarray, batch: MicroBatch) -> PairLogps:
-        zeros = torch.zeros(len(indices), device=batch.input_ids.device)
-        return PairLogps(zeros, zeros, *batch.response_tokens.chunk(2))
+        return PairLogps(*(values.to(batch.input_ids.device) for values in self.lookup(indices)))
+
+    def lookup(self, indices: np.ndarray) -> PairLogps:
+        zeros = torch.zeros(len(indices))
+        return PairLogps(zeros, zeros, *self.tokens[torch.from_numpy(indices)].unbind(1))

@@ -16,7 +16,7 @@ from sage import checkpoint, policy
 from sage.batches import PairForward
 from sage.checkpoint import TrainState
 from sage.config import TrainConfig, load
-from sage.curriculum import Curriculum
+from sage.curriculum import Curriculum, Setting
 from sage.engine import Engine, init_distributed, main_first
 from sage.errors import UserError
 from sage.losses import Loss
@@ -24,7 +24,9 @@ from sage.metrics import means, peak_memory_gb, per_pair
 from sage.pairs import TokenizedPairs, load_pairs, tokenize_pairs
 from sage.progress import console, print_summary
 from sage.reference import Absent, Cached, Online, Reference
-from sage.scorers import PairStats, Scorer, select
+from sage.samples import SampleLog
+from sage.scorers import Scorer, Uniform
+from sage.selection import Selection, draws
 from sage.tracking import METRICS_FILE
 
 SUMMARY_FILE = "summary.json"
@@ -41,7 +43,7 @@ class Run:
         self.cfg = cfg
         self.run_dir = run_dir
         self.loss: Loss = build("loss", cfg.loss)
-        self.scorer: Scorer = build("scorer", cfg.scorer)
+        self.scorer: Scorer | Uniform = build("scorer", cfg.scorer)
         device = init_distributed()
         torch.manual_seed(cfg.seed)
         self.dtype = policy.compute_dtype(cfg.model, device)
@@ -54,9 +56,11 @@ class Run:
         if cfg.data.eval_path:
             self.eval_pairs = self.load_pairs(cfg.data.eval_path, cfg.data.eval_split, cfg.data.eval_limit)
         self.steps = cfg.steps or math.ceil((cfg.epochs or 0) * len(self.pairs) / cfg.batch_size)
-        self.curriculum: Curriculum = build(
-            "curriculum", cfg.curriculum, num_pairs=len(self.pairs), seed=cfg.seed
-        )
+        setting = Setting(
+            self.pairs.pass_rates(), self.pairs.lengths()[:, 1:].sum(1), self.steps,
+            *draws(self.scorer, cfg.batch_size), cfg.seed,
+        )  # fmt: skip
+        curriculum: Curriculum = build("curriculum", cfg.curriculum, setting=setting)
 
         model = policy.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
         self.engine = Engine(policy.Policy(model), cfg.engine, cfg.optimizer, self.dtype, device)
@@ -65,14 +69,27 @@ class Run:
         self.eval_reference = self.build_reference(self.eval_pairs, "held-out") if self.eval_pairs else None
 
         self.forward.reset_costs()  # what a warm cache would have saved is not a cost of training
-
+        self.selection = Selection(
+            self.scorer,
+            curriculum,
+            self.loss,
+            self.pairs,
+            self.forward,
+            self.reference,
+            cfg.batch_size,
+            cfg.seed,
+        )
         self.state = TrainState(self.pairs.fingerprint, self.engine.world_size)
         saved = checkpoint.list_checkpoints(run_dir)
         if saved:
             self.state = checkpoint.restore(self.engine, self.state, saved[-1])
-            self.curriculum.load_state_dict(self.state.curriculum)
+            self.selection.load_state_dict(self.state.selection)
             self.forward.costs.update(self.state.costs)
             console.print(f"resumed from {saved[-1]}")
+        self.samples = SampleLog(
+            run_dir, self.state.step, self.steps * setting.candidates // self.scorer.score_every, cfg.tracking.samples,
+            main=self.engine.rank == 0,
+        )  # fmt: skip
 
     def load_pairs(self, path: str, split: str, limit: int | None) -> TokenizedPairs:
         data = self.cfg.data
@@ -116,7 +133,7 @@ class Run:
     def build_reference(self, pairs: TokenizedPairs, name: str) -> Reference:
         cfg = self.cfg
         if self.loss.reference_free:
-            return Absent()
+            return Absent(pairs)
         if cfg.reference == "online":
             if cfg.model.lora and not cfg.model.adapter_path:
                 return Online(self.engine, adapters_off=True)
@@ -132,17 +149,6 @@ class Run:
         }
         return Cached(self.forward, pairs, key, cfg.cache_dir, name)
 
-    def choose(self, candidates: np.ndarray) -> np.ndarray:
-        """The batch_size candidates that get a gradient: all of them when nothing is scored, else the best."""
-        if len(candidates) == self.cfg.batch_size:
-            return candidates
-        logps = self.forward.all_logps(self.pairs, candidates)
-        reference = self.forward.all_logps(self.pairs, candidates, model=self.reference)
-        chosen, rejected = self.loss.rewards(logps, reference)
-        scores = self.scorer(PairStats(logps, reference, chosen - rejected)).cpu()
-        picked = select(scores, self.cfg.batch_size, seed=self.cfg.seed + self.state.step)
-        return candidates[picked.numpy()]
-
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Metrics of PER_PAIR on the held-out pairs, named eval/*; empty without held-out pairs."""
@@ -157,12 +163,14 @@ class Run:
         return {**means(metrics.sum(1), len(everything), "eval/"), "eval/pairs": len(everything)}
 
     def save(self) -> None:
-        self.state.curriculum = self.curriculum.state_dict()
+        self.samples.flush()
+        self.state.selection = self.selection.state_dict()
         self.state.costs = dict(self.forward.costs)
         checkpoint.save(self.engine, self.state, self.run_dir, self.cfg.keep_checkpoints)
 
     def finish(self, after: dict[str, float]) -> None:
         """Export final/, write summary.json, print the table."""
+        self.samples.flush()
         final = self.run_dir / "final"
         weights = self.engine.full_state_dict()
         if self.engine.rank != 0:
@@ -197,6 +205,6 @@ def build(group: str, node: dict[str, Any], **arguments: Any) -> Any:
         UserError: the class refuses the values it was given.
     """
     try:
-        return instantiate(node, **arguments)
-    except InstantiationException as e:
+        return instantiate(node, _partial_=True)(**arguments)  # Hydra would take the arguments apart
+    except (InstantiationException, TypeError, ValueError) as e:
         raise UserError(f"{group}: {e.__cause__ or e}") from e

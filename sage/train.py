@@ -11,8 +11,8 @@ import torch
 from sage import snr
 from sage.config import OptimizerConfig
 from sage.errors import UserError
-from sage.metrics import means, per_pair
-from sage.progress import StepProgress
+from sage.metrics import PER_PAIR, means, per_pair
+from sage.progress import StepProgress, console
 from sage.run import Run
 from sage.tracking import Tracker
 
@@ -30,16 +30,21 @@ def train(run_dir: Path) -> None:
     with StepProgress(state.step, run.steps) as progress:
         while state.step < run.steps:
             started = time.perf_counter()
-            candidates = run.curriculum.draw(cfg.batch_size * run.scorer.candidates_per_pair)
-            chosen = run.choose(candidates)
+            chosen = run.selection.batch(state.step, run.samples)
+            if not len(chosen):
+                console.print(f"stopped early, after step {state.step}: the curriculum's pool has run dry")
+                break
             if cfg.snr_every and (state.step + 1) % cfg.snr_every == 0:
-                tracker.log(state.step + 1, snr.measure(run, candidates, chosen))
-            sums = torch.zeros(())
+                tracker.log(state.step + 1, snr.measure(run, run.selection.candidates, chosen))
+            seen = torch.zeros(len(PER_PAIR), len(chosen), device=engine.device)
             for work in forward.micro_batches(run.pairs, chosen, backward=True):
                 logps, reference = engine(work.batch), run.reference(work.indices, work.batch)
-                losses = run.loss(logps, reference)
+                losses = run.selection.loss(logps, reference)
                 engine.backward(losses.sum() * (work.weight / cfg.batch_size), work.last)
-                sums = sums + work.weight * per_pair(run.loss, losses, logps, reference).sum(1)
+                if work.weight:
+                    seen[:, work.positions] = per_pair(run.loss, losses, logps, reference)
+            seen = engine.sum_over_ranks(seen)
+            run.selection.observe(chosen, seen, run.samples)
             lr = learning_rate(state.step, run.steps, cfg.optimizer)
             grad_norm = engine.step(lr)
             state.step += 1
@@ -54,9 +59,10 @@ def train(run_dir: Path) -> None:
             metrics = None
             if state.step % cfg.log_every == 0 or state.step == run.steps:
                 metrics = {
-                    **means(engine.sum_over_ranks(sums), cfg.batch_size), "grad_norm": grad_norm, "learning_rate": lr,
+                    **means(seen.sum(1), cfg.batch_size), "grad_norm": grad_norm, "learning_rate": lr,
                     "epoch": state.step * cfg.batch_size / len(run.pairs), "time/step_seconds": elapsed,
                     "time/pairs_per_second": cfg.batch_size / elapsed, **forward.cost_metrics(),
+                    **run.selection.metrics(),
                 }  # fmt: skip
                 tracker.log(state.step, metrics)
             progress.step(state.step, metrics)

@@ -16,7 +16,7 @@ from sage import snr
 from sage.curriculum import Shuffled
 from sage.errors import UserError
 from sage.pairs import load_pairs, tokenize_pairs
-from sage.scorers import PairStats
+from sage.scorers import PairStats, Scorer
 from sage.tracking import METRICS_FILE
 
 BATCH, BUDGET = 20, 520
@@ -24,10 +24,10 @@ slow = pytest.mark.slow
 
 
 @dataclass
-class Longest:
+class Longest(Scorer):
     """A scorer that selects: the pairs whose chosen responses are longest."""
 
-    candidates_per_pair: int = 2
+    candidates_per_pair: float = 2.0
 
     def __call__(self, stats: PairStats) -> torch.Tensor:
         return stats.policy.chosen_tokens

@@ -1,0 +1,441 @@
+"""Which pairs are trained on: scores against closed forms, the global choice, and curricula against hand-made cases."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from sage.curriculum import (
+    Curriculum,
+    EasyToHard,
+    SageCurriculum,
+    Setting,
+    StaticFilter,
+    allot,
+    frontier_shares,
+)
+from sage.errors import UserError
+from sage.losses import DPO, LogitStats, PairLogps
+from sage.run import build
+from sage.samples import SampleLog
+from sage.scorers import (
+    BetaDPO,
+    Easiest,
+    LargestGradient,
+    LargestLoss,
+    MarginGap,
+    PairStats,
+    RandomFromPool,
+    Rho,
+    Sage,
+    SageLogit,
+    curvature,
+    select,
+    signal,
+)
+from sage.selection import Selection, draws, read_margins
+
+U = torch.linspace(-10, 10, 201)
+
+
+def stats_of(u: torch.Tensor, beta: float = 0.1, d=2.0, uncertainty=3.0, tokens=10.0) -> PairStats:
+    """Pairs of given u: the policy moved the chosen response alone; the reference is at 0."""
+    zeros, lengths = torch.zeros_like(u), torch.full_like(u, tokens)
+    policy = PairLogps(u / beta, zeros, lengths, lengths)
+    logit = LogitStats(torch.full_like(u, d), *[torch.full_like(u, uncertainty)] * 2)
+    return PairStats.of(DPO(beta=beta), policy, PairLogps(zeros, zeros, lengths, lengths), logit)
+
+
+# --- scores
+
+
+def test_signal_and_curvature_are_the_derivatives_of_the_loss():
+    """Protects g and h: against autograd of -log sigmoid(beta m), in float64."""
+    m = torch.linspace(-80, 80, 41, dtype=torch.float64, requires_grad=True)
+    loss = -torch.nn.functional.logsigmoid(0.1 * m).sum()
+    (first,) = torch.autograd.grad(loss, m, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), m)
+    assert torch.allclose(signal(0.1 * m, 0.1), -first) and torch.allclose(curvature(0.1 * m, 0.1), second)
+    decrement = signal(0.1 * m, 0.1) ** 2 / curvature(0.1 * m, 0.1)
+    assert torch.allclose(decrement, torch.exp(-0.1 * m))
+
+
+def test_every_margin_level_ratio_falls_in_the_margin():
+    """The warning of the method: at margin level no ratio is more than a monotone function of the margin."""
+    for damping in (1e-6, 0.25, 10.0):
+        scores = Sage(damping=damping)(stats_of(U.double()))
+        assert (scores.diff() < 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 7, 32, 96])
+def test_sage_without_gates_under_hard_top_k_is_loss(k):
+    """Documents an identity, so that nobody claims a difference: the same pairs, whatever the damping."""
+    u = torch.randn(96, generator=torch.Generator().manual_seed(k)).double() * 4
+    by_loss = select(LargestLoss()(stats_of(u)), k, seed=3)
+    for damping in (1e-3, 0.25, 5.0):
+        assert torch.equal(select(Sage(damping=damping)(stats_of(u)), k, seed=3), by_loss)
+
+
+def test_the_logit_level_is_not_monotone():
+    """Signal per curvature at the logits peaks at an error, and falls for the trivial, and for uncertain tokens."""
+    scorer = SageLogit(per_token=False, damping=1e-3)
+    scores = scorer(stats_of(U, beta=1.0))
+    peak = int(scores.argmax())
+    assert U[peak] < 0 and (scores[:peak].diff() >= 0).all() and (scores[peak:].diff() <= 0).all()
+    sure, unsure = (scorer(stats_of(U, beta=1.0, uncertainty=x)) for x in (1.0, 5.0))
+    assert (sure > unsure).all()
+    naive = [(s := 1 / (1 + math.exp(u))) ** 2 * 2 / (s * (1 - s) * 2 + s * 6 + 1e-3) for u in U.tolist()]
+    assert torch.allclose(scores, torch.tensor(naive), rtol=1e-4)
+
+
+def test_per_token_changes_only_the_damping():
+    without = [
+        SageLogit(per_token=p, damping=0.0)(stats_of(U, d=4.0, tokens=t))
+        for p, t in ((True, 5.0), (False, 5.0))
+    ]
+    assert torch.allclose(*without)
+
+
+def test_known_scores():
+    """Each baseline on three pairs whose numbers are worked out by hand: u = -1, 0, 2 at beta 0.5."""
+    stats = stats_of(torch.tensor([-1.0, 0.0, 2.0]), beta=0.5, d=4.0)
+    sigmoid = torch.tensor([0.7310586, 0.5, 0.1192029])  # of -u
+    assert torch.allclose(LargestLoss()(stats), torch.tensor([1.3132617, 0.6931472, 0.1269280]))
+    assert torch.allclose(LargestGradient()(stats), 2 * sigmoid)
+    assert torch.allclose(Easiest()(stats), torch.tensor([-1.0, 0.0, 2.0]))
+    assert torch.equal(RandomFromPool()(stats), torch.zeros(3))
+    stats.other_margin = torch.tensor([0.0, 3.0, 2.0])
+    assert torch.allclose(MarginGap()(stats), torch.tensor([0.0, -3.0, -2.0]))
+    assert torch.allclose(Rho(margins_from="x")(stats), torch.tensor([0.6201145, 0.6445599, 0.0]), atol=1e-6)
+    # policy_mean: u / beta / 10 tokens = -0.2, 0, 0.4 nats per token; mixed adds u
+    assert torch.allclose(stats.margin_by("policy_mean"), torch.tensor([-0.2, 0.0, 0.4]))
+    assert torch.allclose(stats.margin_by("mixed"), torch.tensor([-1.2, 0.0, 2.4]))
+
+
+def test_beta_dpo():
+    """Against the authors' formulas: running mean and deviation from 0, Gaussian weights, beta by the drawn pairs."""
+    m = torch.tensor([-3.0, 0.0, 1.0, 6.0])
+    stats, scorer = stats_of(0.1 * m), BetaDPO(candidates_per_pair=1.25, temperature=1.0)
+    mean, std = 0.1 * 1.0, 0.1 * m.std().item()
+    assert torch.allclose(scorer(stats), -0.5 * ((m - mean) / std) ** 2, rtol=1e-4)
+    adapted = scorer.objective(DPO(beta=0.1), stats, torch.tensor([1, 2]))
+    assert adapted.beta == pytest.approx(0.1 * (1 + 0.6 * (0.5 - mean)), rel=1e-4)
+    other = BetaDPO(temperature=1.0)
+    other.load_state_dict(scorer.state_dict())
+    assert torch.equal(other(stats), scorer(stats))
+
+
+# --- the choice
+
+
+def test_ties_are_broken_by_the_seed_and_not_by_order():
+    """Protects step 0, when all implicit rewards tie, from training on the first rows of the file."""
+    picks = torch.cat([select(torch.zeros(100), 10, seed) for seed in range(200)])
+    counts = torch.bincount(picks, minlength=100).float()
+    assert counts.min() > 5 and abs(counts[:50].sum() / counts.sum() - 0.5) < 0.05
+    assert torch.equal(select(torch.zeros(100), 10, 7), select(torch.zeros(100), 10, 7))
+
+
+def test_gumbel_top_k_draws_by_weight():
+    """The first of a draw has probability exp(score / temperature) / sum, here 1/2, 1/4, 1/4."""
+    scores = torch.tensor([2.0, 1.0, 1.0]) * math.log(2) * 0.3
+    drawn = torch.cat([select(scores, 1, seed, temperature=0.3) for seed in range(4000)])
+    shares = torch.bincount(drawn, minlength=3) / 4000
+    assert torch.allclose(shares, torch.tensor([0.5, 0.25, 0.25]), atol=0.03)
+
+
+def test_gates_come_before_scores_and_nan_never():
+    """What is shut out is taken only to fill the batch; a NaN score is not taken at all."""
+    scores = torch.tensor([5.0, 4.0, 3.0, float("nan"), 1.0])
+    admitted = torch.tensor([False, True, True, True, True])
+    assert select(scores, 3, 0, admitted=admitted).tolist() == [1, 2, 4]
+    assert select(scores, 5, 0, admitted=admitted).tolist() == [0, 1, 2, 4]
+
+
+def test_each_gate_shuts_out_what_its_name_says():
+    stats = stats_of(torch.linspace(-5.03, 4.87, 100))
+    assert stats.logit is not None
+    stats.logit = stats.logit._replace(chosen_uncertainty=torch.arange(100.0))
+    out = {
+        gate: np.flatnonzero(~Sage(**{gate: value}).admitted(stats).numpy())
+        for gate, value in {
+            "mastered_above": 3.0, "drop_negative": 0.1, "drop_curvature": 0.2, "drop_uncertainty": 0.25
+        }.items()
+    }  # fmt: skip
+    assert out["mastered_above"].tolist() == list(range(81, 100))
+    assert out["drop_negative"].tolist() == list(range(10))
+    assert out["drop_curvature"].tolist() == list(range(41, 61))
+    assert out["drop_uncertainty"].tolist() == list(range(75, 100))
+    assert Sage().admitted(stats).all() and not Sage().needs_logit and Sage(drop_uncertainty=0.1).needs_logit
+
+
+# --- curricula
+
+
+def setting(n=40, pass_rates=None, candidates=6, trained=2, steps=100, seed=0) -> Setting:
+    rates = np.arange(n)[::-1] / n if pass_rates is None else np.asarray(pass_rates, float)
+    return Setting(rates, np.arange(n) + 1, steps, candidates, trained, seed)
+
+
+class Policy:
+    """Stands for the model: a margin in nats per token for each pair, and a count of the pairs it was asked for."""
+
+    def __init__(self, margins):
+        self.margins, self.asked = np.asarray(margins, float), []
+
+    def __call__(self, indices: np.ndarray) -> PairStats:
+        self.asked.append(indices)
+        m = torch.tensor(self.margins[indices], dtype=torch.float32)
+        zeros, ones = torch.zeros_like(m), torch.ones_like(m)
+        return PairStats.of(DPO(), PairLogps(m, zeros, ones, ones), PairLogps(m, zeros, ones, ones))
+
+
+def test_frontier_shares():
+    """By hand: competence 0.6 gets a full bump, 0.8 is one width off, e^-1/2; the floor is taken off the rest."""
+    shares = frontier_shares(np.array([0.6, 0.8]), target=0.6, width=0.2, floor=0.1)
+    bump = math.exp(-0.5)
+    assert shares == pytest.approx([0.1 + 0.8 / (1 + bump), 0.1 + 0.8 * bump / (1 + bump)])
+    assert frontier_shares(np.array([1.0, 1.0, 1.0]), 0.6, 0.01, 0.0) == pytest.approx([1 / 3] * 3)
+
+
+def test_allot_gives_what_one_stratum_lacks_to_the_others():
+    assert allot(np.array([0.5, 0.3, 0.2]), np.array([100, 100, 100]), 10).tolist() == [5, 3, 2]
+    assert allot(np.array([0.5, 0.3, 0.2]), np.array([1, 100, 100]), 11).tolist() == [1, 6, 4]
+    assert allot(np.array([0.5, 0.5]), np.array([2, 3]), 50).tolist() == [2, 3]
+    assert allot(np.array([1.0, 0.0]), np.array([1, 5]), 3).tolist() == [1, 2]
+
+
+def test_difficulty_ranks():
+    """Hardest last, by each source; equal difficulties are shuffled, not left in file order."""
+    by_rate = StaticFilter(setting(), difficulty="pass_rate").ranks
+    assert by_rate is not None and by_rate.tolist() == list(range(40))
+    by_length = StaticFilter(setting(), difficulty="length").ranks
+    assert by_length is not None and by_length.tolist() == list(range(40))
+    by_margin = StaticFilter(setting(pass_rates=[math.nan] * 40))
+    assert by_margin.ranks is None
+    by_margin.refresh(0, Policy(np.arange(40)))
+    assert by_margin.ranks is not None and by_margin.ranks.tolist() == list(range(40))[::-1]
+    tied = StaticFilter(setting(pass_rates=[0.0] * 20 + [1.0] * 20)).ranks
+    assert tied is not None and set(tied[20:]) == set(range(20)) and tied[20:].tolist() != sorted(tied[20:])
+
+
+def test_static_filter_draws_the_hardest_third_and_nothing_else():
+    curriculum = StaticFilter(setting(), low=0.75)
+    assert set(curriculum.draw(30)) == set(range(30, 40))
+
+
+def test_easy_to_hard_grows():
+    """Share 0.2 of 40 pairs at first, 0.6 in the middle of the ramp, all from its end on."""
+    curriculum, seen = EasyToHard(setting(candidates=4), start=0.2, ramp=0.5), {}
+    for step in range(100):
+        curriculum.refresh(step, Policy(np.zeros(40)))
+        seen[step] = curriculum.draw(4)
+        assert len(set(seen[step])) == 4
+    assert np.concatenate([seen[s] for s in range(3)]).max() < 9
+    assert np.concatenate([seen[s] for s in range(22, 26)]).max() < 26
+    assert np.concatenate([seen[s] for s in range(50, 100)]).max() == 39
+
+
+def sage_curriculum(**options) -> SageCurriculum:
+    options = {
+        "strata": 4,
+        "probe": 2,
+        "every": 5,
+        "pool": 0.5,
+        "mastered_above": 1.0,
+        "floor": 0.1,
+    } | options
+    return SageCurriculum(
+        setting(**{k: options.pop(k) for k in ("candidates", "seed") if k in options}), **options
+    )
+
+
+def test_quotas_follow_competence():
+    """Strata 0 and 1 are solved, 2 is half right, 3 is all wrong: the pool leans to 2; probes are never in it."""
+    curriculum = sage_curriculum(momentum=0.0)
+    margins = np.repeat([0.5, 0.5, 0.5, -0.5], 10)
+    margins[curriculum.probes[2, 0]] = -0.5
+    policy = Policy(margins)
+    curriculum.refresh(0, policy)
+    assert curriculum.competence.tolist() == [1.0, 1.0, 0.5, 0.0]
+    # bumps e^-2, e^-2, e^-1/8, e^-4.5 sum to 1.1643; shares 0.1 + 0.6 * bump / sum; of 20: 3, 3, 11, 2, one by rounding
+    assert curriculum.quota.sum() == 20 and curriculum.quota[2] == 8  # all of a stratum of 10 but its probes
+    assert curriculum.quota.argmin() == 3 and curriculum.quota.min() >= 2
+    drawn = np.concatenate([curriculum.draw(20), curriculum.draw(20)])
+    assert set(drawn) == set(curriculum.members) and not set(drawn) & set(curriculum.probes.ravel())
+    assert [len(a) for a in policy.asked] == [8]  # the probes, nothing else
+
+
+def test_competence_is_an_exponential_mean():
+    curriculum = sage_curriculum(momentum=0.75)
+    curriculum.refresh(0, Policy(np.full(40, -1.0)))
+    curriculum.refresh(4, Policy(np.full(40, 0.5)))  # not due
+    assert curriculum.competence.tolist() == [0.0] * 4
+    curriculum.refresh(5, Policy(np.full(40, 0.5)))
+    assert curriculum.competence.tolist() == [0.25] * 4
+    tied = sage_curriculum(margin="implicit_reward")
+    tied.refresh(0, Policy(np.ones(40)))  # policy = reference
+    assert tied.competence.tolist() == [0.5] * 4
+
+
+def test_mastered_pairs_retire_and_return_when_they_slip():
+    curriculum, policy = sage_curriculum(pool=0.8), Policy(np.full(40, 0.5))
+    curriculum.refresh(0, policy)
+    mastered = curriculum.members[:6]
+    curriculum.observe(mastered, np.zeros(6), np.full(6, 1.5))
+    policy.margins[mastered] = 1.5
+    curriculum.refresh(5, policy)
+    assert not set(mastered) & set(curriculum.members) and curriculum.metrics()["curriculum/retired"] == 6
+    assert set(policy.asked[-1][8:]) == set(
+        mastered
+    )  # rechecked, oldest first, no more than there are probes
+    policy.margins[mastered[:2]] = 0.9
+    curriculum.refresh(10, policy)
+    assert set(mastered[:2]) <= set(curriculum.members) and not set(mastered[2:]) & set(curriculum.members)
+
+
+@pytest.mark.parametrize("when_dry, left", [("stop", 0), ("widen", 6)])
+def test_a_pool_that_runs_dry(when_dry, left):
+    """All mastered: no pool, or the pairs that are mastered least."""
+    curriculum, margins = sage_curriculum(when_dry=when_dry), np.linspace(2, 3, 40)
+    curriculum.observe(np.arange(40), margins, margins)
+    curriculum.refresh(0, Policy(margins))
+    assert len(curriculum.draw(6)) == left
+    if left:
+        trainable = np.setdiff1d(np.arange(40), curriculum.probes)
+        assert set(curriculum.members) == set(trainable[:6])
+
+
+def test_state_is_restored_exactly_and_reshaped():
+    """A resumed curriculum draws the same; with another interval or number of strata it goes on from what it knew."""
+    policy = Policy(np.random.default_rng(0).normal(size=40))
+    whole = sage_curriculum()
+    for step in range(8):
+        whole.refresh(step, policy)
+        whole.observe(whole.draw(6), np.zeros(6), np.full(6, step / 6))
+    state = whole.state_dict()
+    same, faster, fewer = sage_curriculum(), sage_curriculum(every=3), sage_curriculum(strata=2)
+    for other in (same, faster, fewer):
+        other.load_state_dict({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()})
+        assert other.draw(6).tolist() == sage_curriculum_draw(whole, state)
+    assert fewer.competence == pytest.approx(whole.competence.reshape(2, 2).mean(1))
+    faster.refresh(8, policy)
+    same.refresh(8, policy)
+    assert faster.refreshed == 8 and same.refreshed == 5
+
+
+def sage_curriculum_draw(curriculum: SageCurriculum, state: dict) -> list[int]:
+    curriculum.load_state_dict(state)
+    return curriculum.draw(6).tolist()
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Sage(candidates_per_pair=0.5), "candidates_per_pair=0.5"),
+        (lambda: Sage(score_every=3, reuse=2), "multiple of scorer.reuse"),
+        (lambda: Sage(margin="rewards"), "must be one of implicit_reward"),
+        (lambda: Sage(drop_negative=1.0), "drop_negative"),
+        (lambda: Sage(temperature=-1.0), "temperature"),
+        (lambda: Rho(), "margins_from is not set"),
+        (lambda: BetaDPO(temperature=0.0), "temperature=1"),
+        (lambda: Curriculum(setting(n=5)), "6 candidates at a time and there are 5 pairs"),
+        (
+            lambda: StaticFilter(setting(pass_rates=[0.5] * 39 + [math.nan]), difficulty="pass_rate"),
+            "1 of 40 pairs",
+        ),
+        (lambda: StaticFilter(setting(pass_rates=[0.5] * 40)), "equally difficult"),
+        (lambda: StaticFilter(setting(), low=0.9), "keep 4 of 40 pairs"),
+        (lambda: StaticFilter(setting(), difficulty="colour"), "difficulty=colour"),
+        (lambda: EasyToHard(setting(), start=0.0), "start=0.0"),
+        (lambda: sage_curriculum(probe=6), "too few for curriculum.probe=6"),
+        (lambda: sage_curriculum(pool=0.1), "makes a pool of 4 pairs, and 6"),
+        (lambda: sage_curriculum(floor=0.5), "curriculum.floor=0.5"),
+        (lambda: sage_curriculum(when_dry="cry"), "when_dry=cry"),
+    ],
+)
+def test_impossible_options_are_refused(make, words):
+    """Each before a model is loaded, in words that name the key."""
+    with pytest.raises((ValueError, UserError), match=words.replace("(", r"\(")):
+        make()
+
+
+class FakeRun:
+    """A Selection over 12 pairs with given log-probabilities, and no model."""
+
+    def __init__(self, scorer, tmp_path, chosen=None):
+        ids = np.array([f"p{i}" for i in range(12)], dtype=object)
+        ones = torch.ones(12)
+        self.policy = PairLogps(torch.arange(12.0) if chosen is None else chosen, torch.zeros(12), ones, ones)
+        reference = SimpleNamespace(lookup=lambda i: PairLogps(*(t[torch.from_numpy(i)] * 0 + t.new_tensor([0, 0, 1, 1][k])
+                                                              for k, t in enumerate(self.policy))))  # fmt: skip
+        forward = SimpleNamespace(
+            all_stats=lambda pairs, i, logit: (
+                PairLogps(*(t[torch.from_numpy(i)] for t in self.policy)),
+                None,
+            )
+        )
+        curriculum = Curriculum(Setting(np.zeros(12), np.ones(12), 10, *draws(scorer, 2), 0))
+        pairs = SimpleNamespace(pair_ids=lambda: ids)
+        self.selection = Selection(scorer, curriculum, DPO(), pairs, forward, reference, 2, 0)  # pyright: ignore
+        self.log = SampleLog(tmp_path, 0, 1, 0, main=True)
+
+    def steps(self, *steps: int) -> list[list[int]]:
+        return [self.selection.batch(step, self.log).tolist() for step in steps]
+
+
+def test_nan_scores_are_named_dropped_and_counted(tmp_path, capsys):
+    chosen = torch.arange(12.0)
+    chosen[3] = math.nan
+    run = FakeRun(LargestLoss(candidates_per_pair=6.0), tmp_path, chosen)
+    assert run.steps(1) == [[0, 1]]
+    assert "p3" in capsys.readouterr().out and run.selection.metrics()["selection/dropped_nan"] == 1
+    chosen[:4] = math.nan
+    with pytest.raises(UserError, match="4 of 12 candidates have no finite score, for example p0"):
+        run.steps(2)
+
+
+def test_scores_are_reused_for_an_interval(tmp_path):
+    """score_every=4 and reuse=2: the best 4 of 12, twice each over 4 steps, from one scoring; the state holds the rest."""
+    scorer = LargestLoss(candidates_per_pair=3.0, score_every=4, reuse=2)
+    run, other = FakeRun(scorer, tmp_path), FakeRun(scorer, tmp_path)
+    batches = run.steps(0, 1)
+    other.selection.load_state_dict(run.selection.state_dict())
+    rest = run.steps(2, 3)
+    assert rest == other.steps(2, 3)
+    assert sorted(batches[0] + batches[1]) == sorted(rest[0] + rest[1]) == [0, 1, 2, 3]
+
+
+def test_margins_from_another_model(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "margins.parquet"
+    pq.write_table(pa.table({"pair_id": ["b", "a"], "margin": [2.0, 1.0]}), file)
+    assert read_margins(str(file), np.array(["a", "b"], object)).tolist() == [1.0, 2.0]
+    with pytest.raises(UserError, match="1 of 2 training pairs are not in it, for example 'c'"):
+        read_margins(str(file), np.array(["a", "c"], object))
+    with pytest.raises(UserError, match="not Parquet"):
+        read_margins(str(tmp_path / "none.parquet"), np.array(["a"], object))
+
+
+@pytest.mark.parametrize("group", ["scorer", "curriculum"])
+def test_every_yaml_composes_and_builds(group):
+    from conftest import REPO
+
+    names = sorted(p.stem for p in (REPO / "conf" / group).glob("*.yaml"))
+    assert len(names) >= 4
+    for name in names:
+        with initialize_config_module("sage.conf", version_base="1.3"):
+            extra = ["scorer.margins_from=x"] if name == "rho" else []
+            node = compose("train", [f"{group}={name}", "data.path=x", *extra])[group]
+        built = build(group, node, **({"setting": setting(n=400)} if group == "curriculum" else {}))
+        assert type(built).__module__ == f"sage.{group}s" or group == "curriculum"
