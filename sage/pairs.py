@@ -75,7 +75,7 @@ def load_pairs(
         raise UserError(
             f"data.columns: unknown name {unknown[0]!r}; it maps {', '.join(COLUMNS)} to the source's"
         )
-    records = list(islice(_read(path, split), limit))
+    records = list(islice(read_rows(path, split), limit))
     if not records:
         raise UserError(f"{path}: no rows")
     present = {key: None for _, record in records if isinstance(record, dict) for key in record}
@@ -88,12 +88,17 @@ def load_pairs(
                 raise UserError(f"pair_id {pair['pair_id']!r} is already taken by row {first}")
             pairs.append(pair)
         except UserError as error:
-            problems.append(f"  {path}:{row}: {error}")
-    if problems:
-        more = [f"  and {len(problems) - 5} more"] if len(problems) > 5 else []
-        head = f"{path}: {len(problems)} of {len(records)} rows are bad; mend or remove them"
-        raise UserError("\n".join([head, *problems[:5], *more]))
+            problems.append(f"{path}:{row}: {error}")
+    refuse_bad_rows(path, problems, len(records))
     return datasets.Dataset.from_list(pairs, features=FEATURES)
+
+
+def refuse_bad_rows(path: str, problems: list[str], total: int) -> None:
+    """UserError that names the first five, if there are any."""
+    if problems:
+        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+        head = f"{path}: {len(problems)} of {total} rows are bad; mend or remove them"
+        raise UserError("\n  ".join([head, *problems[:5], *more]))
 
 
 def read_prompt(text: str) -> str | list[dict[str, str]]:
@@ -101,7 +106,7 @@ def read_prompt(text: str) -> str | list[dict[str, str]]:
     return json.loads(text)
 
 
-def _read(path: str, split: str) -> Iterator[tuple[int, Any]]:
+def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
     """(1-based row, record); in place of a line that does not parse, the UserError that says why."""
     file = Path(resolve_path(path))
     if file.suffix in (".jsonl", ".json", ".parquet") and not file.is_file():

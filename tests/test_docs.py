@@ -28,8 +28,8 @@ LAYERS = (
     "engine policy",
     "metrics tracking progress samples curriculum",
     "scorers",
-    "losses packing",
-    "pairs kernels attention",
+    "losses packing problems verify",
+    "pairs kernels attention answers",
     "config",
     "errors",
 )

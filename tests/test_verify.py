@@ -1,0 +1,180 @@
+"""Verdicts: what counts as the answer, what counts as equal, and that nothing in a text can hang or break them."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+from conftest import SHARED_DATA
+
+from sage.answers import find_answer
+from sage.verify import MEMORY, Verifier
+
+needs_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no benchmark files in {SHARED_DATA}")
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier(workers=1, timeout=10) as verifier:
+        yield verifier
+
+
+@pytest.mark.parametrize(
+    "response, where, text",
+    [
+        (r"So \boxed{12}.", "boxed", "12"),
+        (r"\boxed{1} is wrong, so \boxed{\frac{1}{2}}", "boxed", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", "boxed", r"\{1, 2\}"),
+        (r"\boxed{\boxed{5}}", "boxed", "5"),
+        (r"$x=\boxed{2}$ and $x=\boxed{3}$", "boxed", "2, 3"),
+        (r"\boxed{1\frac12}, or \boxed{\frac{3}{2}}", "boxed", r"\frac{3}{2}"),
+        (r"\boxed{7} and then \boxed{8", "boxed", "7"),
+        ("2+3 = 5\n#### 5", "hash", "5"),
+        ("#### 5\n\nQuestion: next?\n#### 6", "hash", "5"),
+        ("#### 1. Find the cost\nIt is 7.\n#### $7", "hash", "$7"),
+        ("#### Step 1: add\nThe answer is 7.", "phrase", "7"),
+        ("The answer is 3. No: the final answer is **4.5**.", "phrase", "4.5"),
+        ("**Answer:** 4", "phrase", "4"),
+        ("She makes 9 * 2 = <<9*2=18>>18\nA: 18", "phrase", "18"),
+        ("Thus she has 5 apples.", "last", "Thus she has 5 apples."),
+    ],
+)
+def test_where_the_answer_stands(response, where, text):
+    """Marks in order of clarity: the last box, the first `####`, the last phrase, the end."""
+    assert find_answer(response) == (where, text)
+
+
+RIGHT = [
+    ("#### 1,234", "1234", "hash/number"),
+    ("#### $18.00", "18", "hash/number"),
+    ("#### -3", "-3", "hash/number"),
+    ("She pays $1,050.50 in all.", "1050.5", "last/number"),
+    ("The answer is 12 apples.", "12", "phrase/number"),
+    (r"\boxed{50\%}", "50", "boxed/number"),
+    ("The answer is 50%.", "0.5", "phrase/number"),
+    (r"\boxed{\frac{3}{4}}", r"\dfrac34", "boxed/number"),
+    ("The answer is 3/4.", r"\frac{3}{4}", "phrase/number"),
+    (r"\boxed{0.75}", r"\frac{3}{4}", "boxed/number"),
+    (r"\boxed{15 \text{ cm}^2}", r"15\mbox{ cm}^2", "boxed/number"),
+    (r"\boxed{15}", r"15\mbox{ cm}^2", "boxed/number"),
+    (r"\boxed{90^\circ}", "90", "boxed/number"),
+    (r"\boxed{4.5 \times 10^{33}}", "4.5e33", "boxed/number"),
+    (r"\boxed{$10-4n$}", "$10-4 n$", None),
+    (r"\boxed{\text{East}}", r"\text{east}", "boxed/text"),
+    (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"(3,\frac{\pi}{2})", None),
+    (r"\boxed{(B)}", "B", "boxed/choice"),
+    (r"The answer is B. $\frac12$", "B", "phrase/choice"),
+    ("so I would choose (C)", "C", "last/choice"),
+    (r"\boxed{0.333333}", r"\frac{1}{3}", "boxed/math"),
+    (r"\boxed{x = 5}", "5", "boxed/math"),
+    (r"\boxed{\frac{\sqrt{3}}{3}}", r"\frac{1}{\sqrt{3}}", "boxed/math"),
+    (r"\boxed{(x+1)^2}", "x^2+2x+1", "boxed/math"),
+    (r"\boxed{42, 14}", "14,42", "boxed/math"),
+    (r"\boxed{3} and \boxed{-1}", "-1, 3", "boxed/math"),
+    (r"\boxed{1 \pm \sqrt{5}}", r"1+\sqrt5, 1-\sqrt5", "boxed/math"),
+    (r"\boxed{(-\infty,2)\cup(3,\infty)}", r"(3,\infty) \cup (-\infty, 2)", "boxed/math"),
+    (r"\boxed{x \in [1, 2]}", "[1,2]", "boxed/math"),
+    (r"\boxed{6\frac{2}{3}}", r"\frac{20}{3}", "boxed/math"),
+    (r"so the probability is $\frac{1}{2}$.", r"\frac12", "last/math"),
+    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", None),
+]
+WRONG = [
+    ("#### 1,234", "1235", "hash/number"),
+    ("#### 18.5", "18", "hash/number"),
+    ("The answer is 18.", "-18", "phrase/number"),
+    (r"\boxed{5x}", "5", "boxed/math"),
+    (r"\boxed{50\%}", "5", "boxed/number"),
+    (r"\boxed{\frac{1}{3}}", "0.33", "boxed/math"),
+    (r"so the probability is $\frac{1}{2}$.", "2", "last/math"),
+    (r"\boxed{\text{west}}", r"\text{east}", "boxed/text"),
+    (r"\boxed{No solution}", "No", "boxed/text"),
+    (r"\boxed{A}", "B", "boxed/choice"),
+    (r"\boxed{(3,5)}", "(5,3)", "boxed/math"),
+    (r"\boxed{[1,2)}", "[1,2]", "boxed/math"),
+    (r"\boxed{14}", "14,42", "boxed/math"),
+    (r"\boxed{x^2+2x}", "x^2+2x+1", "boxed/math"),
+    ("", "5", "none"),
+    ("I do not know.", "5", "none"),
+    (r"\boxed{}", "5", "none"),
+]
+
+
+@pytest.mark.parametrize("correct, cases", [(True, RIGHT), (False, WRONG)], ids=["right", "wrong"])
+def test_equal_and_unequal_answers(verifier, correct, cases):
+    """The same answer in another form is right, another answer is wrong, and the verdict says which rule decided."""
+    verdicts = verifier.verify([case[0] for case in cases], [case[1] for case in cases])
+    for case, verdict in zip(cases, verdicts, strict=True):
+        assert verdict.correct is correct, (case, verdict)
+        assert case[2] in (None, verdict.rule), (case, verdict)
+        assert (verdict.extracted is None) == (verdict.rule == "none"), (case, verdict)
+
+
+def test_a_hang_is_killed_and_the_worker_replaced():
+    """One power in C that no Python exception can interrupt; its neighbours are answered, in order."""
+    hang = r"\boxed{10^{10^{10}}}"
+    with Verifier(workers=1, timeout=1) as verifier:
+        verdicts = verifier.verify([r"\boxed{x+x}", hang, r"\boxed{x+x}"], ["2x"] * 3)
+        assert [v.rule for v in verdicts] == ["boxed/math", "boxed/timeout", "boxed/math"]
+        assert [v.correct for v in verdicts] == [True, False, True]
+
+
+def test_a_worker_that_dies_costs_one_verdict(verifier):
+    """Whatever ends a worker (the out-of-memory killer, a crash in C), the next question gets a new one."""
+    assert verifier.verify([r"\boxed{x+x}"], ["2x"])[0].correct
+    worker = verifier.idle.get()
+    verifier.idle.put(worker)
+    worker.process.kill()
+    assert [v.rule for v in verifier.verify([r"\boxed{x+x}"] * 2, ["2x"] * 2)] == [
+        "boxed/crash",
+        "boxed/math",
+    ]
+
+
+def test_memory_is_capped(verifier):
+    """A worker that answers is one whose memory the kernel bounds."""
+    assert verifier.verify([r"\boxed{x+x}"], ["2x"])[0].correct
+    worker = verifier.idle.get()
+    verifier.idle.put(worker)
+    assert resource.prlimit(worker.process.pid, resource.RLIMIT_AS) == (MEMORY, MEMORY)
+
+
+def test_workers_end_with_the_verifier():
+    """Nothing stays behind, even where nobody asked a second question."""
+    with Verifier(workers=2) as verifier:
+        verifier.verify([r"\boxed{x+x}"] * 4, ["2x"] * 4)
+        workers = [verifier.idle.get() for _ in range(2)]
+        processes = [worker.process for worker in workers if worker.process]
+        for worker in workers:
+            verifier.idle.put(worker)
+    assert processes and all(process.poll() is not None for process in processes)
+
+
+def test_plain_numbers_start_no_process():
+    """GSM8K never waits for sympy: the fast path alone decides."""
+    with Verifier(workers=1) as verifier:
+        assert verifier.verify(["#### 5", "#### 6"], ["5", "5"]) == [
+            (True, "5", "hash/number"),
+            (False, "6", "hash/number"),
+        ]
+        assert verifier.idle.get().process is None
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "\\boxed{" + "{" * 10_000 + "1" + "}" * 10_001,
+        "\\boxed{" * 10_000,
+        "$" * 100_000,
+        "9" * 100_000,
+        "-" * 100_000 + "1",
+        "answer is " * 10_000,
+        "#### 1. A\n" * 10_000,
+        "\\boxed{\x00\x07\x1b[31m\ud800}",
+        "x" * 1_000_000,
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_hostile_text_is_wrong_and_nothing_more(verifier, response):
+    """Ten thousand braces, control characters, a megabyte: a verdict, no exception."""
+    (verdict,) = verifier.verify([response], ["5"])
+    assert not verdict.correct
