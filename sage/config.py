@@ -45,7 +45,10 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    path: str = key(MISSING, "local folder, hub name, or pkg://PACKAGE/FILE.gguf of an installed package")
+    path: str = key(
+        MISSING,
+        "local folder, hub name, or pkg://PACKAGE/NAME, a folder or .gguf file of an installed package",
+    )
     revision: str | None = key(None, "commit or tag of a hub model")
     dtype: str = key(
         "auto",

@@ -39,7 +39,7 @@ IDS_SCHEMA = pa.schema(
 
 
 def resolve_path(path: str) -> str:
-    """The file inside an installed package for "pkg://package.sub/file"; anything else with ~ expanded.
+    """The file or folder inside an installed package for "pkg://package.sub/name"; anything else with ~ expanded.
 
     The package is located, not imported: one that ships weights need not have its dependencies.
     """
@@ -51,9 +51,9 @@ def resolve_path(path: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{path}: no package {top!r} is installed here; pip install the one that ships it")
     found = [os.path.join(root, *subs, inside) for root in spec.submodule_search_locations]
-    if file := next(filter(os.path.isfile, found), None):
-        return file
-    raise UserError(f"{path}: package {top!r} is installed, but there is no file {found[0]}")
+    if path_inside := next(filter(os.path.exists, found), None):
+        return path_inside
+    raise UserError(f"{path}: package {top!r} is installed, but there is no file or folder {found[0]}")
 
 
 def load_pairs(

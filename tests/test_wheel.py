@@ -56,7 +56,7 @@ def test_wheel_installs_and_trains_from_another_folder(tmp_path, tiny_model, pai
     assert all(Path(file).is_relative_to(packages) for file in where.split())
 
     sage = home / "bin" / "sage"
-    assert "experiment: demo, gsm8k" in call(sage, "train", "--help", cwd=elsewhere)
+    assert "experiment: arithmetic, demo, gsm8k" in call(sage, "train", "--help", cwd=elsewhere)
     assert "gsm8k_demo/train.jsonl" in call(sage, "train", "--cfg", "job", "+experiment=demo", cwd=elsewhere)
     call(
         sage, "train", "model=hf", f"model.path={tiny_model}", f"data.path={pair_file}", "steps=2", "batch_size=4",
