@@ -9,8 +9,9 @@ import re
 import sys
 from pathlib import Path
 
-SOURCES = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
-HELD_OUT = 128
+# From the weakest system to the strongest: verification picks the best of many samples.
+SOURCES = ("6b_finetuning", "175b_finetuning", "6b_verification", "175b_verification")
+HELD_OUT = 256
 SEED = 0
 
 
@@ -25,16 +26,19 @@ def finished(solution: str) -> bool:
 
 
 def make_pair(line: int, record: dict) -> dict | None:
-    """One pair for the question on this 1-based line, or None when no finished solution is wrong."""
+    """One pair for the question on this 1-based line, or None when no finished solution is wrong.
+
+    Chosen is the strongest system's right solution, or the ground truth when none is right; rejected is the weakest
+    system's wrong one.
+    """
     texts = {source: clean(record[source]["solution"]) for source in SOURCES}
     right = [source for source in SOURCES if record[source]["is_correct"]]
     wrong = [source for source in SOURCES if source not in right and finished(texts[source])]
     if not wrong:
         return None
     texts["ground_truth"] = clean(record["ground_truth"])
-    choose = random.Random(f"{SEED}-{line}").choice
-    chosen = choose([source for source in right if finished(texts[source])] or ["ground_truth"])
-    rejected = choose(wrong)
+    chosen = ["ground_truth", *(source for source in right if finished(texts[source]))][-1]
+    rejected = wrong[0]
     return {
         "pair_id": f"gsm8k-test-{line:04d}-{chosen}-{rejected}",
         "prompt": record["question"].strip(),

