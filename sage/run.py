@@ -156,8 +156,13 @@ class Run:
             return {}
         everything = np.arange(len(self.eval_pairs))
         costs = dict(self.forward.costs)
-        logps = self.forward.all_logps(self.eval_pairs, everything, "held-out pairs")
-        reference = self.forward.all_logps(self.eval_pairs, everything, model=self.eval_reference)
+        reference = self.eval_reference.lookup(everything)
+        if reference is None:
+            reference = self.forward.all_logps(self.eval_pairs, everything, model=self.eval_reference)
+        if self.state.step == 0 and isinstance(self.eval_reference, Cached):
+            logps = reference  # the policy has not moved yet, and has been asked
+        else:
+            logps = self.forward.all_logps(self.eval_pairs, everything, "held-out pairs")
         self.forward.costs.update(costs)  # the cost of training counts what training needs
         metrics = per_pair(self.loss, self.loss(logps, reference), logps, reference)
         return {**means(metrics.sum(1), len(everything), "eval/"), "eval/pairs": len(everything)}

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sage.packing import collate
+from sage.packing import collate, pair_tokens
 from sage.run import Run
 
 MIN_GROUPS = 8  # the standard error of tr Cov from k groups can reach sqrt(2 / (k - 1)) of its value
@@ -99,11 +99,10 @@ def measure(run: Run, candidates: np.ndarray, chosen: np.ndarray) -> dict[str, f
 def batch_moments(run: Run, indices: np.ndarray, rng: np.random.Generator) -> Moments:
     """Moments of the loss's gradient over the trained parameters, from the batch `indices` over all ranks."""
     forward, engine = run.forward, run.engine
-    lengths = run.pairs.lengths()[indices]
-    tokens = 2 * (lengths[:, 0] + lengths[:, 1:].max(axis=1))
+    tokens = pair_tokens(run.pairs.lengths()[indices], forward.layout)
     groups = cut(indices, max(1, forward.budget // int(tokens.max())), rng)
     forward.costs["snr_pairs"] += len(indices)
-    forward.costs["snr_tokens"] += float((2 * lengths[:, 0] + lengths[:, 1:].sum(1)).sum())
+    forward.costs["snr_tokens"] += float(tokens.sum())
 
     parameters = [p for p in engine.policy.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]

@@ -449,7 +449,7 @@ def test_parallel_and_serial_give_the_same(tokenizer, tokenise, write, monkeypat
 def test_demo_pairs_are_valid_and_split_by_question():
     """Protects the installed demo: both files load, are right, and share no question."""
     train, held_out = load_pairs(f"{DEMO}/train.jsonl"), load_pairs(f"{DEMO}/heldout.jsonl")
-    assert (len(train), len(held_out)) == (1035, 128)
+    assert (len(train), len(held_out)) == (907, 256)
     assert not set(train["prompt"]) & set(held_out["prompt"])
     assert not set(train["pair_id"]) & set(held_out["pair_id"])
     for name in ("train", "heldout"):
