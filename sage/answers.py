@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 LONGEST = 4000  # characters; what is longer is no answer
-LONGEST_NUMBER = 100
+LONGEST_NUMBER = 1000
 TAIL = 1000  # of a response without a marked answer
 MARKS = 8  # how many boxes or phrases, from the end, are looked at
 
@@ -16,10 +16,11 @@ BOX = "\\boxed{"
 BRACE = re.compile(r"\\.|[{}]", re.S)
 JOINED = re.compile(r"[\s$]*(?:,|,?\s*and\b)[\s$]*(?:[A-Za-z]\s*=\s*)?")
 
-HASH = re.compile(r"^\s*#{4}\s*([-+$\\]*[\d.].*)$", re.M)
+HASH = re.compile(r"(?<!#)####\s*([-+$\\]*[\d.].*)")
 HEADING = re.compile(r"\d+[.)]\s+[A-Za-z*]")  # "#### 1. Find the cost" is Markdown, not GSM8K
 PHRASE = re.compile(r"^A:|\banswers?(?:\s+(?:is|are|would\s+be|will\s+be)\b|\s*\**\s*[:=])", re.M | re.I)
-SENTENCE_END = re.compile(r"\.(?=\s|$|\*)|\n")
+PHRASE_START = re.compile(r"(?:[\s:*]|\\\[|\$\$)*")
+PHRASE_END = re.compile(r"\.(?=\s|$|\*)|\n|,?\s(?:because|since|which|so)\b")
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
 LAST_NUMBER = re.compile(rf"(?<![\w.])[-+]?\$?(?:{DIGITS})(?:\s*/\s*\d+)?(?:\s*\\?%)?")
 IN_LATEX = set("{}^_\\/*")  # next to a number: it is a part of an expression
@@ -29,7 +30,7 @@ WORD_UNIT = (
     r"(?!sqrt|sin|cos|tan|log|exp|mod|and|thousand|million|billion|trillion|dozen)[A-Za-z][A-Za-z.'-]{2,}"
 )
 NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\$?(?P<number>{DIGITS})"
+    rf"[$€£]?(?P<sign>[-+]?)[$€£]?(?P<number>{DIGITS})"
     r"(?:/(?P<under>\d+)|e(?P<e>[-+]?\d{1,3})|(?:\\times|\\cdot|\*)10\^\{?(?P<ten>[-+]?\d{1,3})\}?)?"
     rf"(?P<percent>%|\s+percent\b)?(?:\s+{WORD_UNIT}(?:/[A-Za-z]+)?)*",
     re.I,
@@ -42,8 +43,7 @@ SPELLINGS = [
     for pattern, replacement in [
         (r"\\(?:left|right|displaystyle|limits|quad|qquad|[Bb]igg?[lr]?)(?![A-Za-z])", ""),
         (r"\\[dtc]frac", r"\\frac"),
-        (r"\{,\}", ","),
-        (r"(\d),\\!(?=\d)", r"\1,"),
+        (r"(?<=\d)(?:\{,\}|,?\\[,!; ])(?=\d{3}(?!\d))", ""),  # thousands
         (r"\\[!,;: ]|~", " "),
         # A unit: "15\text{ cm}^2". Elsewhere such a macro only sets type.
         (r"(?<=[\d}])\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?$", ""),
@@ -115,8 +115,8 @@ def find_answer(response: str) -> Found:
     if (answer := hashed(response)) is not None:
         return Found("hash", answer)
     for match in reversed(list(PHRASE.finditer(response))[-MARKS:]):
-        rest = response[match.end() : match.end() + LONGEST].lstrip(" :*\n")
-        if answer := SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *"):
+        rest = PHRASE_START.sub("", response[match.end() : match.end() + LONGEST], count=1)
+        if answer := PHRASE_END.split(rest, maxsplit=1)[0].strip(" *"):
             return Found("phrase", answer)
     return Found("last", response.strip()[-TAIL:])
 

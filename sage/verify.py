@@ -18,13 +18,13 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import NamedTuple
 
 from sage.answers import Found, PlainNumber, as_number, canonical, find_answer, is_words, last_number
 
 MEMORY = 2 << 30  # bytes of address space a worker may have
-PATIENCE = 10  # how many times its CPU time an answer may take by the clock
+PATIENCE = 60  # how many times its CPU time an answer may take by the clock
 READY = "ready\n"
 
 CHOICE = re.compile(r"[A-J]")
@@ -49,7 +49,7 @@ class Verifier:
 
     def __init__(self, workers: int = os.cpu_count() or 1, timeout: float = 5.0):
         self.threads = ThreadPoolExecutor(workers)
-        self.idle: SimpleQueue[Worker] = SimpleQueue()
+        self.idle: LifoQueue[Worker] = LifoQueue()  # the last one used first, so that few start
         for _ in range(workers):
             self.idle.put(Worker(timeout))
 
@@ -87,11 +87,10 @@ def quick_verdict(found: Found, answer: str) -> Verdict | None:
     if number := as_number(truth):
         plain = text
         if (value := as_number(text)) is None and found.where in ("phrase", "last"):
-            plain = last_number(found.text)
-            value = as_number(canonical(plain or ""))
-        # 0.3333 against 1/3 is a question of precision, which math-verify settles.
-        if value and (same_number(value, number) or value.ratio == number.ratio):
-            return Verdict(same_number(value, number), plain, f"{found.where}/number")
+            plain = last_number(text) or ""
+            value = as_number(plain)
+        if value and ((same := same_number(value, number)) or not rounded(value, number)):
+            return Verdict(same, plain, f"{found.where}/number")
     if text == truth or (is_words(truth) and text.lower() == truth.lower()):
         return Verdict(True, found.text, f"{found.where}/text")
     if found.where != "last":
@@ -106,6 +105,11 @@ def same_number(a: PlainNumber, b: PlainNumber) -> bool:
     return a.value == b.value or (
         a.percent != b.percent and a.value == b.value * (100 if a.percent else Fraction(1, 100))
     )
+
+
+def rounded(a: PlainNumber, b: PlainNumber) -> bool:
+    """0.3333 against 1/3: a question of precision, which math-verify settles."""
+    return a.ratio != b.ratio and 1 not in (a.value.denominator, b.value.denominator)
 
 
 def _by_choice(where: str, text: str, truth: str) -> Verdict:
@@ -177,7 +181,7 @@ def serve(timeout: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE * timeout)
         truth = parse(_in_dollars(answer), parsing_timeout=0)
         given = parse(text if where == "last" else _in_dollars(text), parsing_timeout=0)
-        correct = verify(truth, given, timeout_seconds=0)
+        correct = verify(truth, given, allow_set_relation_comp=True, timeout_seconds=0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         extracted = text if where != "last" else str(given[-1]) if given else None
