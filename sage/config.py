@@ -67,9 +67,39 @@ class ModelConfig:
 
 
 @dataclass
+class ProblemsConfig:
+    path: str = key(
+        MISSING, "problems: JSONL, JSON, Parquet, an Arrow folder, or a hub name (OWNER/NAME:SUBSET)"
+    )
+    split: str = key("test", "split of a hub dataset or an Arrow DatasetDict")
+    columns: dict[str, str] = key(
+        {}, "our name -> theirs: problem_id, prompt (A+B joins two columns), answer, solution, group"
+    )
+    answer_from: str = key(
+        "plain",
+        "how the answer stands in its column: after ####, in the last \\boxed{}, or alone",
+        choices=("hash", "boxed", "plain"),
+    )
+    limit: int | None = key(None, "use only the first N problems", low=1)
+    prompt: str = key(
+        "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        "what the policy is asked, around {problem}",
+    )
+
+
+@dataclass
 class DataConfig:
     path: str | None = key(
-        MISSING, "training pairs: JSONL, JSON, Parquet, an Arrow folder, a hub name or pkg://"
+        MISSING,
+        "training pairs: JSONL, JSON, Parquet, an Arrow folder, a hub name or pkg://; null = built from data.problems",
+    )
+    problems: ProblemsConfig | None = key(
+        None, "problems that pairs are built from, by sampling and verifying"
+    )
+    build: str = key(
+        "missing",
+        "whether `sage train` first builds the pairs of data.problems where its cache has none",
+        choices=("missing", "never"),
     )
     split: str = key("train", "split of a hub dataset or an Arrow DatasetDict")
     eval_path: str | None = key(None, "held-out pairs, in any of the same forms; null = no evaluation")
@@ -129,6 +159,40 @@ class TrackingConfig:
 
 
 @dataclass
+class SamplingConfig:
+    temperature: float = key(1.0, "0 = greedy", low=0)
+    top_p: float = key(1.0, "sample from the fewest likeliest tokens whose mass reaches this", low=0, high=1)
+    max_new_tokens: int = key(1024, "a response is cut off after this many tokens", low=1)
+    stop: list[str] = key([], "a response also ends before the first of these texts")
+
+
+@dataclass
+class PairingConfig:
+    samples: int = key(4, "responses sampled per problem", low=1)
+    chosen: str = key(
+        "own",
+        "where chosen comes from: right responses of the policy, the problem's solution, or the first that exists",
+        choices=("own", "gold", "own_then_gold"),
+    )
+    per_problem: int = key(1, "most pairs of one problem", low=1)
+    max_length_ratio: float | None = key(
+        None, "longer over shorter response of a pair, in characters, is at most this", low=1
+    )
+    near_duplicate: float = key(
+        0.9,
+        "responses whose word triples overlap (Jaccard) by this much are one; 1 = only equal ones",
+        low=0,
+        high=1,
+    )
+    unparsable: float = key(
+        1.0, "largest share of pairs whose rejected has no answer: 1 keeps them, 0 drops them", low=0, high=1
+    )
+    truncated: float = key(
+        1.0, "largest share of pairs whose rejected was cut off: 1 keeps them, 0 drops them", low=0, high=1
+    )
+
+
+@dataclass
 class RunConfig:
     """What the config of every command has. A command's own class adds its keys, and `check` for combinations."""
 
@@ -158,6 +222,11 @@ class TrainConfig(RunConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    generation: dict[str, Any] = key(
+        {}, "the engine that samples responses: a class of sage.generation by _target_"
+    )
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    pairing: PairingConfig = field(default_factory=PairingConfig)
     steps: int | None = key(None, "optimizer steps; give this or epochs", low=1)
     epochs: float | None = key(None, "passes over the training pairs; give this or steps", low=0)
     batch_size: int = key(32, "pairs per optimizer step, over all ranks", low=1)
@@ -184,12 +253,13 @@ class TrainConfig(RunConfig):
     )
 
     def check(self) -> None:
-        for group in ("loss", "scorer", "curriculum"):
+        for group in ("loss", "scorer", "curriculum", "generation"):
             check_target(group, getattr(self, group))
-        if self.data.path is None:
+        if self.data.path is None and self.data.problems is None:
             raise UserError(
                 f"data.path is not set: give experiment {self.name!r} its preference pairs with data.path=FILE "
-                "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected)"
+                "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected), or problems to build "
+                "them from with data.problems.path=FILE"
             )
         if (self.steps is None) == (self.epochs is None):
             raise UserError("give exactly one of steps=N and epochs=X (the other null)")
@@ -217,8 +287,25 @@ class TrainConfig(RunConfig):
             raise UserError("model.adapter_path needs an adapter to train: add +model/lora=default")
 
 
+@dataclass
+class BuildPairsConfig(TrainConfig):
+    """An experiment is one plan, from problems to a policy. `sage build-pairs` carries out its first half, and takes
+    all of its keys, so that `+experiment=NAME` means the same pairs here and in `sage train`."""
+
+    command: str = key("build-pairs", "the command this config is for", choices=("build-pairs",))
+
+    def check(self) -> None:
+        check_target("generation", self.generation)
+        if self.data.problems is None:
+            raise UserError(
+                "data.problems is not set: choose data=gsm8k, or give problems of your own with +data.problems.path=FILE"
+            )
+        if "{problem}" not in self.data.problems.prompt:
+            raise UserError("data.problems.prompt must hold {problem}, the place of the problem's text")
+
+
 # Command word -> its schema. The command composes conf/WORD.yaml, which names WORD_schema (a dash becomes _).
-SCHEMAS: dict[str, type[RunConfig]] = {"train": TrainConfig}
+SCHEMAS: dict[str, type[RunConfig]] = {"train": TrainConfig, "build-pairs": BuildPairsConfig}
 for _word, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{_word.replace('-', '_')}_schema", node=_schema)
 

@@ -8,10 +8,13 @@ import sys
 from functools import singledispatch
 from pathlib import Path
 
+from filelock import FileLock
+
 from sage import config
-from sage.config import RunConfig, TrainConfig
+from sage.config import BuildPairsConfig, RunConfig, TrainConfig
 from sage.errors import UserError
 from sage.pairs import load_pairs, resolve_path
+from sage.problems import read_problems
 
 
 @singledispatch
@@ -29,6 +32,12 @@ def _(cfg: TrainConfig) -> None:
         load_pairs(data.eval_path, split=data.eval_split, columns=data.columns, limit=data.eval_limit)
 
 
+@read_inputs.register
+def _(cfg: BuildPairsConfig) -> None:
+    assert cfg.data.problems is not None
+    read_problems(cfg.data.problems)
+
+
 def preflight(cfg: RunConfig) -> None:
     """Refuse a run whose model file is missing, whose inputs are bad, or that wants more GPUs than there are."""
     import torch
@@ -44,10 +53,39 @@ def preflight(cfg: RunConfig) -> None:
 
 def run(cfg: RunConfig, run_dir: Path) -> None:
     """Check, freeze and start one run, and wait for it. Exits with the ranks' status when they fail."""
+    if isinstance(cfg, TrainConfig) and cfg.command == "train" and cfg.data.path is None:
+        cfg.data.path = str(built_pairs(cfg))
     preflight(cfg)
     config.freeze(cfg, run_dir)
     print(f"run directory: {run_dir}", flush=True)
     start(cfg.world_size, run_dir)
+
+
+def built_pairs(cfg: TrainConfig) -> Path:
+    """The pairs of `data.problems`: from the cache, or built now (or built to their end, where that was interrupted)."""
+    from sage.build_pairs import (
+        MANIFEST_FILE,
+        PAIRS_FILE,
+        check_built,
+        recipe_key,
+    )  # loads torch and transformers
+
+    plan = BuildPairsConfig(**{**vars(cfg), "command": "build-pairs"})
+    preflight(plan)
+    folder = Path(cfg.cache_dir).expanduser() / "built" / recipe_key(plan)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / MANIFEST_FILE).exists():
+            if cfg.data.build == "never":
+                raise UserError(
+                    f"data.build=never, and no pairs were built yet by {cfg.model.path} from {plan.data.problems.path} with "
+                    "these settings: run without it, or build them with `sage build-pairs` and give data.path=FILE"
+                )
+            print(f"building the pairs of this run first: {folder}", flush=True)
+            if not (folder / config.CONFIG_FILE).exists():
+                config.freeze(plan, folder)
+            start(cfg.world_size, folder)
+    check_built(cfg, folder)
+    return folder / PAIRS_FILE
 
 
 def start(world_size: int, run_dir: Path) -> None:

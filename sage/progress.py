@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -46,6 +47,22 @@ def track(works: Iterator[Work], description: str | None, total: int) -> Iterato
         for work in works:
             yield work
             progress.advance(task, len(work.positions) * int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def track_counts(items: Sequence[T], description: str, counts: Sequence[int]) -> Iterator[T]:
+    """Pass items on and show how many of sum(counts) are done: item i counts for counts[i]."""
+    total, done, started = sum(counts), 0, time.monotonic()
+    progress = bar() if console.is_terminal and not console.quiet else None
+    with progress or nullcontext():
+        task = progress.add_task(description, total=total) if progress else None
+        for item, count in zip(items, counts, strict=True):
+            yield item
+            done += count
+            if progress and task is not None:
+                progress.advance(task, count)
+            else:
+                remaining = (time.monotonic() - started) / done * (total - done)
+                console.print(f"{description}: {done}/{total}  ETA {remaining:.0f}s")
 
 
 class StepProgress:

@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warnin
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 # Command -> the function that every rank calls with the run directory. By name, so that a rank imports only its own.
-JOBS = {"train": "sage.train.train"}
+JOBS = {"train": "sage.train.train", "build-pairs": "sage.build_pairs.build_pairs"}
 
 
 def main() -> None:
@@ -26,18 +26,24 @@ def main() -> None:
         from transformers.utils import logging
 
         from sage import config
-        from sage.engine import shutdown
 
         logging.disable_progress_bar()  # we show our own
 
         run_dir = Path(sys.argv[1])
         get_method(JOBS[config.load(run_dir).command])(run_dir)
-        shutdown()
+        leave_process_group()
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 most likely says the same; it ends first and the launcher ends this rank
         report(e)
         os._exit(2)  # the other ranks may wait in a collective: do not join them at exit
+
+
+def leave_process_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():  # ZeRO-3 aborts at exit otherwise
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

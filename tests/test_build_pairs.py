@@ -1,0 +1,247 @@
+"""Pairs from problems: the rules of pairing by hand-made attempts, and whole runs of the tiny model, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import write_jsonl
+from hydra import compose, initialize_config_module
+from many_runs import ENVIRONMENT
+
+from sage import config
+from sage.attempts import Attempt
+from sage.build_pairs import gold_response, make_pairs
+from sage.config import PairingConfig
+from sage.pairs import load_pairs
+from sage.problems import Problem
+
+SAGE = str(Path(sys.executable).with_name("sage"))
+
+
+def attempt(
+    problem_id: str, sample: int, response: str, *, correct=False, finish="end", extracted="1"
+) -> Attempt:
+    return Attempt(
+        problem_id,
+        sample,
+        f"Q{problem_id}",
+        response,
+        5,
+        finish,
+        "7",
+        extracted,
+        correct,
+        "last/number",
+        None,
+    )
+
+
+def pairs_of(attempts: list[Attempt], golds=(None,), **options):
+    """(problem_id-number, chosen, rejected, pass_rate, source) of each pair, and the counts."""
+    problems = [Problem(str(i), f"Q{i}", "7", None, None) for i in range(len(golds))]
+    pairs, counts = make_pairs(problems, golds, attempts, PairingConfig(**options), seed=0)
+    assert all(p.prompt == "Q" + p.pair_id.split("-")[0] and p.answer == "7" for p in pairs)
+    return [(p.pair_id, p.chosen, p.rejected, p.pass_rate, p.source) for p in pairs], counts
+
+
+MIXED = [
+    attempt("0", 0, "it is seven 7", correct=True),
+    attempt("0", 1, "it is eight 8"),
+    attempt("0", 2, "no answer here", extracted=None),
+    attempt("0", 3, "it goes on and", finish="length"),
+]
+
+
+def test_own_right_against_own_wrong():
+    """The parsable and whole wrong response comes first; the pass rate counts all attempts."""
+    assert pairs_of(MIXED)[0] == [("0-0", "it is seven 7", "it is eight 8", 0.25, "own")]
+
+
+def test_chosen_from_own_gold_or_both():
+    wrong = [a for a in MIXED if not a.correct]
+    assert pairs_of(wrong, ["gold"])[0] == [] and pairs_of(wrong, ["gold"])[1]["problems_without_right"] == 1
+    for chosen, attempts, source in (
+        ("gold", MIXED, "gold"),
+        ("own_then_gold", MIXED, "own"),
+        ("own_then_gold", wrong, "gold"),
+    ):
+        got, counts = pairs_of(attempts, ["gold"], chosen=chosen)
+        assert [pair[-1] for pair in got] == [source] and counts[f"pairs_{source}"] == 1
+    assert pairs_of([MIXED[0]])[1]["problems_without_wrong"] == 1
+
+
+def test_a_truncated_response_is_never_chosen():
+    assert pairs_of([attempt("0", 0, "7 and", correct=True, finish="length"), attempt("0", 1, "8")])[0] == []
+
+
+def test_pairs_per_problem_use_each_rejected_once_and_spread_the_chosen():
+    right = [
+        attempt("0", i, f"right {word} 7", correct=True) for i, word in enumerate(("one way", "another"))
+    ]
+    wrong = [attempt("0", 2 + i, f"wrong {i} {'x' * i}") for i in range(4)]
+    got, _ = pairs_of(right + wrong, per_problem=3)
+    assert [pair[0] for pair in got] == ["0-0", "0-1", "0-2"]
+    assert len({pair[2] for pair in got}) == 3
+    assert sorted(sum(pair[1] == r.response for pair in got) for r in right) == [1, 2]
+
+
+def test_length_balance():
+    """The closest in length is taken, and none beyond the ratio."""
+    right = [attempt("0", i, "r" * n, correct=True) for i, n in enumerate((10, 40))]
+    assert pairs_of([*right, attempt("0", 2, "w" * 36)], max_length_ratio=1.5)[0][0][1] == "r" * 40
+    got, counts = pairs_of([*right, attempt("0", 2, "w" * 100)], max_length_ratio=1.5)
+    assert got == [] and counts["problems_unbalanced"] == 1
+
+
+def test_duplicates_are_removed():
+    """Equal but for white space, or nearly; how near is the user's."""
+    words = " ".join(f"w{i}" for i in range(50))
+    wrong = [
+        attempt("0", i, text)
+        for i, text in enumerate((words, words.replace(" ", "  "), words + " end", "other"))
+    ]
+    right = [attempt("0", 9, "7", correct=True)]
+    for near, kept in ((0.9, 2), (1.0, 3)):
+        got, counts = pairs_of(right + wrong, per_problem=9, near_duplicate=near)
+        assert len(got) == kept and counts["duplicate_responses"] == 4 - kept
+
+
+@pytest.mark.parametrize(
+    "reason, bad", [("unparsable", {"extracted": None}), ("truncated", {"finish": "length"})]
+)
+def test_shares_of_unparsable_and_truncated(reason, bad):
+    """Of 4 clean and 6 flagged pairs: all at 1, none at 0, and at 1/3 two of six, so that two of six pairs are."""
+    attempts = []
+    for i in range(10):
+        attempts += [
+            attempt(str(i), 0, "7", correct=True),
+            attempt(str(i), 1, "8", **(bad if i >= 4 else {})),
+        ]
+    for share, kept in ((1.0, 10), (0.0, 4), (1 / 3, 6)):
+        got, counts = pairs_of(attempts, [None] * 10, **{reason: share})
+        assert len(got) == kept and counts[f"pairs_over_{reason}_cap"] == 10 - kept
+        assert {pair[0] for pair in got} >= {f"{i}-0" for i in range(4)}
+
+
+def test_gold_solutions_answer_our_prompt():
+    problem = Problem("1", "Q", "1,072", "He has <<2*24=48>>48.\n#### 1,072", None)
+    assert gold_response(problem) == "He has 48.\nThe answer is \\boxed{1,072}."
+    assert gold_response(Problem("1", "Q", "7", "So \\boxed{7}.", None)) == "So \\boxed{7}."
+    assert gold_response(Problem("1", "Q", "7", None, None)) is None
+
+
+# --- whole runs
+
+
+@pytest.fixture(scope="session")
+def problem_file(tmp_path_factory) -> Path:
+    """Twelve problems in GSM8K's form. The tiny model solves none, so chosen is the human solution."""
+    rows = [
+        {
+            "question": f"Ann has {i} apples{' and pears' * (i % 3)}. How many?",
+            "answer": f"She has <<{i}={i}>>{i}.\n#### {i}",
+        }
+        for i in range(12)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("problems") / "problems.jsonl", rows)
+
+
+@pytest.fixture
+def words(tiny_model, problem_file, tmp_path):
+    """Overrides of a small run: 24 responses in chunks of two problems."""
+    return [
+        "model=hf", f"model.path={tiny_model}", "model.dtype=float32", "data=gsm8k", f"data.problems.path={problem_file}",
+        "data.problems.prompt='{problem}'", "pairing.samples=2", "pairing.chosen=own_then_gold", "sampling.max_new_tokens=60",
+        "generation.batch_size=2", "generation.chunk=4", f"cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+
+
+def sage(*words: str, check: bool = True) -> str:
+    done = subprocess.run(
+        [SAGE, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0 or not check, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def files(run_dir: Path) -> dict[str, bytes]:
+    """Every file of a finished run but its config, which names its own folder's cache."""
+    return {
+        p.relative_to(run_dir).as_posix(): p.read_bytes()
+        for p in run_dir.rglob("*")
+        if p.is_file() and p.name != "config.yaml"
+    }
+
+
+def kill_after(run_dir: Path, command: list[str], chunks: int) -> None:
+    """Start, and SIGKILL the whole process group once so many chunks are on disk."""
+    process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
+    while len(list(run_dir.glob("**/progress/chunk_*.jsonl"))) < chunks and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path):
+    """Killed twice by SIGKILL, resumed by `sage resume`: every file equal, finished chunks not made again, and
+    `sage train` reads the pairs."""
+    out = sage("build-pairs", *words, f"hydra.run.dir={tmp_path / 'whole'}")
+    assert re.search(r"at most \d+ minutes for 24 responses", out)
+    whole, run_dir = files(tmp_path / "whole"), tmp_path / "killed"
+    assert set(whole) == {"generations.jsonl", "pairs.jsonl", "manifest.json"}
+
+    kill_after(run_dir, [SAGE, "build-pairs", *words, f"hydra.run.dir={run_dir}"], 1)
+    first = {p.name: p.stat().st_mtime_ns for p in run_dir.glob("progress/chunk_*.jsonl")}
+    assert first and not (run_dir / "manifest.json").exists()
+    kill_after(run_dir, [SAGE, "resume", str(run_dir)], len(first) + 1)
+    second = {p.name: p.stat().st_mtime_ns for p in run_dir.glob("progress/chunk_*.jsonl")}
+    assert first.items() <= second.items()
+    sage("resume", str(run_dir))
+    assert files(run_dir) == whole
+
+    manifest = json.loads(whole["manifest.json"])
+    assert manifest["counts"]["responses"] == 24 and manifest["counts"]["pairs"] == len(
+        load_pairs(str(run_dir / "pairs.jsonl"))
+    )
+    row = json.loads(whole["pairs.jsonl"].splitlines()[0])
+    assert list(row) == ["pair_id", "prompt", "chosen", "rejected", "pass_rate", "answer", "source"]
+    assert "\\boxed{" in row["chosen"] and row["source"] == "gold"
+
+
+@pytest.mark.slow
+def test_train_builds_its_missing_pairs_once(words, tmp_path):
+    """data.build=never refuses; else pairs are built into the cache, trained on, and found again by the next run; two
+    ranks that build them make the same ones."""
+    words += ["steps=1", "batch_size=4", "data.max_length=256", "micro_batch_tokens=1024"]
+    out = sage("train", *words, "data.build=never", f"hydra.run.dir={tmp_path / 'no'}", check=False)
+    assert (
+        "data.build=never" in out
+        and "Traceback" not in out
+        and not (tmp_path / "no" / "config.yaml").exists()
+    )
+    out = sage("train", *words, f"hydra.run.dir={tmp_path / 'a'}")
+    assert "building the pairs" in out
+    cfg = config.load(tmp_path / "a")
+    assert isinstance(cfg, config.TrainConfig) and cfg.data.path is not None
+    built = Path(cfg.data.path)
+    assert built.is_relative_to(tmp_path / "cache") and (tmp_path / "a" / "final").is_dir()
+    assert "building the pairs" not in sage("train", *words, "seed=0", f"hydra.run.dir={tmp_path / 'b'}")
+
+    sage("build-pairs", *words, "world_size=2", f"hydra.run.dir={tmp_path / 'two'}")
+    assert files(tmp_path / "two") == files(built.parent)
+
+
+def test_build_pairs_without_problems_is_refused():
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        composed = compose("build_pairs", ["data=pairs"])
+    with pytest.raises(config.UserError, match=r"\+data.problems.path=FILE"):
+        config.load(composed)

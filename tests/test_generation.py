@@ -1,0 +1,186 @@
+"""The hf engine gives what transformers' own `generate` gives; sampling follows its distribution; vLLM is asked rightly."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sage import policy
+from sage.config import ModelConfig, SamplingConfig
+from sage.errors import UserError
+from sage.generation import HF, VLLM, Request, Source, encode_prompts, sample
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model) -> Source:
+    return Source(str(tiny_model), ModelConfig(path=str(tiny_model), dtype="float32"), CPU)
+
+
+@pytest.fixture(scope="module")
+def prompts(source) -> list[list[int]]:
+    """Ids of eleven prompts of different lengths, two of them equal."""
+    texts = [f"How many apples are {'left ' * (i % 5)}after {i} days?" for i in range(10)] + [
+        "How many apples?"
+    ] * 2
+    return encode_prompts(policy.load_tokenizer(source.folder, source.model), texts, chat_template=True)
+
+
+def run(source: Source, requests: list[Request], sampling: SamplingConfig, **options) -> list:
+    with HF(**options).open(source, sampling) as generate:
+        responses = dict(generate(requests))
+    return [responses[i] for i in range(len(requests))]
+
+
+def naive(source: Source, ids: list[int], tokens: int) -> tuple[str, int, str]:
+    """(text, tokens, finish) of transformers' greedy `generate`, one prompt at a time."""
+    tokenizer = policy.load_tokenizer(source.folder, source.model)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    made = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[
+        0, len(ids) :
+    ]
+    finish = "end" if made[-1] == tokenizer.eos_token_id else "length"
+    return tokenizer.decode(made, skip_special_tokens=True), len(made), finish
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 4}, {"batch_size": 16}, {"batch_size": 3, "prefill_tokens": 100}]
+)
+def test_greedy_responses_equal_plain_generate(source, prompts, options):
+    """Refilled places, copied prompts and prefill waves change no response; rooms differ, so rows end at all times."""
+    rooms = [3 + 5 * (i % 4) for i in range(len(prompts))]
+    requests = [Request(ids, 0, room) for ids, room in zip(prompts, rooms, strict=True)]
+    got = run(source, requests, SamplingConfig(temperature=0.0), **options)
+    assert [tuple(r) for r in got] == [
+        naive(source, ids, room) for ids, room in zip(prompts, rooms, strict=True)
+    ]
+
+
+def test_an_end_token_ends_a_response(source, prompts, tiny_model, monkeypatch):
+    """A model that always says its end token answers with nothing, in one token."""
+    monkeypatch.setattr("sage.generation.end_tokens", lambda *_: set(range(320)))
+    assert {tuple(r)[1:] for r in run(source, [Request(ids, 0, 9) for ids in prompts], SamplingConfig())} == {
+        (1, "end")
+    }
+
+
+def test_sampled_responses_equal_a_naive_loop_in_any_batch(source, prompts):
+    """Each request draws from its own seed, whatever surrounds it: a forward over the whole text per token says what."""
+    sampling = SamplingConfig(temperature=1.0, top_p=0.9)
+    requests = [Request(ids, seed, 12) for seed, ids in enumerate(prompts)]
+    tokenizer = policy.load_tokenizer(source.folder, source.model)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    expected = []
+    for request in requests:
+        uniforms = np.random.default_rng(request.seed).random(12)
+        tokens: list[int] = []
+        while len(tokens) < 12 and tokens[-1:] != [tokenizer.eos_token_id]:
+            logits = model(torch.tensor([request.prompt_ids + tokens])).logits[:, -1]
+            tokens += sample(logits, torch.tensor(uniforms[len(tokens) : len(tokens) + 1]), 1.0, 0.9).tolist()
+        expected.append((tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)))
+    for batch_size in (1, 2, 5):
+        got = run(source, requests, sampling, batch_size=batch_size)
+        assert [tuple(r)[:2] for r in got] == expected
+    assert run(source, requests[::-1], sampling)[::-1] == got
+    assert run(source, [r._replace(seed=r.seed + 99) for r in requests], sampling) != got
+
+
+def test_stop_texts_end_a_response_and_are_cut_off(source, prompts):
+    requests = [Request(ids, seed, 40) for seed, ids in enumerate(prompts)]
+    plain = run(source, requests, SamplingConfig())
+    stop = next(match[0] for r in plain if (match := re.search(r"(?<=.{4})[ -~]{2}", r.text)))
+    for whole, stopped in zip(plain, run(source, requests, SamplingConfig(stop=[stop])), strict=True):
+        assert stopped.text == whole.text.split(stop)[0]
+        assert (stopped.finish == "stop") == (stop in whole.text)
+        assert stopped.tokens < whole.tokens or stop not in whole.text
+
+
+def test_a_prompt_that_fills_the_context_gets_no_response(source, prompts):
+    long = [5] * 256
+    first, second = run(
+        source, [Request(long, 0, 9), Request(long[:250], 0, 9)], SamplingConfig(temperature=0.0)
+    )
+    assert first == ("", 0, "no_room")
+    assert second.tokens <= 6
+
+
+def test_eager_attention_gives_the_same_responses(source, prompts):
+    """Eager attention takes a boolean mask for numbers; ours is additive."""
+    requests = [Request(ids, 3, 12) for ids in prompts]
+    eager = Source(source.folder, ModelConfig(path=source.folder, dtype="float32", attention="eager"), CPU)
+    assert run(eager, requests, SamplingConfig()) == run(source, requests, SamplingConfig())
+
+
+def test_sampling_follows_the_distribution():
+    """Frequencies over an even grid of uniform numbers equal softmax probabilities, cut to the nucleus under top_p."""
+    torch.manual_seed(0)
+    logits, n = torch.randn(12), 20_000
+    uniforms = (torch.arange(n) + 0.5) / n
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (2.0, 0.3)):
+        expected = (logits / temperature).softmax(0)
+        ranked, order = expected.sort(descending=True)
+        nucleus = [0.0] * 12
+        mass = 0.0
+        for p, token in zip(ranked.tolist(), order.tolist(), strict=True):
+            if mass < top_p:
+                nucleus[token] = p
+                mass += p
+        drawn = sample(logits.expand(n, -1), uniforms, temperature, top_p)
+        counted = torch.bincount(drawn, minlength=12) / n
+        assert torch.allclose(counted, torch.tensor(nucleus) / mass, atol=2e-4)
+    wide = torch.zeros(50, 5000)  # a nucleus of more than the first few, and of all where masses tie
+    wide[:, 4000:] = -1e-3
+    drawn = sample(wide, (torch.arange(50) + 0.5) / 50, 1.0, 0.5)
+    assert drawn.max() < 4000 and len(set(drawn.tolist())) == 50
+    assert sample(logits[None], uniforms[:1], 0.0, 1.0).item() == logits.argmax()
+
+
+# --- vLLM, played by a module of a few lines
+
+FAKE = """
+from types import SimpleNamespace as N
+class SamplingParams:
+    def __init__(self, **options): self.__dict__.update(options)
+class LLM:
+    def __init__(self, **options):
+        self.llm_engine = N(model_config=N(max_model_len=20))
+        assert options["tensor_parallel_size"] == 2 and options["gpu_memory_utilization"] == 0.5
+    def generate(self, prompts, parameters, use_tqdm):
+        outs = []
+        for prompt, p in zip(prompts, parameters):
+            text = f"{p.seed} {p.max_tokens} {p.temperature} {p.top_p} {p.stop_token_ids}"
+            reason = ("length", None) if p.seed == 1 else ("stop", "#" if p.seed == 2 else None)
+            outs.append(N(outputs=[N(text=text, token_ids=prompt["prompt_token_ids"], finish_reason=reason[0], stop_reason=reason[1])]))
+        return outs
+"""
+
+
+def test_vllm_gets_the_same_requests_and_stop_rules(source, tmp_path, monkeypatch):
+    """In its own process: ids, seeds, room and end tokens arrive; finish reasons come back in our words."""
+    (tmp_path / "vllm.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    requests = [Request([4] * 5, 1, 9), Request([4] * 15, 2, 9), Request([4] * 20, 3, 9), Request([4], 4, 9)]
+    sampling = SamplingConfig(temperature=0.5, top_p=0.8, stop=["#"])
+    with VLLM(tensor_parallel=2, memory_fraction=0.5).open(source, sampling) as generate:
+        got = [response for _, response in sorted(generate(requests))]
+    assert got == [
+        ("1 9 0.5 0.8 [1]", 5, "length"), ("2 5 0.5 0.8 [1]", 15, "stop"), ("", 0, "no_room"), ("4 9 0.5 0.8 [1]", 1, "end"),
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(
+    "vllm" in sys.modules or any((Path(p) / "vllm").is_dir() for p in sys.path if p), reason="vLLM is here"
+)
+def test_vllm_that_is_not_installed_says_how_to_install_it(source):
+    with (
+        pytest.raises(UserError, match=r"pip install 'sage-align\[vllm\]'"),
+        VLLM().open(source, SamplingConfig()),
+    ):
+        pass
