@@ -115,12 +115,12 @@ class Sampler:
                 self.generator = self.stack.enter_context(self.engine.open(self.source, self.sampling))
             self.estimate([ids[i] for _, chunk in missing for i in chunk], samples, len(missing))
             for file, chunk in track_counts(missing, name, [len(chunk) for _, chunk in missing]):
-                write_whole(file, self.chunk([(problems[i], prompts[i], ids[i]) for i in chunk], samples))
+                write_lines(file, self.chunk([(problems[i], prompts[i], ids[i]) for i in chunk], samples))
             self.barrier()
             if self.rank == 0:
                 found = [a for n in range(len(chunks)) for a in read_attempts(progress / f"chunk_{n}.jsonl")]
                 order = {problem.problem_id: place for place, problem in enumerate(problems)}
-                write_whole(final, sorted(found, key=lambda a: (order[a.problem_id], a.sample)))
+                write_lines(final, sorted(found, key=lambda a: (order[a.problem_id], a.sample)))
         if self.rank != 0:
             return []
         shutil.rmtree(progress, ignore_errors=True)
@@ -177,12 +177,20 @@ def read_attempts(file: Path) -> list[Attempt]:
         return [Attempt(**json.loads(line)) for line in lines]
 
 
-def write_whole(file: Path, rows: Sequence[Any]) -> None:
-    """JSON lines of dataclasses: there after a kill as a whole or not at all."""
+def write_lines(file: Path, rows: Sequence[Any]) -> None:
+    """Dataclasses as JSON lines."""
+    write_atomic(file, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    write_atomic(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """There after a kill as a whole or not at all."""
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("w", encoding="utf-8") as f:
-        for row in rows:
-            f.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     temporary.rename(file)

@@ -19,7 +19,7 @@ from typing import Any
 from hydra.utils import instantiate
 
 from sage import policy
-from sage.attempts import GENERATIONS_FILE, Attempt, Sampler, write_whole
+from sage.attempts import GENERATIONS_FILE, Attempt, Sampler, write_json, write_lines
 from sage.config import BuildPairsConfig, PairingConfig, TrainConfig, load
 from sage.errors import UserError
 from sage.problems import Problem, read_problems
@@ -72,7 +72,7 @@ def build_pairs(run_dir: Path) -> None:
         verdicts = sampler.verifier.verify([gold or "" for gold in golds], [p.answer for p in problems])
     golds = [gold if verdict.correct else None for gold, verdict in zip(golds, verdicts, strict=True)]
     pairs, counts = make_pairs(problems, golds, attempts, cfg.pairing, cfg.seed)
-    write_whole(run_dir / PAIRS_FILE, pairs)
+    write_lines(run_dir / PAIRS_FILE, pairs)
     manifest = {
         **recipe(cfg, sampler.source.folder, problems),
         "counts": {
@@ -86,7 +86,7 @@ def build_pairs(run_dir: Path) -> None:
         },
         "pass_rates": dict(sorted(Counter(f"{rate:.2f}" for rate in pass_rates(attempts).values()).items())),
     }
-    write_manifest(run_dir / MANIFEST_FILE, manifest)
+    write_json(run_dir / MANIFEST_FILE, manifest)
     console.print(f"{len(pairs)} pairs of {len(problems)} problems: {run_dir / PAIRS_FILE}")
     for reason, count in counts.items():
         console.print(f"  {reason.replace('_', ' ')}: {count}")
@@ -120,12 +120,6 @@ def recipe_key(cfg: TrainConfig) -> str:
     folder = policy.resolve_model(cfg.model, cfg.cache_dir)
     made_by = json.dumps(recipe(cfg, folder, read_problems(cfg.data.problems)), sort_keys=True)
     return hashlib.sha256(made_by.encode()).hexdigest()[:24]
-
-
-def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.rename(file)
 
 
 def gold_response(problem: Problem) -> str | None:

@@ -30,6 +30,8 @@ usage: sage COMMAND [arguments]
 
 commands
   train             align a policy: sage train +experiment=demo [key=value ...]; -m sweeps over comma-separated values
+  build-pairs       sample responses to problems, verify them, make preference pairs
+  eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
   resume RUN_DIR    go on with an interrupted run, exactly
 
 sage COMMAND --help             every config group and key
@@ -69,8 +71,19 @@ def resume() -> None:
     launch.start(cfg.world_size, run_dir)
 
 
+def evaluate() -> None:
+    if sys.argv[1:2] != ["--compare"]:
+        return hydra_command("eval")()
+    if len(sys.argv) != 4:
+        raise UserError("usage: sage eval --compare RUN_DIR_A RUN_DIR_B: two finished evaluations")
+    from sage.evaluate import print_comparison
+
+    print_comparison(Path(sys.argv[2]), Path(sys.argv[3]))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     **{word: hydra_command(word) for word in config.SCHEMAS},
+    "eval": evaluate,
     "resume": resume,
 }
 

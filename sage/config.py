@@ -90,7 +90,7 @@ class ProblemsConfig:
 @dataclass
 class DataConfig:
     path: str | None = key(
-        MISSING,
+        None,
         "training pairs: JSONL, JSON, Parquet, an Arrow folder, a hub name or pkg://; null = built from data.problems",
     )
     problems: ProblemsConfig | None = key(
@@ -300,12 +300,45 @@ class BuildPairsConfig(TrainConfig):
             raise UserError(
                 "data.problems is not set: choose data=gsm8k, or give problems of your own with +data.problems.path=FILE"
             )
-        if "{problem}" not in self.data.problems.prompt:
-            raise UserError("data.problems.prompt must hold {problem}, the place of the problem's text")
+        check_prompt("data.problems", self.data.problems)
+
+
+@dataclass
+class EvalConfig(RunConfig):
+    command: str = key("eval", "the command this config is for", choices=("eval",))
+    name: str = key("eval", "names the run's folder")
+    benchmark: dict[str, ProblemsConfig] = key({}, "the problems of each benchmark, by its name")
+    generation: dict[str, Any] = key(
+        {}, "the engine that samples responses: a class of sage.generation by _target_"
+    )
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    samples: int = key(1, "responses per problem; accuracy is their mean", low=1)
+    limit: int | None = key(None, "use only the first N problems of each benchmark", low=1)
+    chat_template: bool = key(True, "wrap prompts in the tokenizer's chat template")
+
+    def check(self) -> None:
+        check_target("generation", self.generation)
+        if not self.benchmark:
+            raise UserError("no benchmark: choose benchmark=NAME, or several with benchmark=[NAME,NAME]")
+        for name, problems in self.benchmark.items():
+            check_prompt(f"benchmark.{name}", problems)
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise UserError(
+                f"samples={self.samples} greedy responses are all the same: set sampling.temperature=0.6"
+            )
+
+
+def check_prompt(name: str, problems: ProblemsConfig) -> None:
+    if "{problem}" not in problems.prompt:
+        raise UserError(f"{name}.prompt must hold {{problem}}, the place of the problem's text")
 
 
 # Command word -> its schema. The command composes conf/WORD.yaml, which names WORD_schema (a dash becomes _).
-SCHEMAS: dict[str, type[RunConfig]] = {"train": TrainConfig, "build-pairs": BuildPairsConfig}
+SCHEMAS: dict[str, type[RunConfig]] = {
+    "train": TrainConfig,
+    "build-pairs": BuildPairsConfig,
+    "eval": EvalConfig,
+}
 for _word, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{_word.replace('-', '_')}_schema", node=_schema)
 

@@ -206,9 +206,3 @@ def deepspeed_config(engine: EngineConfig, dtype: torch.dtype, max_grad_norm: fl
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 2**31,
     }
-
-
-def shutdown() -> None:
-    """Leave the process group: ZeRO-3 aborts at exit otherwise."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

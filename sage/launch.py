@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from sage import config
-from sage.config import BuildPairsConfig, RunConfig, TrainConfig
+from sage.config import BuildPairsConfig, EvalConfig, RunConfig, TrainConfig
 from sage.errors import UserError
 from sage.pairs import load_pairs, resolve_path
 from sage.problems import read_problems
@@ -36,6 +36,12 @@ def _(cfg: TrainConfig) -> None:
 def _(cfg: BuildPairsConfig) -> None:
     assert cfg.data.problems is not None
     read_problems(cfg.data.problems)
+
+
+@read_inputs.register
+def _(cfg: EvalConfig) -> None:
+    for benchmark in cfg.benchmark.values():
+        read_problems(benchmark)
 
 
 def preflight(cfg: RunConfig) -> None:

@@ -117,10 +117,11 @@ def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
         yield from _load(path, split, lambda: datasets.Dataset(pq.read_table(file)))
     elif file.is_dir():
         yield from _load(path, split, lambda: datasets.load_from_disk(str(file)))
-    elif file.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    elif file.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path):
         raise UserError(f"{path}: neither a .jsonl, .json or .parquet file, nor a folder, nor a hub name")
     else:
-        yield from _load(path, split, lambda: datasets.load_dataset(path, split=split))
+        name, _, subset = path.partition(":")
+        yield from _load(path, split, lambda: datasets.load_dataset(name, subset or None, split=split))
 
 
 def _read_json(path: str, file: Path) -> Iterator[tuple[int, Any]]:

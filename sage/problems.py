@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from sage.answers import boxed, hashed
+from sage.config import ProblemsConfig
 from sage.errors import UserError
 from sage.pairs import read_rows, refuse_bad_rows
 
@@ -109,3 +110,9 @@ def _texts(record: dict[str, Any], name: str, columns: Mapping[str, str]) -> lis
             elif part is not None:
                 raise UserError(f"{name} is neither a text nor a number but {type(part).__name__}")
     return texts
+
+
+def read_problems(cfg: ProblemsConfig) -> list[Problem]:
+    return load_problems(
+        cfg.path, split=cfg.split, columns=cfg.columns, answer_from=cfg.answer_from, limit=cfg.limit
+    )

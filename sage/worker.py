@@ -15,7 +15,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warnin
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 # Command -> the function that every rank calls with the run directory. By name, so that a rank imports only its own.
-JOBS = {"train": "sage.train.train", "build-pairs": "sage.build_pairs.build_pairs"}
+JOBS = {
+    "train": "sage.train.train",
+    "build-pairs": "sage.build_pairs.build_pairs",
+    "eval": "sage.evaluate.evaluate",
+}
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def limits(metadata: typing.Mapping[str, typing.Any]) -> str:
 
 
 def options() -> Iterator[str]:
-    defaults = OmegaConf.load(CONF / "train.yaml")["defaults"]  # pyright: ignore
+    defaults = OmegaConf.load(CONF / "plan.yaml")["defaults"]  # pyright: ignore
     taken = {(k, v) for entry in defaults if not isinstance(entry, str) for k, v in entry.items()}
     groups = sorted({file.parent for file in CONF.rglob("*.yaml")} - {CONF})
     for folder in groups:

@@ -91,3 +91,16 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pair_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(40))
+
+
+@pytest.fixture(scope="session")
+def problem_file(tmp_path_factory) -> Path:
+    """Twelve problems in GSM8K's form. The tiny model solves none, so chosen is the human solution."""
+    rows = [
+        {
+            "question": f"Ann has {i} apples{' and pears' * (i % 3)}. How many?",
+            "answer": f"She has <<{i}={i}>>{i}.\n#### {i}",
+        }
+        for i in range(12)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("problems") / "problems.jsonl", rows)

@@ -68,16 +68,16 @@ def interrupted(run_dir: Path, step: int, target: Path) -> Path:
 
 
 def main(run_dirs: list[str]) -> None:
-    from sage.engine import shutdown
     from sage.errors import UserError
     from sage.train import train
+    from sage.worker import leave_process_group
 
     for run_dir in run_dirs:
         try:
             train(Path(run_dir))
         except UserError as e:
             (Path(run_dir) / ERROR_FILE).write_text(str(e))
-    shutdown()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import write_jsonl
 from hydra import compose, initialize_config_module
-from many_runs import ENVIRONMENT
+from whole_runs import SAGE, files, kill_after, sage
 
-from sage import config
+from sage import config, launch
 from sage.attempts import Attempt
 from sage.build_pairs import gold_response, make_pairs
 from sage.config import PairingConfig
 from sage.pairs import load_pairs
 from sage.problems import Problem
-
-SAGE = str(Path(sys.executable).with_name("sage"))
 
 
 def attempt(
@@ -141,19 +134,6 @@ def test_gold_solutions_answer_our_prompt():
 # --- whole runs
 
 
-@pytest.fixture(scope="session")
-def problem_file(tmp_path_factory) -> Path:
-    """Twelve problems in GSM8K's form. The tiny model solves none, so chosen is the human solution."""
-    rows = [
-        {
-            "question": f"Ann has {i} apples{' and pears' * (i % 3)}. How many?",
-            "answer": f"She has <<{i}={i}>>{i}.\n#### {i}",
-        }
-        for i in range(12)
-    ]
-    return write_jsonl(tmp_path_factory.mktemp("problems") / "problems.jsonl", rows)
-
-
 @pytest.fixture
 def words(tiny_model, problem_file, tmp_path):
     """Overrides of a small run: 24 responses in chunks of two problems."""
@@ -164,47 +144,17 @@ def words(tiny_model, problem_file, tmp_path):
     ]  # fmt: skip
 
 
-def sage(*words: str, check: bool = True) -> str:
-    done = subprocess.run(
-        [SAGE, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0 or not check, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def files(run_dir: Path) -> dict[str, bytes]:
-    """Every file of a finished run but its config, which names its own folder's cache."""
-    return {
-        p.relative_to(run_dir).as_posix(): p.read_bytes()
-        for p in run_dir.rglob("*")
-        if p.is_file() and p.name != "config.yaml"
-    }
-
-
-def kill_after(run_dir: Path, command: list[str], chunks: int) -> None:
-    """Start, and SIGKILL the whole process group once so many chunks are on disk."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
-    while len(list(run_dir.glob("**/progress/chunk_*.jsonl"))) < chunks and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path):
-    """Killed twice by SIGKILL, resumed by `sage resume`: every file equal, finished chunks not made again, and
-    `sage train` reads the pairs."""
+    """SIGKILL, then `sage resume`: every file equal, and `sage train` reads the pairs."""
     out = sage("build-pairs", *words, f"hydra.run.dir={tmp_path / 'whole'}")
     assert re.search(r"at most \d+ minutes for 24 responses", out)
     whole, run_dir = files(tmp_path / "whole"), tmp_path / "killed"
     assert set(whole) == {"generations.jsonl", "pairs.jsonl", "manifest.json"}
 
     kill_after(run_dir, [SAGE, "build-pairs", *words, f"hydra.run.dir={run_dir}"], 1)
-    first = {p.name: p.stat().st_mtime_ns for p in run_dir.glob("progress/chunk_*.jsonl")}
-    assert first and not (run_dir / "manifest.json").exists()
-    kill_after(run_dir, [SAGE, "resume", str(run_dir)], len(first) + 1)
-    second = {p.name: p.stat().st_mtime_ns for p in run_dir.glob("progress/chunk_*.jsonl")}
-    assert first.items() <= second.items()
+    made = list(run_dir.glob("progress/chunk_*.jsonl"))
+    assert 0 < len(made) < 6 and not (run_dir / "manifest.json").exists()
     sage("resume", str(run_dir))
     assert files(run_dir) == whole
 
@@ -222,19 +172,18 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
     """data.build=never refuses; else pairs are built into the cache, trained on, and found again by the next run; two
     ranks that build them make the same ones."""
     words += ["steps=1", "batch_size=4", "data.max_length=256", "micro_batch_tokens=1024"]
-    out = sage("train", *words, "data.build=never", f"hydra.run.dir={tmp_path / 'no'}", check=False)
-    assert (
-        "data.build=never" in out
-        and "Traceback" not in out
-        and not (tmp_path / "no" / "config.yaml").exists()
-    )
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        plan = config.load(compose("train", words))
+    assert isinstance(plan, config.TrainConfig)
+    with pytest.raises(config.UserError, match=r"data.build=never.*sage build-pairs"):
+        launch.built_pairs(dataclasses.replace(plan, data=dataclasses.replace(plan.data, build="never")))
     out = sage("train", *words, f"hydra.run.dir={tmp_path / 'a'}")
     assert "building the pairs" in out
     cfg = config.load(tmp_path / "a")
     assert isinstance(cfg, config.TrainConfig) and cfg.data.path is not None
     built = Path(cfg.data.path)
     assert built.is_relative_to(tmp_path / "cache") and (tmp_path / "a" / "final").is_dir()
-    assert "building the pairs" not in sage("train", *words, "seed=0", f"hydra.run.dir={tmp_path / 'b'}")
+    assert launch.built_pairs(plan) == built
 
     sage("build-pairs", *words, "world_size=2", f"hydra.run.dir={tmp_path / 'two'}")
     assert files(tmp_path / "two") == files(built.parent)
@@ -242,6 +191,6 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
 
 def test_build_pairs_without_problems_is_refused():
     with initialize_config_module("sage.conf", version_base="1.3"):
-        composed = compose("build_pairs", ["data=pairs"])
+        composed = compose("build_pairs", [])
     with pytest.raises(config.UserError, match=r"\+data.problems.path=FILE"):
         config.load(composed)

@@ -73,13 +73,16 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
 
 @pytest.mark.parametrize("group, option", OPTIONS, ids=lambda value: value.replace("/", ":"))
 def test_every_option_composes_and_loads(group, option):
+    command = "eval" if group == "benchmark" else "train"
     sign = "+" if group in OPTIONAL else ""
-    overrides = [f"{sign}{group}={option}", "data.path=pairs.jsonl", "epochs=null", "steps=1"]
+    overrides = [f"{sign}{group}={option}"]
+    if command == "train":
+        overrides += ["data.path=pairs.jsonl", "epochs=null", "steps=1"]
     if (group, option) == ("model", "hf"):
         overrides.append("model.path=folder")
     with initialize_config_module("sage.conf", version_base="1.3"):
-        cfg = config.load(compose("train", overrides))
-    assert cfg.steps == 1
+        cfg = config.load(compose(command, overrides))
+    assert cfg.command == command
 
 
 @pytest.mark.parametrize("name", [option for group, option in OPTIONS if group == "experiment"])
@@ -168,7 +171,10 @@ BAD_OVERRIDES = {
     "unknown group": (["los=dpo"], ["los"]),
     "unknown experiment": (["+experiment=dem"], ["experiment", "'dem'", "did you mean 'demo'"]),
     "not an override": (["steps"], ["steps"]),
-    "experiment without pairs": (["+experiment=gsm8k", "data.path=null"], ["data.path=FILE"]),
+    "experiment without pairs or problems": (
+        ["data.path=null"],
+        ["data.path=FILE", "data.problems.path=FILE"],
+    ),
     "missing value": (["data.path=???"], ["data.path"]),
     "steps and epochs": (["epochs=1"], ["steps", "epochs"]),
     "micro-batch below a pair": (["micro_batch_tokens=500"], ["micro_batch_tokens=500", "512"]),

@@ -1,0 +1,195 @@
+"""Accuracy, its intervals and comparisons against textbook numbers; whole evaluations, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHARED_DATA
+from hydra import compose, initialize_config_module
+from whole_runs import SAGE, files, kill_after, sage
+
+from sage import config
+from sage.accuracy import bootstrap, majority, mcnemar, pass_at, wilson
+from sage.attempts import Attempt, write_lines
+from sage.evaluate import compare_attempts, measure
+from sage.problems import read_problems
+
+BENCHMARKS = {
+    "gsm8k": ("gsm8k/test.jsonl", 1319),
+    "math500": ("math500/math500_test.jsonl", 500),
+    "aime24": ("math_benchmarks/aime24_test.jsonl", 30),
+    "amc23": ("math_benchmarks/amc23_test.jsonl", 40),
+    "olympiadbench": ("math_benchmarks/olympiadbench_test.jsonl", 675),
+    "gaokao2023en": ("math_benchmarks/gaokao2023en_test.jsonl", 385),
+    "college_math": ("math_benchmarks/college_math_test.jsonl", 2818),
+    "minerva_math": ("math_benchmarks/minerva_math_test.jsonl", 272),
+    "svamp": ("svamp/SVAMP.json", 1000),
+}
+
+
+def composed(*overrides: str) -> config.EvalConfig:
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        cfg = config.load(compose("eval", [*overrides]))
+    assert isinstance(cfg, config.EvalConfig)
+    return cfg
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the benchmarks' files are not here")
+@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.filterwarnings("ignore:.*empty answer")
+def test_benchmarks_read_their_local_files(name):
+    """Every problem of the real files, but for the few whose answer the source left empty."""
+    path, size = BENCHMARKS[name]
+    cfg = composed(f"benchmark={name}", f"benchmark.{name}.path={SHARED_DATA / path}")
+    assert size - 3 <= len(read_problems(cfg.benchmark[name])) <= size
+
+
+def test_bad_evaluations_are_refused():
+    for overrides, message in (
+        (["samples=4"], "sampling.temperature"),
+        (["benchmark.gsm8k.prompt=Solve it."], r"benchmark.gsm8k.prompt must hold .problem."),
+        (["benchmark=[]"], "no benchmark"),
+    ):
+        with pytest.raises(config.UserError, match=message):
+            composed(*overrides)
+
+
+# --- numbers
+
+
+def test_wilson_against_published_values():
+    """Newcombe 1998, table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for right, total, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert wilson(right, total) == pytest.approx((low, high), abs=1e-4)
+    assert wilson(20, 20)[1] == 1.0
+
+
+def test_bootstrap_agrees_with_the_normal_interval_and_is_repeatable():
+    values = np.random.default_rng(1).random(400)
+    half = 1.96 * values.std() / 20
+    assert bootstrap(list(values)) == pytest.approx((values.mean() - half, values.mean() + half), abs=2e-3)
+    assert bootstrap([0.0, 1.0, 1.0]) == bootstrap([0.0, 1.0, 1.0])
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+    for right in range(7):
+        samples = [True] * right + [False] * (6 - right)
+        for k in range(1, 7):
+            assert pass_at(k, 6, right) == pytest.approx(
+                np.mean([any(draw) for draw in combinations(samples, k)])
+            )
+
+
+def test_mcnemar_is_the_binomial_test():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(1, 9) == mcnemar(9, 1) == pytest.approx(2 * (1 + 10) / 1024)
+    assert mcnemar(5, 5) == 1.0
+
+
+def test_majority():
+    assert majority(["1", "2", "2"], [True, False, False]) is False
+    assert majority(["1", "2", "1"], [True, False, True]) is True
+    assert majority(["1", "2"], [True, False]) is True  # a tie goes to the first
+    assert majority([None, None, "3"], [False, False, True]) is True
+    assert majority([None], [False]) is False
+
+
+def attempt(problem: int, sample: int, correct: bool, **more) -> Attempt:
+    extracted = "7" if correct else f"wrong {sample}"
+    return Attempt(
+        str(problem),
+        sample,
+        "Q",
+        "R",
+        10 + problem,
+        "end",
+        "7",
+        extracted,
+        correct,
+        "last/number",
+        None,
+        **more,
+    )
+
+
+def test_measure_by_hand():
+    """Two problems, four samples: right 4 of 4 and 1 of 4; the second problem's group is another."""
+    attempts = [
+        replace(attempt(p, s, p == 0 or s == 0), group=f"level {p}") for p in range(2) for s in range(4)
+    ]
+    attempts[5] = replace(attempts[5], finish="length", extracted=None)
+    got = measure(attempts)
+    assert got["accuracy"] == 0.625 and got["problems"] == 2 and got["samples"] == 4
+    assert got["maj@4"]["accuracy"] == 1.0
+    assert got["pass@k"] == {"1": 0.625, "2": 0.75, "4": 1.0}
+    assert {name: g["accuracy"] for name, g in got["groups"].items()} == {"level 0": 1.0, "level 1": 0.25}
+    assert got["tokens"] == {
+        "mean": 10.5,
+        "median": 10.5,
+        "longest": 11,
+        "mean_right": 10.2,
+        "mean_wrong": 11,
+    }
+    assert got["truncated"] == got["unparsable"] == 0.125
+    single = measure([a for a in attempts if a.sample == 0])
+    assert single["accuracy"] == 1.0 and single["interval"] == list(wilson(2, 2)) and "pass@k" not in single
+
+
+def test_compare_by_hand(tmp_path):
+    """Ten problems: A solves 0-4, B 1-8. Gained 5-8, lost 0."""
+    for name, solved in (("a", range(5)), ("b", range(1, 9))):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "generations.jsonl", [attempt(p, 0, p in solved) for p in range(10)])
+    got = compare_attempts(tmp_path / "a", tmp_path / "b")
+    assert got["gained"] == ["5", "6", "7", "8"] and got["lost"] == ["0"]
+    assert got["difference"] == pytest.approx(0.3) and got["mcnemar_p"] == mcnemar(1, 4) == 0.375
+    assert got["interval"][0] < 0.3 < got["interval"][1]
+    write_lines(tmp_path / "b" / "generations.jsonl", [attempt(p, 0, True) for p in range(9)])
+    with pytest.raises(config.UserError, match="different problems"):
+        compare_attempts(tmp_path / "a", tmp_path / "b")
+
+
+# --- whole runs
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_ends_with_the_files_of_an_undisturbed_one(tiny_model, problem_file, tmp_path):
+    """Two benchmarks of the tiny model; SIGKILL in the first, resume, compare: nothing differs, nothing flipped."""
+    words = [
+        "eval", "model=hf", f"model.path={tiny_model}", "model.dtype=float32", "benchmark=[gsm8k,svamp]",
+        f"benchmark.gsm8k.path={problem_file}", f"benchmark.svamp.path={problem_file}", "benchmark.gsm8k.prompt='{problem}'",
+        "benchmark.svamp.prompt='{problem} Answer:'", "benchmark.svamp.columns={prompt: question, answer: answer}",
+        "benchmark.svamp.answer_from=hash", "samples=2", "sampling.temperature=1", "sampling.max_new_tokens=40",
+        "generation.batch_size=2", "generation.chunk=4", "limit=8", f"cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    sage(*words, f"hydra.run.dir={tmp_path / 'whole'}")
+    kill_after(tmp_path / "killed", [SAGE, *words, f"hydra.run.dir={tmp_path / 'killed'}"], 2)
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    sage("resume", str(tmp_path / "killed"))
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert set(files(tmp_path / "whole")) == {
+        "gsm8k/generations.jsonl",
+        "svamp/generations.jsonl",
+        "summary.json",
+    }
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["benchmarks"]["svamp"]["problems"] == 8 and summary["benchmarks"]["svamp"]["samples"] == 2
+
+    out = sage("eval", "--compare", str(tmp_path / "whole"), str(tmp_path / "killed"))
+    assert "McNemar" in out
+    result = json.loads(Path(tmp_path / "killed" / "compared_to_whole.json").read_text())
+    assert (
+        result["gsm8k"]["difference"] == 0
+        and result["gsm8k"]["mcnemar_p"] == 1
+        and not result["svamp"]["gained"]
+    )

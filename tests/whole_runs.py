@@ -1,0 +1,40 @@
+"""Commands as a user runs them, in processes of their own; some are killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from many_runs import ENVIRONMENT
+
+SAGE = str(Path(sys.executable).with_name("sage"))
+
+
+def sage(*words: str, check: bool = True) -> str:
+    done = subprocess.run(
+        [SAGE, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0 or not check, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def files(run_dir: Path) -> dict[str, bytes]:
+    """Every file of a finished run but its config, which names its own folder's cache."""
+    return {
+        p.relative_to(run_dir).as_posix(): p.read_bytes()
+        for p in run_dir.rglob("*")
+        if p.is_file() and p.name != "config.yaml"
+    }
+
+
+def kill_after(run_dir: Path, command: list[str], chunks: int) -> None:
+    """Start, and SIGKILL the whole process group once so many chunks are on disk."""
+    process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
+    while len(list(run_dir.glob("**/progress/chunk_*.jsonl"))) < chunks and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
