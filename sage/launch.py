@@ -77,6 +77,7 @@ def built_pairs(cfg: TrainConfig) -> Path:
     )  # loads torch and transformers
 
     plan = BuildPairsConfig(**{**vars(cfg), "command": "build-pairs"})
+    assert plan.data.problems is not None
     preflight(plan)
     folder = Path(cfg.cache_dir).expanduser() / "built" / recipe_key(plan)
     with FileLock(f"{folder}.lock"):
