@@ -58,6 +58,11 @@ class ModelConfig:
     attention: str = key(
         "sdpa", "attention where rows are padded", choices=("sdpa", "eager", "flash_attention_2")
     )
+    head: str = key(
+        "auto",
+        "computes log-probabilities from hidden states; auto = triton for bfloat16 on CUDA, else tiled; oracle keeps all logits",
+        choices=("auto", "tiled", "triton", "oracle"),
+    )
     gradient_checkpointing: bool = key(
         False, "recompute activations in backward: less memory, a third more time"
     )

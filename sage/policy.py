@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sage import attention
 from sage.config import ModelConfig, TrainConfig
 from sage.errors import UserError
-from sage.kernels import TokenStats, token_stats
+from sage.kernels import TokenStats, has_triton, token_stats
 from sage.losses import LogitStats, PairLogps
 from sage.packing import MicroBatch, collate
 from sage.pairs import Pair, resolve_path
@@ -97,6 +97,14 @@ def compute_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def check_head(cfg: ModelConfig, device: torch.device) -> None:
+    if cfg.head == "triton" and not (device.type == "cuda" and has_triton()):
+        lacks = (
+            "Triton, which is not installed" if device.type == "cuda" else f"CUDA, and this is {device.type}"
+        )
+        raise UserError(f"model.head=triton needs {lacks}: set model.head=auto")
+
+
 def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> Any:
     """The causal language model, with its LoRA adapter where the config asks for one, dropout off.
 
@@ -154,30 +162,37 @@ class Head(nn.Module):
     this module's forward and again before its backward.
     """
 
-    def __init__(self, lm_head: nn.Module, config: transformers.PretrainedConfig):
+    def __init__(self, lm_head: nn.Module, config: transformers.PretrainedConfig, backend: str):
         super().__init__()
         if type(lm_head) is not nn.Linear:
             raise UserError(
                 f"the model's head is a {type(lm_head).__name__}: adapters on the head are not supported"
             )
-        self.weight, self.bias = lm_head.weight, lm_head.bias
+        self.weight, self.bias, self.backend = lm_head.weight, lm_head.bias, backend
         self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
         self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
     def forward(self, hidden: Tensor, labels: Tensor, stats: tuple[str, ...]) -> TokenStats:
         return token_stats(
-            hidden, self.weight, labels, bias=self.bias, softcap=self.softcap, scale=self.scale, stats=stats
+            hidden,
+            self.weight,
+            labels,
+            bias=self.bias,
+            softcap=self.softcap,
+            scale=self.scale,
+            stats=stats,
+            backend=self.backend,
         )
 
 
 class Policy(nn.Module):
     """The one module the engine wraps: micro-batch in, response log-probabilities out."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, head: str = "auto"):
         super().__init__()
         self.model: Any = model
-        self.head = Head(self.causal.get_output_embeddings(), self.causal.config)
+        self.head = Head(self.causal.get_output_embeddings(), self.causal.config, head)
         self.unpacked_attention = self.causal.config._attn_implementation
 
     @property

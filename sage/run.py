@@ -47,6 +47,7 @@ class Run:
         device = init_distributed()
         torch.manual_seed(cfg.seed)
         self.dtype = policy.compute_dtype(cfg.model, device)
+        policy.check_head(cfg.model, device)
 
         self.folder = main_first(lambda: policy.resolve_model(cfg.model, cfg.cache_dir))
         self.tokenizer = policy.load_tokenizer(self.folder, cfg.model)
@@ -63,7 +64,9 @@ class Run:
         curriculum: Curriculum = build("curriculum", cfg.curriculum, setting=setting)
 
         model = policy.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
-        self.engine = Engine(policy.Policy(model), cfg.engine, cfg.optimizer, self.dtype, device)
+        self.engine = Engine(
+            policy.Policy(model, cfg.model.head), cfg.engine, cfg.optimizer, self.dtype, device
+        )
         self.forward = PairForward(self.engine, cfg.micro_batch_tokens, self.layout())
         self.reference = self.build_reference(self.pairs, "training")
         self.eval_reference = self.build_reference(self.eval_pairs, "held-out") if self.eval_pairs else None
@@ -138,7 +141,8 @@ class Run:
             if cfg.model.lora and not cfg.model.adapter_path:
                 return Online(self.engine, adapters_off=True)
             if not hasattr(self, "reference_engine"):  # one copy serves training and held-out pairs
-                model = policy.Policy(policy.load_model(self.folder, cfg.model, self.dtype, cfg.seed))
+                model = policy.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
+                model = policy.Policy(model, cfg.model.head)
                 self.reference_engine = self.engine.frozen(model)
             return Online(self.reference_engine, adapters_off=False)
         key = {
@@ -146,6 +150,7 @@ class Run:
             "dtype": str(self.dtype),
             "layout": self.forward.layout,
             "attention": cfg.model.attention,
+            "head": cfg.model.head,
         }
         return Cached(self.forward, pairs, key, cfg.cache_dir, name)
 

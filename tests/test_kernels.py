@@ -1,15 +1,25 @@
-"""Every backend against a naive float64 oracle, and what `tiled` promises about memory."""
+"""Every backend against a naive float64 oracle, and what `tiled` promises about memory.
+
+The Triton kernels run on the GPU where there is one, else in Triton's interpreter, and are skipped without Triton.
+"""
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sage.kernels import BACKENDS, TokenStats, oracle, tiled, token_stats
+from sage.kernels import TokenStats, choose_backend, has_triton, oracle, tiled, token_stats
 
+# On CPU the kernels run in Triton's interpreter: see conftest.py.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed: pip install triton")
 ALL = TokenStats._fields
+ON_CPU = ["oracle", "tiled"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}  # DESIGN.md, section 7
 
 
@@ -20,7 +30,7 @@ def naive(hidden, weight, labels, bias=None, softcap=None, scale=1.0):
     log_p = z - torch.logsumexp(z, 1, keepdim=True)
     p = log_p.exp()
     logps = log_p[torch.arange(len(labels)), labels]
-    return TokenStats(logps, (p * p).sum(1), -torch.xlogy(p, p).sum(1), z.argmax(1) == labels)
+    return TokenStats(logps, (p * p).sum(1), -torch.xlogy(p, p).sum(1), logps >= log_p.amax(1))
 
 
 def case(n, h, v, *, dtype=torch.float32, bias=False, spread=1.0, seed=0):
@@ -39,14 +49,42 @@ def doubled(x):
     return None if x is None else x.detach().double().requires_grad_()
 
 
-def assert_near(actual, expected, tol):
-    """Relative to the largest element: gradients cross zero."""
-    bound = tol * max(1e-30, expected.abs().max().item() if expected.numel() else 0)
-    torch.testing.assert_close(actual.double(), expected, rtol=tol, atol=bound)
+def largest(x):
+    return x.abs().max().item() if x is not None and x.numel() else 0.0
 
 
 def backends(tile):
     return {"oracle": oracle.token_stats, "tiled": lambda *a, **k: tiled.token_stats(*a, tile=tile, **k)}
+
+
+def check(backend, shape, head, dtype, spread=1.0, device="cpu"):
+    """Statistics and gradients of `backend` against `naive`."""
+    head = dict(head)
+    hidden, weight, labels, bias = case(*shape, dtype=dtype, bias=head.pop("bias", False), spread=spread)
+    exact = [doubled(x) for x in (hidden, weight, bias)]
+    want = naive(exact[0], exact[1], labels, exact[2], **head)
+    upstream = torch.randn(shape[0], generator=torch.Generator().manual_seed(1))
+    (want.logps * upstream.double()).sum().backward()
+
+    leaves = [None if x is None else x.detach().to(device).requires_grad_() for x in (hidden, weight, bias)]
+    got = backend(leaves[0], leaves[1], labels.to(device), bias=leaves[2], stats=ALL, **head)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [x.dtype for x in got] == [wide, wide, wide, torch.bool]
+    assert [x.requires_grad for x in got] == [True, False, False, False]
+    for x, y in zip(got[:3], want[:3], strict=True):
+        torch.testing.assert_close(x.double().cpu(), y, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert torch.equal(got.is_top1.cpu(), want.is_top1)
+
+    # A gradient crosses zero, and vanishes where the model is certain or the cap saturated: what counts is the error
+    # relative to the largest gradient that an undecided model would have.
+    unit = head.get("scale", 1.0) * largest(upstream)
+    sizes = [unit * largest(weight), unit * largest(hidden), unit]
+    grads = torch.autograd.grad(got.logps, [x for x in leaves if x is not None], upstream.to(device, wide))
+    for grad, double, size in zip(grads, [x for x in exact if x is not None], sizes, strict=False):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(
+            grad.double().cpu(), double.grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size
+        )
 
 
 SHAPES = [(0, 8, 11), (1, 1, 1), (1, 5, 40), (7, 16, 37), (13, 9, 64), (33, 24, 101)]
@@ -64,27 +102,24 @@ HEADS = [
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_naive(shape, head, dtype, tile):
-    head = dict(head)
-    hidden, weight, labels, bias = case(*shape, dtype=dtype, bias=head.pop("bias", False))
-    exact = [doubled(x) for x in (hidden, weight, bias)]
-    want = naive(exact[0], exact[1], labels, exact[2], **head)
-    upstream = torch.randn(shape[0], generator=torch.Generator().manual_seed(1))
-    (want.logps * upstream.double()).sum().backward()
+    for backend in backends(tile).values():
+        check(backend, shape, head, dtype)
 
-    for name, backend in backends(tile).items():
-        got = backend(hidden, weight, labels, bias=bias, stats=ALL, **head)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        assert [x.dtype for x in got] == [wide, wide, wide, torch.bool], name
-        assert [x.requires_grad for x in got] == [True, False, False, False], name
-        for x, y in zip(got[:3], want[:3], strict=True):
-            torch.testing.assert_close(x.double(), y, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-        assert torch.equal(got.is_top1, want.is_top1), name
 
-        leaves = [x for x in (hidden, weight, bias) if x is not None]
-        grads = torch.autograd.grad(got.logps, leaves, upstream.to(wide))
-        for leaf, grad, double in zip(leaves, grads, [x for x in exact if x is not None], strict=True):
-            assert grad.dtype == leaf.dtype
-            assert_near(grad, double.grad, TOLERANCE[dtype])
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 40), st.integers(1, 50), st.integers(1, 300)),
+    head=st.fixed_dictionaries(
+        {"bias": st.booleans(), "scale": st.floats(0.05, 2), "softcap": st.none() | st.floats(3, 50)}
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    spread=st.floats(0.1, 2),
+    tile=st.tuples(st.integers(4, 50), st.integers(16, 320)),
+)
+def test_random_shapes_match_naive(shape, head, dtype, spread, tile):
+    """Any shape, tile and head, so that no edge of a tile escapes the sizes somebody thought of."""
+    for backend in backends(tile).values():
+        check(backend, shape, head, dtype, spread)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -92,7 +127,7 @@ def test_statistics_are_float32_exact_even_for_half_inputs(dtype):
     """Large logits: rounding them to bfloat16 would move log-probabilities by 0.1 and more."""
     hidden, weight, labels, _ = case(40, 64, 300, dtype=dtype, spread=10)
     want = naive(hidden.double(), weight.double(), labels)
-    for name in BACKENDS:
+    for name in ON_CPU:
         got = token_stats(hidden, weight, labels, stats=ALL, backend=name)
         torch.testing.assert_close(got.logps.double(), want.logps, rtol=1e-5, atol=1e-4)
         with torch.autocast("cpu", torch.bfloat16):
@@ -108,7 +143,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(logps, (hidden, weight, bias))
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_logits_stay_finite(backend, sign):
     """Logits in +-1e4, across several vocabulary tiles, with certain and impossible labels."""
@@ -124,7 +159,7 @@ def test_extreme_logits_stay_finite(backend, sign):
     assert torch.equal(got.is_top1, want.is_top1)
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_statistics_not_asked_for_are_none(backend):
     inputs = case(5, 8, 20)[:3]
     full = token_stats(*inputs, stats=ALL, backend=backend)
@@ -224,7 +259,7 @@ def test_weight_regathered_between_forward_and_backward():
 def test_tied_weight_and_non_leaf_weight():
     """The head's gradient adds to the embedding's; a weight with adapters merged in is not a leaf."""
     grads = {}
-    for name in BACKENDS:
+    for name in ON_CPU:
         _, weight, labels, _ = case(9, 8, 30)
         merged = weight * 1.5
         token_stats(merged[labels].tanh(), merged, labels.flip(0), backend=name).logps.sum().backward()
@@ -241,8 +276,83 @@ def test_mistakes_are_named():
         "cast one": {"weight": weight.bfloat16()},
         "shapes": {"weight": weight[:, :4]},
         r"\[0, 20\)": {"labels": torch.full((5,), -100)},
+        "use bfloat16": {"hidden": hidden.half(), "weight": weight.half()},
     }.items():
         with pytest.raises(ValueError, match=message):
             token_stats(**{"hidden": hidden, "weight": weight, "labels": labels} | change)
     outside = tiled.token_stats(hidden, weight, torch.tensor([0, 1, -100, 20, 2]))
     assert outside.logps.isnan().tolist() == [False, False, True, True, False]
+
+
+def test_auto_takes_triton_on_cuda_only(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr("sage.kernels.has_triton", lambda: True)
+    assert choose_backend(cuda, torch.bfloat16) == "triton"
+    assert choose_backend(cuda, torch.float32) == choose_backend(cpu, torch.bfloat16) == "tiled"
+    monkeypatch.setattr("sage.kernels.has_triton", lambda: False)
+    assert choose_backend(cuda, torch.bfloat16) == "tiled"
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The Triton backend with blocks of a size that several fit a small case."""
+    fused = pytest.importorskip("sage.kernels.fused")
+    monkeypatch.setattr(fused, "GROUP", 2)
+    monkeypatch.setattr(fused, "blocks", lambda hidden: (16, 32, 16, 4, 2))
+    if TRITON_DEVICE == "cpu":
+        from triton.runtime import interpreter
+
+        multiply = interpreter.InterpreterBuilder.create_dot
+
+        def widened(self, a, b, *rest):
+            """The interpreter multiplies bfloat16 as the uint16 that it keeps it in."""
+            return multiply(self, *(bfloat16_as_float32(x) for x in (a, b)), *rest)
+
+        def bfloat16_as_float32(x):
+            if x.dtype.scalar != interpreter.tl.bfloat16:
+                return x
+            data = (x.data.astype(np.uint32) << 16).view(np.float32)
+            return interpreter.TensorHandle(data, interpreter.tl.float32)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
+    return fused
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8, 11), (1, 1, 1), (7, 16, 37), (50, 40, 90)], ids=str)
+def test_triton_matches_naive(fused, shape, head, dtype):
+    """Ragged rows, columns and inner blocks; several tiles of the backward pass in both directions."""
+
+    def backend(*args, **options):
+        return fused.token_stats(*args, tile=(40, 50), **options)
+
+    check(backend, shape, head, dtype, device=TRITON_DEVICE)
+
+
+@needs_triton
+def test_triton_through_the_front_door(fused):
+    """The statistics asked for and no others; a label outside the vocabulary; float64 refused; repeats bit for bit."""
+    hidden, weight, labels, _ = (x if x is None else x.to(TRITON_DEVICE) for x in case(9, 8, 70))
+    full = token_stats(hidden, weight, labels, stats=ALL, backend="triton")
+    for name in ALL:
+        got = token_stats(hidden, weight, labels, stats=(name,), backend="triton")
+        assert [f for f in ALL if getattr(got, f) is not None] == [name]
+        assert torch.equal(getattr(got, name), getattr(full, name))
+    labels[2], labels[4] = -100, 70
+    assert fused.token_stats(hidden, weight, labels).logps.isnan().nonzero().flatten().tolist() == [2, 4]
+    with pytest.raises(ValueError, match="choose tiled"):
+        token_stats(hidden.double(), weight.double(), labels.clamp(0, 69), backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("sign", [1, -1])
+def test_triton_extreme_logits_stay_finite(fused, sign):
+    """Logits in +-1e4, across several blocks, with certain and impossible labels, as above for the others."""
+    hidden = torch.full((4, 1), 1e4 * sign, device=TRITON_DEVICE, requires_grad=True)
+    weight = torch.linspace(-1, 1, 101, device=TRITON_DEVICE)[:, None].requires_grad_()
+    labels = torch.tensor([0, 100, 50, 1], device=TRITON_DEVICE)
+    got = fused.token_stats(hidden, weight, labels, stats=ALL, softcap=2e4)
+    got.logps.sum().backward()
+    assert all(x.isfinite().all() for x in (*got[:3], hidden.grad, weight.grad))

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 
+import sage.policy
 from sage.config import LoraConfig, ModelConfig
 from sage.errors import UserError
 from sage.packing import LAYOUTS, collate
 from sage.pairs import Pair
-from sage.policy import Policy, can_pack, load_model
+from sage.policy import Policy, can_pack, check_head, load_model
 
 VOCAB = 97
 LLAMA = {
@@ -130,6 +131,24 @@ def test_long_and_short_prompts_in_one_row(layout):
             assert out.rejected[i] == pytest.approx(
                 float(naive(model, row.prompt_ids, row.rejected_ids)), rel=1e-5
             )
+
+
+def test_the_head_that_is_asked_for(monkeypatch):
+    """`model.head` reaches the kernels, and Triton where it cannot run is refused in words."""
+    used = []
+    token_stats = sage.policy.token_stats
+    monkeypatch.setattr(
+        sage.policy, "token_stats", lambda *a, **k: used.append(k["backend"]) or token_stats(*a, **k)
+    )
+    Policy(tiny("llama"), "oracle")(collate(pairs(), "padded"))
+    assert used == ["oracle"]
+    for head in ("auto", "tiled", "oracle"):
+        check_head(ModelConfig(path="", head=head), torch.device("cpu"))
+    with pytest.raises(UserError, match="needs CUDA"):
+        check_head(ModelConfig(path="", head="triton"), torch.device("cpu"))
+    monkeypatch.setattr(sage.policy, "has_triton", lambda: False)
+    with pytest.raises(UserError, match="Triton, which is not installed"):
+        check_head(ModelConfig(path="", head="triton"), torch.device("cuda"))
 
 
 def test_logit_statistics_against_autograd():
