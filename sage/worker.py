@@ -11,6 +11,10 @@ import time
 import warnings
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from sage.errors import UserError, report
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warning about it helps nobody
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -22,10 +26,26 @@ JOBS = {
 }
 
 
-def main() -> None:
-    from sage.errors import UserError, report
+def hold(run_dir: Path, rank: str) -> FileLock:
+    """Claim this rank's place in a run; the system gives it up when the process ends, however it ends.
 
+    Raises:
+        UserError: another process has it.
+    """
+    lock = FileLock(run_dir / f".rank{rank}.lock")
     try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise UserError(
+            f"rank {rank} of {run_dir} still runs, perhaps because only its launcher was killed: wait for it, or kill it"
+        ) from e
+    return lock
+
+
+def main() -> None:
+    run_dir, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+    try:
+        lock = hold(run_dir, rank)
         from hydra.utils import get_method
         from transformers.utils import logging
 
@@ -33,11 +53,11 @@ def main() -> None:
 
         logging.disable_progress_bar()  # we show our own
 
-        run_dir = Path(sys.argv[1])
         get_method(JOBS[config.load(run_dir).command])(run_dir)
         leave_process_group()
+        lock.release()
     except UserError as e:
-        if os.environ.get("RANK", "0") != "0":
+        if rank != "0":
             time.sleep(5)  # rank 0 most likely says the same; it ends first and the launcher ends this rank
         report(e)
         os._exit(2)  # the other ranks may wait in a collective: do not join them at exit

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from conftest import make_pairs, write_jsonl
+from filelock import FileLock
 from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, interrupted, metrics, weights
 
 pytestmark = pytest.mark.slow
@@ -135,6 +136,15 @@ def test_kill_and_resume(two, common, tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     again = sage("resume", str(run))
     assert again.returncode == 2 and "finished" in again.stderr
+
+
+def test_a_rank_that_still_runs_is_not_joined(common, tmp_path):
+    """Protects a run from two writers: kill -9 of the launcher alone leaves its ranks running."""
+    run = freeze(tmp_path / "run", *common)
+    with FileLock(run / ".rank0.lock"):
+        done = sage("resume", str(run))
+    assert done.returncode == 2 and "rank 0" in done.stderr and "still runs" in done.stderr
+    assert not (run / "metrics.jsonl").exists()
 
 
 class Payload:
