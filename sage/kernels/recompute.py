@@ -103,14 +103,16 @@ class _Stats(torch.autograd.Function):
         factor = -ctx.scale * grad.to(wide) / total
         scaled = (hidden * factor[:, None]).to(_factor_dtype(hidden)) if need_weight else None
         grad_hidden = hidden.new_zeros(n, h, dtype=wide) if need_hidden else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_weight = (torch.empty_like if n else torch.zeros_like)(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
         buffer = hidden.new_empty(min(rows, n) * min(cols, v), dtype=ctx.backend.dtype)
 
         for cut_v in cuts(v, cols):
-            # The sum over tokens ends inside this loop, so one tile of float32 weight gradient is enough.
+            # The sum over tokens ends inside this loop: in place, or for half precision in one tile of float32.
             width = cut_v.stop - cut_v.start
-            tile_weight = hidden.new_zeros(width, h, dtype=wide) if need_weight else None
+            tile_weight = grad_weight[cut_v] if need_weight else None
+            if need_weight and weight.dtype != wide:
+                tile_weight = hidden.new_zeros(width, h, dtype=wide)
             tile_bias = hidden.new_zeros(width, dtype=wide) if need_bias else None
             tile_of_bias = None if bias is None else bias[cut_v]
             for cut_n in cuts(n, rows):
@@ -121,10 +123,10 @@ class _Stats(torch.autograd.Function):
                 if need_hidden:
                     add_product(grad_hidden[cut_n], residual, weight[cut_v])
                 if need_weight:
-                    add_product(tile_weight, residual.T, scaled[cut_n])
+                    add_product(tile_weight, residual.T, scaled[cut_n], beta=int(cut_n.start > 0))
                 if need_bias:
                     tile_bias += residual.T.to(wide) @ factor[cut_n]
-            if need_weight:
+            if need_weight and weight.dtype != wide:
                 grad_weight[cut_v] = tile_weight
             if need_bias:
                 grad_bias[cut_v] = tile_bias
