@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sage.engine import Engine
+from sage.engine import Engine, Frozen
 from sage.losses import LogitStats, PairLogps
 from sage.packing import MicroBatch, collate, pair_tokens, plan
 from sage.pairs import TokenizedPairs
@@ -43,7 +43,7 @@ class PairForward:
     `layout` is one of `sage.packing.LAYOUTS`.
     """
 
-    def __init__(self, engine: Engine, budget: int, layout: str):
+    def __init__(self, engine: Engine | Frozen, budget: int, layout: str):
         self.engine, self.budget, self.layout = engine, budget, layout
         self.reset_costs()
 

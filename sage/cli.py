@@ -31,6 +31,7 @@ usage: sage COMMAND [arguments]
 commands
   train             align a policy: sage train +experiment=demo [key=value ...]; -m sweeps over comma-separated values
   build-pairs       sample responses to problems, verify them, make preference pairs
+  score-dataset     what policy and reference make of every pair, forward only: scores, and the best rows
   eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
   resume RUN_DIR    go on with an interrupted run, exactly
 

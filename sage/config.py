@@ -109,6 +109,10 @@ class DataConfig:
     split: str = key("train", "split of a hub dataset or an Arrow DatasetDict")
     eval_path: str | None = key(None, "held-out pairs, in any of the same forms; null = no evaluation")
     eval_split: str = key("test", "split of the held-out pairs")
+    scores: str | None = key(
+        None,
+        "run directory of `sage score-dataset`: reference log-probabilities of the training pairs, and more",
+    )
     limit: int | None = key(None, "use only the first N training pairs", low=1)
     eval_limit: int | None = key(None, "use only the first N held-out pairs", low=1)
     columns: dict[str, str] = key(
@@ -258,24 +262,14 @@ class TrainConfig(RunConfig):
     )
 
     def check(self) -> None:
-        for group in ("loss", "scorer", "curriculum", "generation"):
+        self.check_forward()
+        for group in ("curriculum", "generation"):
             check_target(group, getattr(self, group))
-        if self.data.path is None and self.data.problems is None:
-            raise UserError(
-                f"data.path is not set: give experiment {self.name!r} its preference pairs with data.path=FILE "
-                "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected), or problems to build "
-                "them from with data.problems.path=FILE"
-            )
         if (self.steps is None) == (self.epochs is None):
             raise UserError("give exactly one of steps=N and epochs=X (the other null)")
         if self.batch_size < self.world_size:
             raise UserError(
                 f"batch_size={self.batch_size} pairs cannot feed world_size={self.world_size} ranks: raise it"
-            )
-        if self.data.max_length * 2 > self.micro_batch_tokens:
-            raise UserError(
-                f"micro_batch_tokens={self.micro_batch_tokens} cannot hold one pair of data.max_length="
-                f"{self.data.max_length} (two rows): raise it to {self.data.max_length * 2}, or lower data.max_length"
             )
         if self.engine.offload and self.engine.zero_stage == 0:
             raise UserError("engine.offload=true needs engine.zero_stage of 1, 2 or 3")
@@ -287,6 +281,24 @@ class TrainConfig(RunConfig):
         if self.snr_every and self.batch_size == 1:
             raise UserError(
                 f"snr_every={self.snr_every}: a batch_size of 1 pair shows no noise: raise it, or set snr_every=0"
+            )
+        if self.data.scores and self.reference == "online":
+            raise UserError("data.scores is a reference cache, so it needs reference=cached")
+
+    def check_forward(self) -> None:
+        """What a pass over the pairs needs, with or without training."""
+        for group in ("loss", "scorer"):
+            check_target(group, getattr(self, group))
+        if self.data.path is None and self.data.problems is None:
+            raise UserError(
+                f"data.path is not set: give experiment {self.name!r} its preference pairs with data.path=FILE "
+                "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected), or problems to build "
+                "them from with data.problems.path=FILE"
+            )
+        if self.data.max_length * 2 > self.micro_batch_tokens:
+            raise UserError(
+                f"micro_batch_tokens={self.micro_batch_tokens} cannot hold one pair of data.max_length="
+                f"{self.data.max_length} (two rows): raise it to {self.data.max_length * 2}, or lower data.max_length"
             )
         if self.model.lora is None and self.model.adapter_path is not None:
             raise UserError("model.adapter_path needs an adapter to train: add +model/lora=default")
@@ -306,6 +318,36 @@ class BuildPairsConfig(TrainConfig):
                 "data.problems is not set: choose data=gsm8k, or give problems of your own with +data.problems.path=FILE"
             )
         check_prompt("data.problems", self.data.problems)
+
+
+@dataclass
+class ScoreConfig(TrainConfig):
+    """`sage score-dataset` takes all keys of `sage train`, so that an experiment means the same model, pairs and scorer in
+    both; those of training say nothing to it."""
+
+    command: str = key("score-dataset", "the command this config is for", choices=("score-dataset",))
+    name: str = key("scores", "names the run's folder")
+    reference_model: str | None = key(
+        None, "the reference, in any form of model.path; null = the policy is its own, as before training"
+    )
+    scorers: dict[str, dict[str, Any]] = key(
+        {},
+        "further scores: name -> a class of sage.scorers or yours by _target_; +scorer@scorers.NAME=OPTION adds one",
+    )
+    top: float | None = key(
+        None, "write this share of the rows, those with the highest scores, to RUN_DIR/top as the input has them",
+        low=0, high=1,
+    )  # fmt: skip
+    show: int = key(0, "print so many highest and lowest pairs", low=0)
+    strata: int = key(4, "quantiles of difficulty, by which the summary is told", low=1)
+    shard_pairs: int = key(1024, "pairs of a Parquet file; a killed run asks at most so many again", low=1)
+
+    def check(self) -> None:
+        self.check_forward()
+        for name, node in self.scorers.items():
+            check_target(f"scorers.{name}", node)
+        if self.data.scores:
+            raise UserError("data.scores is what score-dataset makes: leave it out")
 
 
 @dataclass
@@ -342,6 +384,7 @@ def check_prompt(name: str, problems: ProblemsConfig) -> None:
 SCHEMAS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "build-pairs": BuildPairsConfig,
+    "score-dataset": ScoreConfig,
     "eval": EvalConfig,
 }
 for _word, _schema in SCHEMAS.items():

@@ -95,6 +95,14 @@ class Curriculum:
         self.order.position = state["position"]
 
 
+def order_by_difficulty(difficulty: np.ndarray, seed: int) -> np.ndarray:
+    """Each pair's rank, [n]: 0 for the easiest and n - 1 for the hardest, ties by a seeded shuffle."""
+    shuffle = np.random.default_rng((seed, 1)).permutation(len(difficulty))
+    ranks = np.empty(len(difficulty), np.int64)
+    ranks[shuffle[np.argsort(difficulty[shuffle], kind="stable")]] = np.arange(len(difficulty))
+    return ranks
+
+
 @dataclass
 class ByDifficulty(Curriculum):
     """What the curricula share that know how difficult a pair is.
@@ -130,9 +138,7 @@ class ByDifficulty(Curriculum):
                 "all pairs are equally difficult, so there is nothing to order them by: choose another "
                 f"curriculum.difficulty than {self.difficulty}, or curriculum=none"
             )
-        shuffle = np.random.default_rng((self.seed, 1)).permutation(self.size)
-        self.ranks = np.empty(self.size, np.int64)
-        self.ranks[shuffle[np.argsort(difficulty[shuffle], kind="stable")]] = np.arange(self.size)
+        self.ranks = order_by_difficulty(difficulty, self.seed)
 
     def refresh(self, step: int, ask: Ask) -> None:
         if self.ranks is None:  # at the first step, when the policy still is the reference

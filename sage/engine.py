@@ -94,13 +94,60 @@ def main_first(work: Callable[[], T]) -> T:
     return work()
 
 
-class Engine:
+class Ranks:
+    """This rank's place among the others, and what they say to each other."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """One small Python object from every rank, in order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+class Frozen(Ranks):
+    """A model that is only asked; `sharded` keeps a part of its weights on each rank, as ZeRO stage 3 does."""
+
+    def __init__(self, policy: nn.Module, sharded: bool, dtype: torch.dtype, device: torch.device):
+        super().__init__(device)
+        for parameter in policy.parameters():
+            parameter.requires_grad_(False)
+        self.policy: Any = policy.to(device)
+        self.model: Any = self.policy
+        if sharded:
+            config = deepspeed_config(EngineConfig(zero_stage=3), dtype, max_grad_norm=0.0)
+            self.model = deepspeed.initialize(model=self.policy, config=config, dist_init_required=False)[0]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class Engine(Ranks):
     """A policy under ZeRO, with the calls the loop needs."""
 
     def __init__(
         self, policy: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, dtype: torch.dtype, device: torch.device
     ):  # fmt: skip
-        self.device, self.dtype = device, dtype
+        super().__init__(device)
+        self.dtype = dtype
         self.policy = policy.to(device)
         trainable = [p for p in policy.parameters() if p.requires_grad]
         self.max_grad_norm = optimizer.max_grad_norm
@@ -119,14 +166,6 @@ class Engine:
             self.optimizer.state.clear()
             for group in self.optimizer.param_groups:
                 group.pop("step", None)
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
-
-    @property
-    def world_size(self) -> int:
-        return dist.get_world_size()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -149,30 +188,6 @@ class Engine:
             return float(norm)
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm())  # pyright: ignore
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        values = values.to(self.device)
-        dist.all_reduce(values)
-        return values
-
-    def barrier(self) -> None:
-        dist.barrier()
-
-    def frozen(self, module: nn.Module) -> nn.Module:
-        """A second model that is only asked, sharded like the policy under stage 3."""
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
-        module = module.to(self.device)
-        if self.deepspeed.zero_optimization_partition_weights():
-            config = deepspeed_config(EngineConfig(zero_stage=3), self.dtype, max_grad_norm=0.0)
-            return deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
-        return module
-
-    def gather(self, value: Any) -> list[Any]:
-        """One small Python object from every rank, in order, on every rank."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
 
     def save(self, folder: Path) -> None:
         self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)

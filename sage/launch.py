@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from functools import singledispatch
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def preflight(cfg: RunConfig) -> None:
 
 def run(cfg: RunConfig, run_dir: Path) -> None:
     """Check, freeze and start one run, and wait for it. Exits with the ranks' status when they fail."""
-    if isinstance(cfg, TrainConfig) and cfg.command == "train" and cfg.data.path is None:
+    trains_or_scores = isinstance(cfg, TrainConfig) and not isinstance(cfg, BuildPairsConfig)
+    if trains_or_scores and cfg.data.path is None:
         cfg.data.path = str(built_pairs(cfg))
     preflight(cfg)
     config.freeze(cfg, run_dir)
@@ -76,7 +78,8 @@ def built_pairs(cfg: TrainConfig) -> Path:
         recipe_key,
     )  # loads torch and transformers
 
-    plan = BuildPairsConfig(**{**vars(cfg), "command": "build-pairs"})
+    keys = {f.name: getattr(cfg, f.name) for f in fields(BuildPairsConfig)}
+    plan = BuildPairsConfig(**{**keys, "command": "build-pairs"})
     assert plan.data.problems is not None
     preflight(plan)
     folder = Path(cfg.cache_dir).expanduser() / "built" / recipe_key(plan)

@@ -9,11 +9,12 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import datasets
 import jinja2
@@ -106,6 +107,37 @@ def read_prompt(text: str) -> str | list[dict[str, str]]:
     return json.loads(text)
 
 
+def write_rows(path: str, rows: Iterable[int], target: Path, *, split: str = "train") -> Path:
+    """Write rows of a source in its own format, as they are and in its order; returns `target` with its suffix.
+
+    Args:
+        rows: as `load_pairs` numbers them.
+        target: a path without suffix. A hub name's rows are written as Parquet.
+    """
+    file, wanted = Path(resolve_path(path)), set(rows)
+    suffix = file.suffix if file.is_file() else "" if file.is_dir() else ".parquet"
+    target = target.with_name(target.name + suffix)
+    unfinished = target.with_name(f".{target.name}")
+    if suffix in (".jsonl", ".json"):
+        # Line ends are kept as they are.
+        with (
+            file.open(encoding="utf-8-sig", newline="") as lines,
+            unfinished.open("w", encoding="utf-8", newline="") as out,
+        ):
+            if _is_array(lines):
+                kept = [record for row, record in enumerate(json.load(lines), 1) if row in wanted]
+                json.dump(kept, out, ensure_ascii=False, indent=1)
+            else:
+                out.writelines(line for row, line in enumerate(lines, 1) if row in wanted)
+    else:
+        data = _dataset(path, split).select([row - 1 for row in sorted(wanted)])
+        data.save_to_disk(str(unfinished)) if file.is_dir() else data.to_parquet(str(unfinished))
+    if target.is_dir():  # of an earlier attempt
+        shutil.rmtree(target)
+    os.replace(unfinished, target)
+    return target
+
+
 def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
     """(1-based row, record); in place of a line that does not parse, the UserError that says why."""
     file = Path(resolve_path(path))
@@ -113,23 +145,14 @@ def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path}: no such file (looked for {file.absolute()})")
     if file.suffix in (".jsonl", ".json"):
         yield from _read_json(path, file)
-    elif file.suffix == ".parquet":
-        yield from _load(path, split, lambda: datasets.Dataset(pq.read_table(file)))
-    elif file.is_dir():
-        yield from _load(path, split, lambda: datasets.load_from_disk(str(file)))
-    elif file.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path):
-        raise UserError(f"{path}: neither a .jsonl, .json or .parquet file, nor a folder, nor a hub name")
     else:
-        name, _, subset = path.partition(":")
-        yield from _load(path, split, lambda: datasets.load_dataset(name, subset or None, split=split))
+        yield from enumerate(_dataset(path, split), 1)
 
 
 def _read_json(path: str, file: Path) -> Iterator[tuple[int, Any]]:
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            is_array = lines.read(4096).lstrip().startswith("[")
-            lines.seek(0)
-            if is_array:
+            if _is_array(lines):
                 yield from enumerate(json.load(lines), 1)
                 return
             for number, line in enumerate(lines, 1):
@@ -144,9 +167,26 @@ def _read_json(path: str, file: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error}") from error
 
 
-def _load(path: str, split: str, load: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
+def _is_array(lines: TextIO) -> bool:
+    """Whether a JSON file is one array rather than an object a line; leaves it at its start."""
+    found = lines.read(4096).lstrip().startswith("[")
+    lines.seek(0)
+    return found
+
+
+def _dataset(path: str, split: str) -> datasets.Dataset:
+    """The rows of a Parquet file, of a saved folder or of a hub name."""
+    file = Path(resolve_path(path))
+    local = file.suffix == ".parquet" or file.is_dir()
+    if not local and (file.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path)):
+        raise UserError(f"{path}: neither a .jsonl, .json or .parquet file, nor a folder, nor a hub name")
     try:
-        data = load()
+        if file.suffix == ".parquet":
+            return datasets.Dataset(pq.read_table(file))
+        if file.is_dir():
+            data = datasets.load_from_disk(str(file))
+        else:
+            data = datasets.load_dataset(*path.split(":"), split=split)
     except Exception as error:  # the hub, the file system and Arrow each have their own families of errors
         raise UserError(
             f"{path}: cannot be read from disk or, where it is not there, the hub: {error}"
@@ -155,7 +195,7 @@ def _load(path: str, split: str, load: Callable[[], Any]) -> Iterator[tuple[int,
         if split not in data:
             raise UserError(f"{path}: no split {split!r}; data.split can be {', '.join(map(str, data))}")
         data = data[split]
-    return enumerate(data, 1)
+    return data  # pyright: ignore
 
 
 def _names(path: str, columns: dict[str, str], present: Mapping[str, None]) -> dict[str, str]:

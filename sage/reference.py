@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
+from sage import policy
 from sage.batches import PairForward
+from sage.config import ModelConfig
 from sage.engine import main_first
-from sage.losses import PairLogps
+from sage.errors import UserError
+from sage.losses import LogitStats, PairLogps
 from sage.packing import MicroBatch
 from sage.pairs import TokenizedPairs
+
+MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER = "manifest.json", "sage", "scores"  # of score-dataset
 
 
 class Reference(Protocol):
@@ -34,8 +41,16 @@ class Reference(Protocol):
         ...
 
 
+def identity(folder: str, model: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
+    """What the log-probabilities of a model in `folder` depend on, besides the pairs."""
+    weights = policy.fingerprint(folder, model.adapter_path)
+    return {"weights": weights, "dtype": str(dtype), "attention": model.attention, "head": model.head}
+
+
 class Cached:
     """Reads from disk what the initial policy said of every pair; computes and writes it the first time."""
+
+    logit: LogitStats | None = None  # where it is known too: of the initial policy, [pairs] each
 
     def __init__(
         self, forward: PairForward, pairs: TokenizedPairs, key: dict[str, str], cache_dir: str, name: str
@@ -61,6 +76,51 @@ class Cached:
 
     def lookup(self, indices: np.ndarray) -> PairLogps:
         return PairLogps(*(values[torch.from_numpy(indices)] for values in self.logps))
+
+
+class Scored(Cached):
+    """Reads what `sage score-dataset` wrote; `logit` too, where the policy that it asked was its own reference.
+
+    Raises:
+        UserError: the scores are not whole, or of another model, dtype or dataset.
+    """
+
+    def __init__(self, run_dir: str, pairs: TokenizedPairs, key: dict[str, str]):
+        files = sorted(Path(run_dir, SCORES_FOLDER).expanduser().glob("*.parquet"))
+        if not files:
+            raise UserError(
+                f"data.scores={run_dir}: no {SCORES_FOLDER}/*.parquet there, as a finished `sage score-dataset` leaves"
+            )
+        shards = [pq.read_table(file) for file in files]
+        manifests = {(shard.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}") for shard in shards}
+        manifest = json.loads(manifests.pop())
+        if manifests or sum(map(len, shards)) != manifest.get("pairs", {}).get("count"):
+            raise UserError(f"data.scores={run_dir}: its files are not all of one `sage score-dataset`")
+        reference, dataset = manifest["reference"], manifest["pairs"]
+        for name, value in key.items():
+            if reference[name] != value:
+                raise UserError(
+                    f"data.scores={run_dir}: scores of another model: {name} is {reference[name]} there ({reference['path']}) "
+                    f"and {value} here; score this model, or leave data.scores out"
+                )
+        if dataset["fingerprint"] != pairs.fingerprint:
+            raise UserError(
+                f"data.scores={run_dir}: scores of other pairs: {dataset['count']} of {dataset['path']} there, {len(pairs)} "
+                "here; model, data and limits must be those of the scored set, in the same order"
+            )
+        table = pa.concat_tables(shards)
+        self.logps = logps_of(table, "reference")
+        self.logit = logit_of(table) if manifest["policy"] == reference else None
+
+
+def logps_of(table: pa.Table, model: str) -> PairLogps:
+    """What `model` (policy or reference) said, from the columns of score-dataset."""
+    names = (f"{model}_chosen_logps", f"{model}_rejected_logps", "chosen_tokens", "rejected_tokens")
+    return PairLogps(*(torch.tensor(table[name].to_numpy(), dtype=torch.float32) for name in names))
+
+
+def logit_of(table: pa.Table) -> LogitStats:
+    return LogitStats(*(torch.tensor(table[f"logit_{name}"].to_numpy()) for name in LogitStats._fields))
 
 
 class Online:

@@ -17,13 +17,13 @@ from sage.batches import PairForward
 from sage.checkpoint import TrainState
 from sage.config import TrainConfig, load
 from sage.curriculum import Curriculum, Setting
-from sage.engine import Engine, init_distributed, main_first
+from sage.engine import Engine, Frozen, init_distributed, main_first
 from sage.errors import UserError
 from sage.losses import Loss
 from sage.metrics import means, peak_memory_gb, per_pair
 from sage.pairs import TokenizedPairs, load_pairs, tokenize_pairs
 from sage.progress import console, print_summary
-from sage.reference import Absent, Cached, Online, Reference
+from sage.reference import Absent, Cached, Online, Reference, Scored, identity
 from sage.samples import SampleLog
 from sage.scorers import Scorer, Uniform
 from sage.selection import Selection, draws
@@ -43,6 +43,10 @@ class Run:
         self.cfg = cfg
         self.run_dir = run_dir
         self.loss: Loss = build("loss", cfg.loss)
+        if cfg.data.scores and self.loss.reference_free:
+            raise UserError(
+                f"data.scores={cfg.data.scores} is a reference cache, and this loss needs no reference"
+            )
         self.scorer: Scorer | Uniform = build("scorer", cfg.scorer)
         device = init_distributed()
         torch.manual_seed(cfg.seed)
@@ -51,11 +55,10 @@ class Run:
 
         self.folder = main_first(lambda: policy.resolve_model(cfg.model, cfg.cache_dir))
         self.tokenizer = policy.load_tokenizer(self.folder, cfg.model)
-        assert cfg.data.path is not None
-        self.pairs = self.load_pairs(cfg.data.path, cfg.data.split, cfg.data.limit)
-        self.eval_pairs = None
-        if cfg.data.eval_path:
-            self.eval_pairs = self.load_pairs(cfg.data.eval_path, cfg.data.eval_split, cfg.data.eval_limit)
+        self.pairs = read_pairs(cfg, self.tokenizer, run_dir)
+        self.eval_pairs = (
+            read_pairs(cfg, self.tokenizer, run_dir, held_out=True) if cfg.data.eval_path else None
+        )
         self.steps = cfg.steps or math.ceil((cfg.epochs or 0) * len(self.pairs) / cfg.batch_size)
         setting = Setting(
             self.pairs.pass_rates(), self.pairs.lengths()[:, 1:].sum(1), self.steps,
@@ -63,12 +66,17 @@ class Run:
         )  # fmt: skip
         curriculum: Curriculum = build("curriculum", cfg.curriculum, setting=setting)
 
+        self.identity = identity(self.folder, cfg.model, self.dtype)
+        self.scored = Scored(cfg.data.scores, self.pairs, self.identity) if cfg.data.scores else None
+
         model = policy.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
         self.engine = Engine(
             policy.Policy(model, cfg.model.head), cfg.engine, cfg.optimizer, self.dtype, device
         )
-        self.forward = PairForward(self.engine, cfg.micro_batch_tokens, self.layout())
-        self.reference = self.build_reference(self.pairs, "training")
+        self.forward = PairForward(
+            self.engine, cfg.micro_batch_tokens, choose_layout(self.engine, cfg.packing, cfg.data.max_length)
+        )
+        self.reference = self.scored or self.build_reference(self.pairs, "training")
         self.eval_reference = self.build_reference(self.eval_pairs, "held-out") if self.eval_pairs else None
 
         self.forward.reset_costs()  # what a warm cache would have saved is not a cost of training
@@ -94,45 +102,6 @@ class Run:
             main=self.engine.rank == 0,
         )  # fmt: skip
 
-    def load_pairs(self, path: str, split: str, limit: int | None) -> TokenizedPairs:
-        data = self.cfg.data
-
-        def work() -> TokenizedPairs:
-            return tokenize_pairs(
-                load_pairs(path, split=split, columns=data.columns, limit=limit),
-                self.tokenizer,
-                chat_template=data.chat_template,
-                max_length=data.max_length,
-                num_proc=data.num_proc,
-                cache_dir=self.cfg.cache_dir,
-            )
-
-        pairs = main_first(work)
-        dropped = {reason: len(ids) for reason, ids in pairs.dropped.items() if ids}
-        console.print(f"{path}: {len(pairs)} pairs" + (f", dropped: {dropped}" if dropped else ""))
-        if data.list_dropped and not console.quiet:
-            with (self.run_dir / "dropped.jsonl").open("a") as f:
-                for reason, ids in pairs.dropped.items():
-                    f.writelines(
-                        json.dumps({"path": path, "pair_id": pair_id, "reason": reason}) + "\n"
-                        for pair_id in ids
-                    )
-        return pairs
-
-    def layout(self) -> str:
-        """How pairs lie in memory: `packing`, or under auto the best that this model admits."""
-        cfg = self.cfg
-        if cfg.packing == "padded":
-            return cfg.packing
-        module = self.engine.policy
-        reason = policy.can_pack(self.engine, module.causal, cfg.data.max_length, self.engine.device)
-        if reason is None:
-            return "shared" if cfg.packing == "auto" else cfg.packing
-        if cfg.packing != "auto":
-            raise UserError(f"packing={cfg.packing} does not suit this model: {reason}; set packing=padded")
-        console.print(f"rows are padded and prompts computed twice, since this model cannot pack: {reason}")
-        return "padded"
-
     def build_reference(self, pairs: TokenizedPairs, name: str) -> Reference:
         cfg = self.cfg
         if self.loss.reference_free:
@@ -143,15 +112,10 @@ class Run:
             if not hasattr(self, "reference_engine"):  # one copy serves training and held-out pairs
                 model = policy.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
                 model = policy.Policy(model, cfg.model.head)
-                self.reference_engine = self.engine.frozen(model)
+                sharded = cfg.engine.zero_stage == 3
+                self.reference_engine = Frozen(model, sharded, self.dtype, self.engine.device)
             return Online(self.reference_engine, adapters_off=False)
-        key = {
-            "weights": policy.fingerprint(self.folder, cfg.model.adapter_path),
-            "dtype": str(self.dtype),
-            "layout": self.forward.layout,
-            "attention": cfg.model.attention,
-            "head": cfg.model.head,
-        }
+        key = {**self.identity, "layout": self.forward.layout}
         return Cached(self.forward, pairs, key, cfg.cache_dir, name)
 
     @torch.no_grad()
@@ -206,6 +170,53 @@ class Run:
         }
         (self.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
         print_summary(summary)
+
+
+def read_pairs(
+    cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool = False
+) -> TokenizedPairs:  # fmt: skip
+    """The config's pairs, or its held-out ones, tokenised; says how many there are, and what was dropped."""
+    data = cfg.data
+    path, split, limit = (
+        (data.eval_path, data.eval_split, data.eval_limit)
+        if held_out
+        else (data.path, data.split, data.limit)
+    )
+    assert path is not None
+
+    def work() -> TokenizedPairs:
+        return tokenize_pairs(
+            load_pairs(path, split=split, columns=data.columns, limit=limit),
+            tokenizer,
+            chat_template=data.chat_template,
+            max_length=data.max_length,
+            num_proc=data.num_proc,
+            cache_dir=cfg.cache_dir,
+        )
+
+    pairs = main_first(work)
+    dropped = {reason: len(ids) for reason, ids in pairs.dropped.items() if ids}
+    console.print(f"{path}: {len(pairs)} pairs" + (f", dropped: {dropped}" if dropped else ""))
+    if data.list_dropped and not console.quiet:
+        with (run_dir / "dropped.jsonl").open("a") as f:
+            for reason, ids in pairs.dropped.items():
+                f.writelines(
+                    json.dumps({"path": path, "pair_id": pair_id, "reason": reason}) + "\n" for pair_id in ids
+                )
+    return pairs
+
+
+def choose_layout(engine: Engine | Frozen, packing: str, max_length: int) -> str:
+    """How pairs lie in memory: `packing`, or under auto the best that this model admits."""
+    if packing == "padded":
+        return packing
+    reason = policy.can_pack(engine, engine.policy.causal, max_length, engine.device)
+    if reason is None:
+        return "shared" if packing == "auto" else packing
+    if packing != "auto":
+        raise UserError(f"packing={packing} does not suit this model: {reason}; set packing=padded")
+    console.print(f"rows are padded and prompts computed twice, since this model cannot pack: {reason}")
+    return "padded"
 
 
 def build(group: str, node: dict[str, Any], **arguments: Any) -> Any:

@@ -113,8 +113,10 @@ class Selection:
         reference, logit = self.reference.lookup(indices), None
         if reference is None:
             reference = self.forward.all_logps(self.pairs, indices, model=self.reference)
-        if self.step == 0 and isinstance(self.reference, Cached) and not needs_logit:
+        cache = self.reference if self.step == 0 and isinstance(self.reference, Cached) else None
+        if cache and (cache.logit or not needs_logit):
             policy = reference
+            logit = cache.logit and LogitStats(*(values[torch.from_numpy(indices)] for values in cache.logit))
         else:
             policy, logit = self.forward.all_stats(self.pairs, indices, logit=needs_logit)
         policy, reference = PairLogps(*map(to_cpu, policy)), PairLogps(*map(to_cpu, reference))

@@ -108,7 +108,7 @@ def batch_moments(run: Run, indices: np.ndarray, rng: np.random.Generator) -> Mo
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     sum_of_squares = torch.zeros((), dtype=torch.float64, device=engine.device)
     for group in groups[engine.rank :: engine.world_size]:
-        batch = collate([run.pairs[int(i)] for i in group], run.forward.layout).to(engine.device)
+        batch = collate([run.pairs[int(i)] for i in group], forward.layout).to(engine.device)
         losses = run.selection.loss(engine.policy(batch), run.reference(group, batch))
         gradients = torch.autograd.grad(losses.mean(), parameters, materialize_grads=True)
         sum_of_squares += len(group) * squared_norm(gradients)

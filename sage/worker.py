@@ -22,6 +22,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 JOBS = {
     "train": "sage.train.train",
     "build-pairs": "sage.build_pairs.build_pairs",
+    "score-dataset": "sage.score_dataset.score_dataset",
     "eval": "sage.evaluate.evaluate",
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import MISSING, OmegaConf
 
-from sage.config import TrainConfig
+from sage.config import SCHEMAS, TrainConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HEAD = """\
@@ -27,6 +27,7 @@ not listed here is refused, with the nearest one that is.
 
 `???` = must be given. The defaults are those of the schema; an option or an experiment may set others.
 """
+TABLE = "| key | type | default | meaning |\n|---|---|---|---|\n"
 GROUPS = """
 ## Options of each group
 
@@ -39,14 +40,15 @@ def main(target: Path) -> None:
 
 
 def reference() -> str:
-    return HEAD + "".join(keys(TrainConfig)) + GROUPS + "".join(options())
+    further = "".join(further_keys(word) for word in SCHEMAS)
+    return HEAD + "".join(keys(TrainConfig)) + further + GROUPS + "".join(options())
 
 
 def keys(root: type) -> Iterator[str]:
     """One table for the top level and one for each nested dataclass."""
     queue: list[tuple[str, type]] = [("", root)]
     for prefix, cls in queue:
-        yield f"\n### {prefix.rstrip('.') or 'top level'}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
+        yield f"\n### {prefix.rstrip('.') or 'top level'}\n\n{TABLE}"
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             nested = [
@@ -54,8 +56,20 @@ def keys(root: type) -> Iterator[str]:
             ]
             queue += [(f"{prefix}{f.name}.", t) for t in nested]  # pyright: ignore
             if f.metadata:
-                name, kind = f"`{prefix}{f.name}`", type_name(hints[f.name])
-                yield f"| {name} | {kind} | `{default(f)}` | {cell(f.metadata['help'] + limits(f.metadata))} |\n"
+                yield row(f, hints[f.name], prefix)
+
+
+def further_keys(word: str) -> str:
+    """What a command's schema adds to that of `sage train`."""
+    hints = typing.get_type_hints(SCHEMAS[word])
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    rows = [row(f, hints[f.name]) for f in dataclasses.fields(SCHEMAS[word]) if f.name not in known]
+    return f"\n### only in `sage {word}`\n\n{TABLE}{''.join(rows)}" if rows else ""
+
+
+def row(f: dataclasses.Field, hint: typing.Any, prefix: str = "") -> str:
+    meaning = cell(f.metadata["help"] + limits(f.metadata))
+    return f"| `{prefix}{f.name}` | {type_name(hint)} | `{default(f)}` | {meaning} |\n"
 
 
 def type_name(hint: typing.Any) -> str:

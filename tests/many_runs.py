@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
+from hydra.utils import get_method
 
 from sage import config
 
@@ -20,15 +21,15 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
 ERROR_FILE = "error.txt"
 
 
-def freeze(run_dir: Path, *overrides: str) -> Path:
+def freeze(run_dir: Path, *overrides: str, command: str = "train") -> Path:
     with initialize_config_module("sage.conf", version_base="1.3"):
-        cfg = config.load(compose("train", [*overrides]))
+        cfg = config.load(compose(command.replace("-", "_"), [*overrides]))
     config.freeze(cfg, run_dir)
     return run_dir
 
 
 def execute(world_size: int, run_dirs: list[Path]) -> None:
-    """Train, or go on with, every run; one that ends in a UserError leaves its message in error.txt."""
+    """Do, or go on with, every run; one that ends in a UserError leaves its message in error.txt."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     command = [sys.executable, *(launcher if world_size > 1 else []), __file__, *map(str, run_dirs)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
@@ -69,12 +70,11 @@ def interrupted(run_dir: Path, step: int, target: Path) -> Path:
 
 def main(run_dirs: list[str]) -> None:
     from sage.errors import UserError
-    from sage.train import train
-    from sage.worker import leave_process_group
+    from sage.worker import JOBS, leave_process_group
 
     for run_dir in run_dirs:
         try:
-            train(Path(run_dir))
+            get_method(JOBS[config.load(run_dir).command])(Path(run_dir))
         except UserError as e:
             (Path(run_dir) / ERROR_FILE).write_text(str(e))
     leave_process_group()

@@ -19,7 +19,7 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 LAYERS = (
     "cli",
     "launch worker",
-    "train build_pairs evaluate",
+    "train build_pairs score_dataset evaluate",
     "snr",
     "run",
     "selection",

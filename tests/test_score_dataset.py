@@ -1,0 +1,335 @@
+"""score-dataset against plain transformers, after a kill, on two ranks; and what `sage train` makes of its files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_pairs, write_jsonl
+from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_difference, metrics
+
+from sage.errors import UserError
+from sage.pairs import load_pairs, tokenize_pairs, write_rows
+from sage.progress import console
+
+slow = pytest.mark.slow
+BETA = 0.3
+IN_SINGLES = ("shard_pairs=1", "top=0.3")
+
+
+def rows_with_gaps() -> list[dict]:
+    """60 pairs, the last of them without a pass rate."""
+    rows = make_pairs(60)
+    del rows[-1]["pass_rate"]
+    return rows
+
+
+@pytest.fixture(scope="session")
+def other_model(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model, moved."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("other") / "tiny"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def common(tiny_model, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("score")
+    return [
+        "model=hf", f"model.path={tiny_model}", f"data.path={write_jsonl(folder / 'pairs.jsonl', rows_with_gaps())}",
+        "data.max_length=200", "micro_batch_tokens=600", f"cache_dir={folder / 'cache'}", "model.dtype=float32",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pairs(common, tiny_model):
+    from transformers import AutoTokenizer
+
+    return tokenize_pairs(
+        load_pairs(common[2].split("=")[1]), AutoTokenizer.from_pretrained(tiny_model), chat_template=True,
+        max_length=200, num_proc=1, cache_dir=common[5].split("=")[1],
+    )  # fmt: skip
+
+
+def freeze_scoring(run_dir: Path, *overrides: str) -> Path:
+    return freeze(run_dir, *overrides, "shard_pairs=7", command="score-dataset")
+
+
+@pytest.fixture(scope="session")
+def runs(common, other_model, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    training = [*common, "steps=3", "batch_size=8", "optimizer.lr=1e-3"]
+    fresh = f"cache_dir={root / 'cache'}"  # to see what is computed
+    logit = ["scorer=sage_logit", "scorer.candidates_per_pair=2"]
+    one = [
+        freeze_scoring(root / "plain", *common, "top=0.3"),
+        freeze(root / "undisturbed", *common, *IN_SINGLES, command="score-dataset"),
+        freeze_scoring(root / "pair", *common, f"reference_model={other_model}", f"loss.beta={BETA}",
+                       "+scorer@scorers.loss=loss", "scorers.loss.margin=policy_mean"),
+        freeze(root / "trained", *training, f"data.scores={root / 'plain'}", fresh),
+        freeze(root / "cached", *training),
+        freeze(root / "selected", *training, *logit, f"data.scores={root / 'plain'}"),
+        freeze(root / "selected_cached", *training, *logit),
+        freeze(root / "on_top", *training, f"data.path={root / 'plain' / 'top.jsonl'}", "steps=1"),
+        freeze(root / "other_model", *training, f"model.path={other_model}", f"data.scores={root / 'plain'}"),
+        freeze(root / "other_pairs", *training, "data.limit=50", f"data.scores={root / 'plain'}"),
+        freeze(root / "nothing_there", *training, f"data.scores={root / 'nowhere'}"),
+        freeze(root / "no_reference", *training, "loss=simpo", f"data.scores={root / 'plain'}"),
+        freeze_scoring(root / "uniform", *common, "~scorer.margin", "scorer._target_=sage.scorers.Uniform",
+                       *(f"~scorer.{name}" for name in ("candidates_per_pair", "score_every", "reuse", "warmup_steps",
+                         "damping", "temperature", "mastered_above", "drop_curvature", "drop_uncertainty",
+                         "drop_negative"))),
+    ]  # fmt: skip
+    execute(1, one)
+    two = [
+        freeze_scoring(root / f"two{z}", *common, "world_size=2", f"engine=zero{z}", "top=0.3")
+        for z in (0, 3)
+    ]
+    execute(2, two)
+    return root
+
+
+def table_of(run: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(run / "scores")
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+@slow
+def test_columns_equal_plain_transformers(runs, pairs, tiny_model, other_model):
+    """Protects every number of a shard, from logits of one unpadded row at a time and the formulas of the design."""
+    from transformers import AutoModelForCausalLM
+
+    @torch.no_grad()
+    def ask(folder: Path) -> np.ndarray:
+        """[pairs, 2, 3]: log-probability, D and U of chosen and rejected."""
+        model, out = AutoModelForCausalLM.from_pretrained(folder), []
+        for pair in pairs:
+            for response in (pair.chosen_ids, pair.rejected_ids):
+                logits = model(torch.tensor([pair.prompt_ids + response])).logits
+                p = logits[0, len(pair.prompt_ids) - 1 : -1].softmax(-1)
+                y = p.gather(1, torch.tensor(response)[:, None])[:, 0]
+                s = (p**2).sum(-1)
+                out.append([y.log().sum(), (1 - 2 * y + s).sum(), (1 - s).sum()])
+        return np.array(out).reshape(len(pairs), 2, 3)
+
+    found, policy, reference = table_of(runs / "pair"), ask(tiny_model), ask(other_model)
+    tokens = np.array([[len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
+    u = BETA * ((policy - reference)[:, 0, 0] - (policy - reference)[:, 1, 0])
+    sigmoid = 1 / (1 + np.exp(u))  # of -u
+    g, h = BETA * sigmoid, BETA**2 * sigmoid * (1 - sigmoid)
+    d, uncertainty = policy[:, :, 1].sum(1), policy[:, :, 2]
+    mean = policy[:, 0, 0] / tokens[:, 0] - policy[:, 1, 0] / tokens[:, 1]
+    expected = {
+        "policy_chosen_logps": policy[:, 0, 0], "policy_rejected_logps": policy[:, 1, 0],
+        "reference_chosen_logps": reference[:, 0, 0], "reference_rejected_logps": reference[:, 1, 0],
+        "chosen_tokens": tokens[:, 0], "rejected_tokens": tokens[:, 1],
+        "logit_squared_norm": d, "logit_chosen_uncertainty": uncertainty[:, 0],
+        "logit_rejected_uncertainty": uncertainty[:, 1], "margin": u, "policy_mean": mean, "signal": g, "curvature": h,
+        "logit_signal": g**2 * d, "logit_curvature": h * d + g * uncertainty.sum(1), "score_loss": np.log1p(np.exp(-mean)),
+    }  # fmt: skip
+    assert np.abs(u).max() > 0.1
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert found["pair_id"].tolist() == [p.pair_id for p in pairs]
+    assert np.isnan(found["pass_rate"][-1]) and found["pass_rate"][1] == 0.25
+    assert {"score", "score_sage_logit", "score_loss"} <= set(found)
+    # One pair has no pass rate, so difficulty is minus the reference's mean margin.
+    difficulty = -(reference[:, 0, 0] / tokens[:, 0] - reference[:, 1, 0] / tokens[:, 1])
+    stratum = found["stratum"]
+    assert np.bincount(stratum).tolist() == [15, 15, 15, 15]
+    assert all(difficulty[stratum == k].max() <= difficulty[stratum == k + 1].min() for k in range(3))
+
+
+@slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_ranks_equal_one(runs, stage):
+    """With whole and with sharded weights."""
+    one, two = table_of(runs / "plain"), table_of(runs / f"two{stage}")
+    for name, values in one.items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(two[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+        else:
+            assert two[name].tolist() == values.tolist()
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+
+
+@slow
+def test_a_killed_run_goes_on_and_leaves_the_same_files(runs, common, tmp_path):
+    """Protects whole shards: what a kill -9 leaves is kept and not asked again, and the end is the undisturbed one, byte
+    for byte."""
+    run = freeze(tmp_path / "run", *common, *IN_SINGLES, command="score-dataset")
+    worker = subprocess.Popen([sys.executable, "-m", "sage.worker", str(run)], env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not (run / "forward" / "00004.parquet").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    left = {name: content for name, content in files(run).items() if name.startswith("forward/0")}
+    assert 5 <= len(left) < 60 and not (run / "scores").exists()
+
+    resumed = subprocess.run(
+        [sys.executable, "-m", "sage.worker", str(run)], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert f"pairs: 1/{60 - len(left)} " in resumed.stdout
+    told = {"config.yaml", "summary.json"}  # they tell the time and the folder
+    ours, theirs = files(run), files(runs / "undisturbed")
+    assert set(ours) == set(theirs) and len(ours) == 64 and not (run / "forward").exists()
+    assert all(ours[name] == theirs[name] for name in set(ours) - told)
+
+
+@slow
+def test_top_holds_the_highest_rows_as_they_were(runs, common):
+    """Protects the filter: 30% of the input's lines, verbatim and in their order, with the highest scores; it trains."""
+    lines = Path(common[2].split("=")[1]).read_text().splitlines()
+    top = (runs / "plain" / "top.jsonl").read_text().splitlines()
+    assert len(top) == 18 and top == [line for line in lines if line in set(top)]
+    found = table_of(runs / "plain")
+    best = set(found["pair_id"][np.argsort(-found["score"])[:18]])
+    assert {json.loads(line)["pair_id"] for line in top} == best
+    assert len(metrics(runs / "on_top")) == 1
+
+
+@slow
+def test_training_takes_the_reference_from_the_scores(runs):
+    """Protects data.scores: step 0 is ln 2, every loss is that of the ordinary cache, and no pass is run for it."""
+    losses = column(runs / "trained", "loss")
+    assert abs(losses[0] - math.log(2)) < 1e-6
+    assert largest_difference(losses, column(runs / "cached", "loss")) < 1e-6
+    assert not (runs / "cache" / "reference").exists()
+
+
+@slow
+def test_the_first_choice_by_scores_costs_nothing(runs):
+    """A scorer at the logits ranks the first candidates from the file: the same choice, without its forward pass."""
+    scored, cached = metrics(runs / "selected"), metrics(runs / "selected_cached")
+    assert [line["cost/forward_pairs"] for line in scored] == [0, 16, 32]
+    assert [line["cost/forward_pairs"] for line in cached] == [16, 32, 48]
+    assert largest_difference(*(column(runs / n, "loss") for n in ("selected", "selected_cached"))) < 1e-5
+
+
+@slow
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("other_model", ("data.scores", "another model", "weights")),
+        ("other_pairs", ("data.scores", "other pairs", "60", "50")),
+        ("nothing_there", ("data.scores", "nowhere", "score-dataset")),
+        ("no_reference", ("data.scores", "needs no reference")),
+        ("uniform", ("scorer._target_=sage.scorers.Uniform", "no score")),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(runs, name, parts):
+    message = (runs / name / ERROR_FILE).read_text()
+    assert all(part in message for part in parts), message
+
+
+def test_a_folder_begun_with_something_else_is_refused(tmp_path):
+    """Protects a resumed run from a model, pairs or settings that changed under it."""
+    from sage.score_dataset import claim
+
+    manifest = {"pairs": {"count": 60}, "policy": {"weights": "a"}}
+    claim(tmp_path, manifest)
+    claim(tmp_path, manifest)
+    with pytest.raises(UserError, match=r"another policy.*hydra\.run\.dir"):
+        claim(tmp_path, {**manifest, "policy": {"weights": "b"}})
+
+
+@slow
+def test_shards_of_two_runs_are_not_mixed(runs, pairs, tmp_path):
+    """Protects training from a folder with files of another run, or with one missing."""
+    from sage.reference import Scored
+
+    key = json.loads((runs / "plain" / "manifest.json").read_text())["reference"]
+    key.pop("path")
+    assert Scored(str(runs / "plain"), pairs, key).logps.chosen.shape == (60,)
+    mixed = shutil.copytree(runs / "plain", tmp_path / "mixed")
+    shutil.copy(runs / "pair" / "scores" / "00000.parquet", mixed / "scores")
+    short = shutil.copytree(runs / "plain", tmp_path / "short")
+    (short / "scores" / "00000.parquet").unlink()
+    for run in (mixed, short):
+        with pytest.raises(UserError, match="not all of one"):
+            Scored(str(run), pairs, key)
+
+
+def test_keys_that_do_not_fit_are_refused(common, tmp_path):
+    for overrides, match in ((["data.scores=x"], "leave it out"), (["top=1.5"], "top=1.5")):
+        with pytest.raises(UserError, match=match):
+            freeze_scoring(tmp_path, *common, *overrides)
+    with pytest.raises(UserError, match="reference=cached"):
+        freeze(tmp_path, *common, "steps=1", "data.scores=x", "reference=online")
+
+
+@pytest.mark.parametrize("form", ["lines.jsonl", "array.json", "table.parquet", "folder"])
+def test_write_rows_keeps_format_and_columns(tmp_path, form):
+    """Rows 2 and 5 of any source, unchanged: extra columns too, and the last line without its end."""
+    rows = [{**row, "extra": {"n": i}} for i, row in enumerate(make_pairs(5))]
+    source = tmp_path / form
+    if form == "lines.jsonl":
+        source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    elif form == "array.json":
+        source.write_text(json.dumps(rows))
+    elif form == "table.parquet":
+        datasets.Dataset.from_list(rows).to_parquet(source)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(str(source))
+    target = write_rows(str(source), [5, 2], tmp_path / "top")
+    assert target.name == "top" + source.suffix
+    assert write_rows(str(source), [5, 2], tmp_path / "top") == target  # again, over the first
+    kept = [rows[1], rows[4]]
+    if form == "lines.jsonl":
+        assert target.read_text() == "\n".join(map(json.dumps, kept))
+    elif form == "array.json":
+        assert json.loads(target.read_text()) == kept
+    elif form == "table.parquet":
+        assert pq.read_table(target).to_pylist() == kept
+    else:
+        assert datasets.load_from_disk(str(target)).to_list() == kept  # pyright: ignore
+    assert load_pairs(str(target))["pair_id"] == ["p1", "p4"]
+
+
+@slow
+def test_the_summary_shows_quantiles_a_histogram_and_extremes(runs):
+    """What a person sees: one row per stratum and one for all, bars that count every pair, the pairs asked for."""
+    from sage.config import ScoreConfig
+    from sage.score_dataset import show
+
+    table = pq.read_table(runs / "plain" / "scores")
+    scores = table["score"].to_numpy().copy()
+    scores[0] = np.nan
+    with console.capture() as capture:
+        show(ScoreConfig(show=2), table, scores, {"pairs": 60})
+    out = capture.get()
+    assert "reference_model is null" in out and "1 pairs have no finite score, for example p0" in out
+    assert (
+        sum(
+            int(line.split()[-1])
+            for line in out.splitlines()
+            if line[:10].strip().replace(".", "").replace("-", "").isdigit()
+        )
+        == 59
+    )
+    order = table["pair_id"].take(np.argsort(-scores)[:59]).to_pylist()
+    assert all(name in out for name in (*order[:2], *order[-2:]))
