@@ -1,11 +1,12 @@
 """Measures `sage.verify` on real data, for docs/verify.md: prints tables, and every row where a verdict is unexpected.
 
-python scripts/verification_study.py ../shared/data own next openai lm_eval    # any of the four
+python scripts/verification_study.py ../shared/data own next slashes openai lm_eval    # any of the five
 
-own      ground-truth solutions against their own answers, which must be right
-next     the same solutions against the next row's answer, where it differs: must be wrong (half an hour)
-openai   four models' GSM8K solutions against OpenAI's verdicts on them
-lm_eval  the same solutions against lm-evaluation-harness's GSM8K task (pip install lm-eval==0.4.13)
+own       ground-truth solutions against their own answers, which must be right
+next      the same solutions against the next row's answer, where it differs: must be wrong (half an hour)
+slashes   answers with fractions, written a/b, against themselves as they are: must be right
+openai    four models' GSM8K solutions against OpenAI's verdicts on them
+lm_eval   the same solutions against lm-evaluation-harness's GSM8K task (pip install lm-eval==0.4.13)
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from sage.answers import as_number, canonical
 from sage.problems import Problem, load_problems
 from sage.verify import Verdict, Verifier
 
@@ -62,6 +64,34 @@ def ground_truth(data: Path, verifier: Verifier, shift: int) -> None:
         tell(name, len(rows) - len(lines), verdicts)
         unexpected += lines
     print(*unexpected, sep="\n")
+
+
+def slashes(data: Path, verifier: Verifier) -> None:
+    """The same text says little about equality; these differ in text, and only math-verify can tell that they agree."""
+    head("Fractions written a/b")
+    for name, (file, columns, answer_from, _) in SETS.items():
+        problems = load_problems(str(data / file), columns=columns, answer_from=answer_from)
+        rewritten = [(row, p.answer, with_slashes(p.answer)) for row, p in enumerate(problems, 1)]
+        rows = [
+            row
+            for row in rewritten
+            if "frac" in row[1] and row[2].count("/") > row[1].count("/") and not as_number(canonical(row[1]))
+        ]
+        if not rows:
+            continue
+        verdicts = verifier.verify(
+            [f"\\boxed{{{text}}}" for *_, text in rows], [truth for _, truth, _ in rows]
+        )
+        bad = [row for row, verdict in zip(rows, verdicts, strict=True) if not verdict.correct]
+        tell(name, len(rows) - len(bad), verdicts)
+        for row, truth, text in bad:
+            print(f"- {name}, row {row}: answered {text!r}, the truth was {truth!r}")
+
+
+def with_slashes(answer: str) -> str:
+    """Innermost fractions only, and no dollars around it all."""
+    answer = re.sub(r"^\$([^$]*)\$$", r"\1", answer)
+    return re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", answer)
 
 
 def head(title: str) -> None:
@@ -155,4 +185,4 @@ if __name__ == "__main__":
             if part in ("own", "next"):
                 ground_truth(folder, pool, shift=int(part == "next"))
             else:
-                {"openai": openai, "lm_eval": lm_eval}[part](folder, pool)
+                {"slashes": slashes, "openai": openai, "lm_eval": lm_eval}[part](folder, pool)
