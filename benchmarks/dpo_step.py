@@ -32,6 +32,7 @@ SAGE = {
     "sage": [],
     "sage, prompts not shared": ["packing=unshared"],
     "sage, rows padded": ["packing=padded"],
+    "sage, all logits": ["model.head=oracle"],
 }
 
 
