@@ -20,7 +20,7 @@ from sage.kernels import recompute
 from sage.kernels.oracle import TokenStats
 from sage.kernels.recompute import Partials
 
-# Neither table is tuned: no GPU was at hand. Compiled for each capability, no program spills registers.
+# Neither table is tuned: no GPU was at hand. Compiled for Ampere and Hopper, no program spills registers.
 # Tokens x vocabulary of one tile of the backward pass: 64 MB of bfloat16, 60 GFLOP a product at h = 896, so that the
 # launches hide behind the products.
 TILE = (4096, 8192)

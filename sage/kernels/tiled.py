@@ -11,8 +11,8 @@ from sage.kernels import recompute
 from sage.kernels.oracle import TokenStats, accumulator
 from sage.kernels.recompute import Partials, add_product, cuts
 
-# Tokens x vocabulary of one tile. CPU, one thread, h = 896: 8 MB of float32, the fastest of six sizes when other work
-# shares the cache, and within 2% of the fastest when none does. CUDA, a guess: enough work for each launch.
+# Tokens x vocabulary of one tile. CPU: 8 MB of float32, the fastest of six sizes tried (one thread, h = 896,
+# v = 16,384, 1,024 tokens, beside other work). CUDA, a guess: enough work for each launch.
 TILES = {"cpu": (2048, 1024), "cuda": (4096, 8192)}
 
 
