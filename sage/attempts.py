@@ -31,7 +31,7 @@ from sage.progress import console, track_counts
 from sage.verify import Verifier
 
 GENERATIONS_FILE = "generations.jsonl"
-PROBE_TOKENS = 8
+PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -156,12 +156,16 @@ class Sampler:
             return
         probe = ids[: max(self.engine.chunk // 4, 1)]
         seconds = []
-        for tokens in (1, 1 + PROBE_TOKENS):
+        for tokens in (
+            1 + PROBE_TOKENS,
+            1,
+        ):  # the long one first: what only a first call costs is then not left out
             started = time.perf_counter()
             list(self.generator([Request(prompt, 0, tokens) for prompt in probe]))
             seconds.append(time.perf_counter() - started)
-        step = (seconds[1] - seconds[0]) / PROBE_TOKENS
-        longest = len(ids) * samples / len(probe) * (seconds[0] + step * (self.sampling.max_new_tokens - 1))
+        # On a busy machine the short one may take longer.
+        step = max(seconds[0] - seconds[1], seconds[0] / 4) / PROBE_TOKENS
+        longest = len(ids) * samples / len(probe) * (seconds[1] + step * (self.sampling.max_new_tokens - 1))
         console.print(
             f"at most {minutes(longest)} for {len(ids) * samples} responses of up to {self.sampling.max_new_tokens} tokens: "
             f"a probe made {len(probe) / step:.0f} tokens/s"

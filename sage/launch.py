@@ -60,8 +60,8 @@ def preflight(cfg: RunConfig) -> None:
 
 def run(cfg: RunConfig, run_dir: Path) -> None:
     """Check, freeze and start one run, and wait for it. Exits with the ranks' status when they fail."""
-    trains_or_scores = isinstance(cfg, TrainConfig) and not isinstance(cfg, BuildPairsConfig)
-    if trains_or_scores and cfg.data.path is None:
+    reads_pairs = not isinstance(cfg, BuildPairsConfig)
+    if reads_pairs and isinstance(cfg, TrainConfig) and cfg.data.path is None:
         cfg.data.path = str(built_pairs(cfg))
     preflight(cfg)
     config.freeze(cfg, run_dir)
@@ -71,12 +71,8 @@ def run(cfg: RunConfig, run_dir: Path) -> None:
 
 def built_pairs(cfg: TrainConfig) -> Path:
     """The pairs of `data.problems`: from the cache, or built now (or built to their end, where that was interrupted)."""
-    from sage.build_pairs import (
-        MANIFEST_FILE,
-        PAIRS_FILE,
-        check_built,
-        recipe_key,
-    )  # loads torch and transformers
+    # Here, because it loads torch and transformers.
+    from sage.build_pairs import MANIFEST_FILE, PAIRS_FILE, check_built, recipe_key
 
     keys = {f.name: getattr(cfg, f.name) for f in fields(BuildPairsConfig)}
     plan = BuildPairsConfig(**{**keys, "command": "build-pairs"})

@@ -13,7 +13,7 @@ from whole_runs import SAGE, files, kill_after, sage
 
 from sage import config, launch
 from sage.attempts import Attempt
-from sage.build_pairs import gold_response, make_pairs
+from sage.build_pairs import build_pairs, gold_response, make_pairs
 from sage.config import PairingConfig
 from sage.pairs import load_pairs
 from sage.problems import Problem
@@ -145,10 +145,12 @@ def words(tiny_model, problem_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path):
+def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path, capsys):
     """SIGKILL, then `sage resume`: every file equal, and `sage train` reads the pairs."""
-    out = sage("build-pairs", *words, f"hydra.run.dir={tmp_path / 'whole'}")
-    assert re.search(r"at most \d+ minutes for 24 responses", out)
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        config.freeze(config.load(compose("build_pairs", words)), tmp_path / "whole")
+    build_pairs(tmp_path / "whole")
+    assert re.search(r"at most \d+ minutes for 24 responses", capsys.readouterr().out)
     whole, run_dir = files(tmp_path / "whole"), tmp_path / "killed"
     assert set(whole) == {"generations.jsonl", "pairs.jsonl", "manifest.json"}
 

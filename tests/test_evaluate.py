@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SHARED_DATA
 from hydra import compose, initialize_config_module
-from whole_runs import SAGE, files, kill_after, sage
+from whole_runs import files
 
 from sage import config
 from sage.accuracy import bootstrap, majority, mcnemar, pass_at, wilson
-from sage.attempts import Attempt, write_lines
-from sage.evaluate import compare_attempts, measure
+from sage.attempts import Attempt, read_attempts, write_lines
+from sage.evaluate import compare, compare_attempts, evaluate, measure, print_comparison
 from sage.problems import read_problems
 
 BENCHMARKS = {
@@ -162,34 +161,35 @@ def test_compare_by_hand(tmp_path):
 # --- whole runs
 
 
-@pytest.mark.slow
-def test_a_killed_evaluation_ends_with_the_files_of_an_undisturbed_one(tiny_model, problem_file, tmp_path):
-    """Two benchmarks of the tiny model; SIGKILL in the first, resume, compare: nothing differs, nothing flipped."""
+def test_two_benchmarks_and_their_comparison(tiny_model, problem_file, tmp_path, capsys):
+    """Every file of a run of the tiny model, and a comparison with another seed's. (Kills: test_kills.py.)"""
     words = [
-        "eval", "model=hf", f"model.path={tiny_model}", "model.dtype=float32", "benchmark=[gsm8k,svamp]",
-        f"benchmark.gsm8k.path={problem_file}", f"benchmark.svamp.path={problem_file}", "benchmark.gsm8k.prompt='{problem}'",
-        "benchmark.svamp.prompt='{problem} Answer:'", "benchmark.svamp.columns={prompt: question, answer: answer}",
-        "benchmark.svamp.answer_from=hash", "samples=2", "sampling.temperature=1", "sampling.max_new_tokens=40",
-        "generation.batch_size=2", "generation.chunk=4", "limit=8", f"cache_dir={tmp_path / 'cache'}",
+        "model=hf", f"model.path={tiny_model}", "model.dtype=float32", "benchmark=[gsm8k,gaokao2023en]",
+        f"benchmark.gsm8k.path={problem_file}", f"benchmark.gaokao2023en.path={problem_file}",
+        "benchmark.gaokao2023en.answer_from=hash", "samples=2", "sampling.temperature=1", "sampling.max_new_tokens=20",
+        "limit=8",
     ]  # fmt: skip
-    sage(*words, f"hydra.run.dir={tmp_path / 'whole'}")
-    kill_after(tmp_path / "killed", [SAGE, *words, f"hydra.run.dir={tmp_path / 'killed'}"], 2)
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    sage("resume", str(tmp_path / "killed"))
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert set(files(tmp_path / "whole")) == {
-        "gsm8k/generations.jsonl",
-        "svamp/generations.jsonl",
-        "summary.json",
+    for seed in (0, 1):
+        run_dir = tmp_path / f"seed_{seed}"
+        config.freeze(composed(*words, f"seed={seed}"), run_dir)
+        evaluate(run_dir)
+        assert set(files(run_dir)) == {
+            "gsm8k/generations.jsonl",
+            "gaokao2023en/generations.jsonl",
+            "summary.json",
+        }
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert {name: r["problems"] for name, r in summary["benchmarks"].items()} == {
+        "gsm8k": 8,
+        "gaokao2023en": 8,
     }
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert summary["benchmarks"]["svamp"]["problems"] == 8 and summary["benchmarks"]["svamp"]["samples"] == 2
+    rows = read_attempts(run_dir / "gsm8k" / "generations.jsonl")
+    assert [(r.problem_id, r.sample) for r in rows] == [(str(i), s) for i in range(1, 9) for s in range(2)]
+    assert len({r.response for r in rows}) > 8
 
-    out = sage("eval", "--compare", str(tmp_path / "whole"), str(tmp_path / "killed"))
-    assert "McNemar" in out
-    result = json.loads(Path(tmp_path / "killed" / "compared_to_whole.json").read_text())
-    assert (
-        result["gsm8k"]["difference"] == 0
-        and result["gsm8k"]["mcnemar_p"] == 1
-        and not result["svamp"]["gained"]
-    )
+    print_comparison(tmp_path / "seed_0", run_dir)
+    assert "McNemar" in capsys.readouterr().out
+    result = json.loads((run_dir / "compared_to_seed_0.json").read_text())
+    assert set(result) == {"gsm8k", "gaokao2023en"} and result["gsm8k"]["problems"] == 8
+    with pytest.raises(config.UserError, match="not a finished evaluation"):
+        compare(tmp_path, run_dir)

@@ -14,20 +14,20 @@ from many_runs import ENVIRONMENT
 SAGE = str(Path(sys.executable).with_name("sage"))
 
 
-def sage(*words: str, check: bool = True) -> str:
+def sage(*words: str) -> str:
     done = subprocess.run(
         [SAGE, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0 or not check, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def files(run_dir: Path) -> dict[str, bytes]:
-    """Every file of a finished run but its config, which names its own folder's cache."""
+    """Every file of a finished run but its config, which names its own folder's cache, and its locks."""
     return {
         p.relative_to(run_dir).as_posix(): p.read_bytes()
         for p in run_dir.rglob("*")
-        if p.is_file() and p.name != "config.yaml"
+        if p.is_file() and p.name != "config.yaml" and not p.name.startswith(".")
     }
 
 
