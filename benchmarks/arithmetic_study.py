@@ -1,0 +1,242 @@
+"""Which pairs deserve a gradient? Methods side by side on the arithmetic task, each through sage's own training loop.
+
+OMP_NUM_THREADS=1 python benchmarks/arithmetic_study.py run RESULTS.jsonl      tune, then five seeds; hours, resumable
+python benchmarks/arithmetic_study.py table RESULTS.jsonl                      what docs/arithmetic.md shows
+
+Every method gets the same grid of learning rates and betas, one seed, and keeps what is best on the validation problems;
+then it runs five other seeds and answers the test problems. A run that is already in RESULTS.jsonl is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_module
+from transformers.utils import logging
+
+import sage.train
+from sage import config
+from sage.engine import shutdown
+from sage.pairs import resolve_path
+from sage.progress import console
+from sage.run import Run
+
+STEPS, EVERY = 50, 10
+GRID = [  # learning rates of 1e-4 and more destroyed the model in trials
+    {"optimizer.lr": lr, "loss.beta": beta} for lr, beta in ((1e-5, 0.1), (3e-5, 0.1), (3e-5, 0.5))
+]
+TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+T_975 = (12.71, 4.303, 3.182, 2.776)  # of Student's t with 1 to 4 degrees of freedom
+NLL = "loss.nll_weight=1"
+SAGE = [NLL, "scorer=sage", "scorer.margin=policy_mean", "scorer.temperature=0", "scorer.warmup_steps=0"]
+REFRESH = ["scorer.score_every=10", "scorer.reuse=2"]
+METHODS: dict[str, list[str]] = {
+    "dpo": ["loss.nll_weight=0"],
+    "dpo+nll": [NLL],
+    "sage": [*SAGE, *REFRESH],
+    "loss": [NLL, "scorer=loss"],
+    "sage, scored every step": SAGE,
+    "sage, sampled": [*SAGE, *REFRESH, "scorer.temperature=0.1"],
+    "sage, curriculum too": [*SAGE, *REFRESH, "curriculum=sage"],
+    "easy to hard": [NLL, "curriculum=static_easy_to_hard"],
+    "hardest third": [NLL, "curriculum=static_filter"],
+}
+
+
+class StudyRun(Run):
+    """A run whose evaluation is greedy accuracy on `problems`; its time is kept out of the training's."""
+
+    problems: list[dict[str, str]]
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        started = time.process_time()  # not wall-clock: other work on the machine shall not count
+        if self.state.step == 0:
+            self.started, self.evaluating = started, 0.0
+        seconds = started - self.started - self.evaluating
+        policy = self.engine.policy
+        policy.causal.config._attn_implementation = policy.unpacked_attention  # training may have packed
+        texts = answers(policy.causal, self.tokenizer, [p["prompt"] for p in self.problems])
+        right = sum(
+            t.rpartition("#### ")[2] == p["answer"] for t, p in zip(texts, self.problems, strict=True)
+        )
+        metrics = {
+            **super().evaluate(),
+            "eval/accuracy": right / len(self.problems),
+            "eval/cpu_seconds": seconds,
+        }
+        self.evaluating += time.process_time() - started
+        return {**metrics, **self.forward.cost_metrics()}
+
+
+def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
+    """Greedy. All prompts of this task have the same number of tokens, so nothing is padded."""
+    ids = torch.tensor(tokenizer(prompts)["input_ids"])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32, use_cache=True
+    )
+    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def one_run(method: str, settings: dict[str, float], split: str, seed: int) -> dict[str, Any]:
+    """Train once; the curve has a point every EVERY steps, from 0."""
+    path = resolve_path(f"pkg://sage.assets/arithmetic/problems_{split}.jsonl")
+    StudyRun.problems = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    folder = Path(tempfile.mkdtemp(prefix="arithmetic-"))
+    overrides = ["+experiment=arithmetic", "data.eval_limit=32", f"steps={STEPS}", f"eval_every={EVERY}", f"seed={seed}",
+                 *METHODS[method], *(f"{key}={value}" for key, value in settings.items())]  # fmt: skip
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        config.freeze(config.load(compose("train", overrides)), folder / "run")
+    sage.train.Run = StudyRun  # pyright: ignore
+    sage.train.train(folder / "run")
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    curve = [
+        {"step": line["step"], "accuracy": line["eval/accuracy"], "cpu_seconds": line["eval/cpu_seconds"],
+         "backward_pairs": line["cost/backward_pairs"], "logps/chosen": line["eval/logps/chosen"],
+         "cost": line["cost/forward_pairs"] + 3 * line["cost/backward_pairs"]}
+        for line in lines if "eval/accuracy" in line
+    ]  # fmt: skip
+    shutil.rmtree(folder)
+    return {"method": method, "split": split, "seed": seed, "settings": settings, "curve": curve}
+
+
+def load(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def run(file: Path, methods: list[str]) -> None:
+    """Whatever is missing in the results: the grid on validation problems, then the seeds on test problems."""
+    console.quiet = True
+    logging.disable_progress_bar()
+    for method, settings in product(methods, GRID):
+        once(file, method, settings, "validation", TUNING_SEED)
+    for seed, method in product(
+        SEEDS, methods
+    ):  # all methods of a seed, so that a half-done study compares fairly
+        once(file, method, tuned(load(file), method), "test", seed)
+    shutdown()
+
+
+def once(file: Path, method: str, settings: dict[str, float], split: str, seed: int) -> None:
+    wanted = {"method": method, "settings": settings, "split": split, "seed": seed}
+    if any(all(line[key] == value for key, value in wanted.items()) for line in load(file)):
+        return
+    result = one_run(method, settings, split, seed)
+    with file.open("a") as f:
+        f.write(json.dumps(result) + "\n")
+    print(
+        time.strftime("%H:%M:%S"),
+        method,
+        settings,
+        split,
+        seed,
+        [p["accuracy"] for p in result["curve"]],
+        flush=True,
+    )
+
+
+def best(curve: list[dict[str, float]]) -> float:
+    return max(point["accuracy"] for point in curve)
+
+
+def tuned(lines: list[dict[str, Any]], method: str) -> dict[str, float]:
+    """The settings whose best point on the validation problems is highest."""
+    tried = [line for line in lines if line["method"] == method and line["split"] == "validation"]
+    return max(tried, key=lambda line: best(line["curve"]))["settings"]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def curves(lines: list[dict[str, Any]], method: str, name: str) -> np.ndarray:
+    """[seeds, points] of the test runs."""
+    runs = [line for line in lines if (line["method"], line["split"]) == (method, "test")]
+    return np.array(
+        [[point[name] for point in line["curve"]] for line in sorted(runs, key=lambda run: run["seed"])]
+    )
+
+
+def reach(accuracy: np.ndarray, target: float, at: np.ndarray) -> float:
+    """Where a curve first reaches the target, linear between its points; NaN where it never does."""
+    above = np.flatnonzero(accuracy >= target)
+    if not len(above):
+        return np.nan
+    i = max(above[0], 1)
+    return at[i - 1] + (target - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1]) * (at[i] - at[i - 1])
+
+
+def cell(values: np.ndarray, form: str) -> str:
+    """Mean over the seeds that have a value and its 95% interval by Student's t."""
+    found = values[np.isfinite(values)]
+    count = "" if len(found) == len(values) else f", {len(found)} of {len(values)} seeds"
+    if len(found) < 2:
+        return "never" if not len(found) else f"{found[0]:{form}}{count}"
+    half = T_975[len(found) - 2] * found.std(ddof=1) / len(found) ** 0.5
+    return f"{found.mean():{form}} ± {half:{form}}{count}"
+
+
+def grid_table(lines: list[dict[str, Any]]) -> None:
+    """Tuning: the best validation accuracy of each method under each setting, and the step it came at."""
+    headings = [", ".join(f"{value:g}" for value in settings.values()) for settings in GRID]
+    print(f"| validation, lr and beta: | {' | '.join(headings)} |\n|{'---|' * (len(GRID) + 1)}")
+    for method in METHODS:
+        cells = []
+        for settings in GRID:
+            key = (method, "validation", settings)
+            for line in lines:
+                if (line["method"], line["split"], line["settings"]) == key:
+                    top = max(line["curve"], key=lambda point: point["accuracy"])
+                    cells.append(f"{top['accuracy']:.3f} at {top['step']}")
+        if cells:
+            print(f"| {method} | {' | '.join(cells)} |")
+    print()
+
+
+def table(file: Path) -> None:
+    lines = load(file)
+    grid_table(lines)
+    target = curves(lines, "dpo", "accuracy").mean(0).max()
+    print(f"Target: the best of DPO's mean curve, {target:.3f}\n")
+    print("| test | seeds | lr, beta | best | at the end | steps | backward pairs | cost | CPU seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for method in METHODS:
+        accuracy = curves(lines, method, "accuracy")
+        if not len(accuracy):
+            continue
+        settings = ", ".join(f"{value:g}" for value in tuned(lines, method).values())
+        row = [
+            method,
+            str(len(accuracy)),
+            settings,
+            cell(accuracy.max(1), ".3f"),
+            cell(accuracy[:, -1], ".3f"),
+        ]
+        for name in ("step", "backward_pairs", "cost", "cpu_seconds"):
+            at = curves(lines, method, name)
+            row.append(
+                cell(np.array([reach(a, target, x) for a, x in zip(accuracy, at, strict=True)]), ".0f")
+            )
+        print(f"| {' | '.join(row)} |")
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["run", file, *methods]:
+            run(Path(file), methods or list(METHODS))
+        case ["table", file]:
+            table(Path(file))
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
