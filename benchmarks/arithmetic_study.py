@@ -1,6 +1,6 @@
 """Which pairs deserve a gradient? Methods side by side on the arithmetic task, each through sage's own training loop.
 
-OMP_NUM_THREADS=1 python benchmarks/arithmetic_study.py run RESULTS.jsonl      tune, then five seeds; hours, resumable
+OMP_NUM_THREADS=1 python benchmarks/arithmetic_study.py run RESULTS.jsonl      tune, then five seeds; resumable
 python benchmarks/arithmetic_study.py table RESULTS.jsonl                      what docs/arithmetic.md shows
 
 Every method gets the same grid of learning rates and betas, one seed, and keeps what is best on the validation problems;
@@ -25,10 +25,10 @@ from transformers.utils import logging
 
 import sage.train
 from sage import config
-from sage.engine import shutdown
 from sage.pairs import resolve_path
 from sage.progress import console
 from sage.run import Run
+from sage.worker import leave_process_group
 
 STEPS, EVERY = 50, 10
 GRID = [  # learning rates of 1e-4 and more destroyed the model in trials
@@ -119,11 +119,10 @@ def run(file: Path, methods: list[str]) -> None:
     logging.disable_progress_bar()
     for method, settings in product(methods, GRID):
         once(file, method, settings, "validation", TUNING_SEED)
-    for seed, method in product(
-        SEEDS, methods
-    ):  # all methods of a seed, so that a half-done study compares fairly
+    # All methods of a seed before the next, so that a half-done study compares fairly.
+    for seed, method in product(SEEDS, methods):
         once(file, method, tuned(load(file), method), "test", seed)
-    shutdown()
+    leave_process_group()
 
 
 def once(file: Path, method: str, settings: dict[str, float], split: str, seed: int) -> None:
@@ -184,47 +183,42 @@ def cell(values: np.ndarray, form: str) -> str:
     return f"{found.mean():{form}} ± {half:{form}}{count}"
 
 
+def heading(settings: dict[str, float]) -> str:
+    return ", ".join(f"{value:g}" for value in settings.values())
+
+
 def grid_table(lines: list[dict[str, Any]]) -> None:
     """Tuning: the best validation accuracy of each method under each setting, and the step it came at."""
-    headings = [", ".join(f"{value:g}" for value in settings.values()) for settings in GRID]
-    print(f"| validation, lr and beta: | {' | '.join(headings)} |\n|{'---|' * (len(GRID) + 1)}")
+    headings = [heading(settings) for settings in GRID]
+    print(f"| lr, beta | {' | '.join(headings)} |\n|{'---|' * (len(GRID) + 1)}")
     for method in METHODS:
-        cells = []
-        for settings in GRID:
-            key = (method, "validation", settings)
-            for line in lines:
-                if (line["method"], line["split"], line["settings"]) == key:
-                    top = max(line["curve"], key=lambda point: point["accuracy"])
-                    cells.append(f"{top['accuracy']:.3f} at {top['step']}")
-        if cells:
-            print(f"| {method} | {' | '.join(cells)} |")
+        cells = dict.fromkeys(headings, "")
+        for line in lines:
+            if (line["method"], line["split"]) == (method, "validation"):
+                top = max(line["curve"], key=lambda point: point["accuracy"])
+                cells[heading(line["settings"])] = f"{top['accuracy']:.3f} at {top['step']}"
+        if any(cells.values()):
+            print(f"| {method} | {' | '.join(cells.values())} |")
     print()
 
 
 def table(file: Path) -> None:
+    """The last four columns: what it took to reach the target, on the mean curve; in the mean of the seeds."""
     lines = load(file)
     grid_table(lines)
     target = curves(lines, "dpo", "accuracy").mean(0).max()
     print(f"Target: the best of DPO's mean curve, {target:.3f}\n")
-    print("| test | seeds | lr, beta | best | at the end | steps | backward pairs | cost | CPU seconds |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| method | seeds | best | at the end | steps | backward pairs | cost | CPU seconds |")
+    print("|---|---|---|---|---|---|---|---|")
     for method in METHODS:
         accuracy = curves(lines, method, "accuracy")
         if not len(accuracy):
             continue
-        settings = ", ".join(f"{value:g}" for value in tuned(lines, method).values())
-        row = [
-            method,
-            str(len(accuracy)),
-            settings,
-            cell(accuracy.max(1), ".3f"),
-            cell(accuracy[:, -1], ".3f"),
-        ]
+        row = [method, str(len(accuracy)), cell(accuracy.max(1), ".3f"), cell(accuracy[:, -1], ".3f")]
         for name in ("step", "backward_pairs", "cost", "cpu_seconds"):
             at = curves(lines, method, name)
-            row.append(
-                cell(np.array([reach(a, target, x) for a, x in zip(accuracy, at, strict=True)]), ".0f")
-            )
+            seeds = np.array([reach(a, target, x) for a, x in zip(accuracy, at, strict=True)])
+            row.append(f"{reach(accuracy.mean(0), target, at.mean(0)):.0f}; {cell(seeds, '.0f')}")
         print(f"| {' | '.join(row)} |")
 
 
