@@ -157,11 +157,14 @@ def tuned(lines: list[dict[str, Any]], method: str) -> dict[str, float]:
 
 
 def curves(lines: list[dict[str, Any]], method: str, name: str) -> np.ndarray:
-    """[seeds, points] of the test runs."""
-    runs = [line for line in lines if (line["method"], line["split"]) == (method, "test")]
-    return np.array(
-        [[point[name] for point in line["curve"]] for line in sorted(runs, key=lambda run: run["seed"])]
-    )
+    """[seeds, points] of the test runs, for the seeds that every tested method has finished."""
+    tested: dict[str, dict[int, Any]] = {}
+    for line in lines:
+        if line["split"] == "test":
+            tested.setdefault(line["method"], {})[line["seed"]] = line["curve"]
+    seeds = sorted(set.intersection(*map(set, tested.values())))
+    runs = [tested[method][seed] for seed in seeds] if method in tested else []
+    return np.array([[point[name] for point in curve] for curve in runs])
 
 
 def reach(accuracy: np.ndarray, target: float, at: np.ndarray) -> float:
