@@ -224,7 +224,7 @@ class SageCurriculum(ByDifficulty):
     probe: int = 16
     momentum: float = 0.5
     target: float = 0.6
-    width: float = 0.2
+    width: float = 0.5
     floor: float = 0.05
     margin: str = "policy_mean"
     mastered_above: float = 1.0

@@ -93,9 +93,10 @@ class Scorer:
     Candidates that a gate shuts out are taken only where the others do not suffice. The gates, each off by default:
     `mastered_above` shuts out margins above this; `drop_curvature` the share with the highest curvature, which are
     those nearest to the decision boundary; `drop_uncertainty` the share whose tokens the policy is least sure of (U
-    per token); `drop_negative` the share with the most negative margins, the suspected mislabels. With a
-    `temperature`, pairs are drawn without replacement with probabilities proportional to exp(score / temperature)
-    (Gumbel top-k, arXiv 1903.06059); with 0 the best are taken.
+    per token); `drop_negative` the share with the most negative implicit rewards, which training on the others has turned the
+    policy against: the suspected mislabels. With a
+    `temperature`, pairs are drawn without replacement with probabilities proportional to exp(score / temperature), in
+    units of the scores' standard deviation (Gumbel top-k, arXiv 1903.06059); with 0 the best are taken.
     """
 
     candidates_per_pair: float = 3.0
@@ -153,8 +154,12 @@ class Scorer:
         if self.drop_uncertainty:
             passed &= below_quantile(uncertainty(stats), 1 - self.drop_uncertainty)
         if self.drop_negative:
-            passed &= below_quantile(-u, 1 - self.drop_negative)
+            passed &= below_quantile(-stats.margin, 1 - self.drop_negative)
         return passed
+
+    def noise(self, scores: Tensor) -> float:
+        """The temperature in units of the scores."""
+        return self.temperature * scores[scores.isfinite()].std().item()
 
     def objective(self, loss: Loss, stats: PairStats, chosen: Tensor) -> Loss:
         """The loss for the candidates at the positions `chosen`; a scorer may adapt it."""
@@ -286,10 +291,10 @@ class BetaDPO(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score_every != 1 or self.temperature != 1:
+        if self.score_every != 1 or self.temperature:
             raise ValueError(
-                "beta_dpo adapts beta in every step and draws by its weights: keep scorer.score_every=1 and "
-                "scorer.temperature=1"
+                "beta_dpo adapts beta in every step and draws by its own weights: keep scorer.score_every=1 and "
+                "scorer.temperature=0"
             )
         self.mean, self.std = 0.0, 0.0
 
@@ -299,6 +304,9 @@ class BetaDPO(Scorer):
         self.mean = self.momentum * self.mean + (1 - self.momentum) * finite.mean().item()
         self.std = self.momentum * self.std + (1 - self.momentum) * finite.std().item()
         return -0.5 * ((m - self.mean) / max(self.std, self.MIN_STD)) ** 2
+
+    def noise(self, scores: Tensor) -> float:
+        return 1.0  # the scores are logarithms of the weights to draw by
 
     def objective(self, loss: Loss, stats: PairStats, chosen: Tensor) -> Loss:
         gap = (stats.margin[chosen] / stats.beta).mean().item() - self.mean

@@ -79,7 +79,7 @@ class Selection:
         stats = self.ask(candidates)
         scores, admitted = scorer(stats), scorer.admitted(stats)
         self.drop(scorer, candidates[~scores.isfinite().numpy()], len(candidates))
-        picked = select(scores, wanted, self.seed + self.step, scorer.temperature, admitted)
+        picked = select(scores, wanted, self.seed + self.step, scorer.noise(scores), admitted)
         if len(picked) < wanted:
             raise UserError(
                 f"step {self.step}: only {len(picked)} of {len(candidates)} candidates have a score, {wanted} are needed"

@@ -120,12 +120,12 @@ def test_known_scores():
 def test_beta_dpo():
     """Against the authors' formulas: running mean and deviation from 0, Gaussian weights, beta by the drawn pairs."""
     m = torch.tensor([-3.0, 0.0, 1.0, 6.0])
-    stats, scorer = stats_of(0.1 * m), BetaDPO(candidates_per_pair=1.25, temperature=1.0)
+    stats, scorer = stats_of(0.1 * m), BetaDPO(candidates_per_pair=1.25)
     mean, std = 0.1 * 1.0, 0.1 * m.std().item()
     assert torch.allclose(scorer(stats), -0.5 * ((m - mean) / std) ** 2, rtol=1e-4)
     adapted = scorer.objective(DPO(beta=0.1), stats, torch.tensor([1, 2]))
     assert adapted.beta == pytest.approx(0.1 * (1 + 0.6 * (0.5 - mean)), rel=1e-4)
-    other = BetaDPO(temperature=1.0)
+    other = BetaDPO()
     other.load_state_dict(scorer.state_dict())
     assert torch.equal(other(stats), scorer(stats))
 
@@ -171,6 +171,11 @@ def test_each_gate_shuts_out_what_its_name_says():
     assert out["drop_negative"].tolist() == list(range(10))
     assert out["drop_curvature"].tolist() == list(range(41, 61))
     assert out["drop_uncertainty"].tolist() == list(range(75, 100))
+    stats.policy = stats.policy._replace(
+        chosen=-stats.policy.chosen
+    )  # what the gate sees is the implicit reward
+    still = Sage(drop_negative=0.1, margin="policy_mean").admitted(stats)
+    assert np.flatnonzero(~still.numpy()).tolist() == list(range(10))
     assert Sage().admitted(stats).all() and not Sage().needs_logit and Sage(drop_uncertainty=0.1).needs_logit
 
 
@@ -257,7 +262,7 @@ def sage_curriculum(**options) -> SageCurriculum:
 
 def test_quotas_follow_competence():
     """Strata 0 and 1 are solved, 2 is half right, 3 is all wrong: the pool leans to 2; probes are never in it."""
-    curriculum = sage_curriculum(momentum=0.0)
+    curriculum = sage_curriculum(momentum=0.0, width=0.2)
     margins = np.repeat([0.5, 0.5, 0.5, -0.5], 10)
     margins[curriculum.probes[2, 0]] = -0.5
     policy = Policy(margins)
@@ -346,7 +351,7 @@ def sage_curriculum_draw(curriculum: SageCurriculum, state: dict) -> list[int]:
         (lambda: Sage(drop_negative=1.0), "drop_negative"),
         (lambda: Sage(temperature=-1.0), "temperature"),
         (lambda: Rho(), "margins_from is not set"),
-        (lambda: BetaDPO(temperature=0.0), "temperature=1"),
+        (lambda: BetaDPO(temperature=1.0), "temperature=0"),
         (lambda: Curriculum(setting(n=5)), "6 candidates at a time and there are 5 pairs"),
         (
             lambda: StaticFilter(setting(pass_rates=[0.5] * 39 + [math.nan]), difficulty="pass_rate"),

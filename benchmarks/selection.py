@@ -1,0 +1,71 @@
+"""What choosing pairs costs beside the forward passes: milliseconds a step, with everything the whole method does.
+
+    python benchmarks/selection.py [--pairs 200000] [--batch 32] [--steps 200]
+
+The curriculum keeps half of the pairs in its pool and redraws it every 25 steps; the scorer takes the best third of 96
+candidates behind every margin-level gate; every row goes to the per-pair log. The model is replaced by a table of
+log-probabilities, so that what is left is the bookkeeping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sage.curriculum import SageCurriculum, Setting
+from sage.losses import DPO, PairLogps
+from sage.metrics import PER_PAIR
+from sage.samples import SampleLog
+from sage.scorers import Sage
+from sage.selection import Selection, draws
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=200_000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args()
+
+    n, rng = args.pairs, np.random.default_rng(0)
+    chosen, rejected = (torch.tensor(rng.normal(size=n), dtype=torch.float32) for _ in range(2))
+    table = PairLogps(chosen, rejected, torch.ones(n), torch.ones(n))
+
+    def rows(indices: np.ndarray) -> PairLogps:
+        return PairLogps(*(values[torch.from_numpy(indices)] for values in table))
+
+    scorer = Sage(drop_negative=0.3, drop_curvature=0.1, temperature=0.1, margin="mixed")
+    setting = Setting(rng.random(n), np.ones(n, np.int64), args.steps, *draws(scorer, args.batch), 0)
+    names = np.array([str(i) for i in range(n)], dtype=object)
+    pairs: Any = SimpleNamespace(pair_ids=lambda: names)
+    model: Any = SimpleNamespace(lookup=rows, all_stats=lambda pairs, indices, logit: (rows(indices), None))
+    curriculum = SageCurriculum(setting, mastered_above=1.5)
+    selection = Selection(scorer, curriculum, DPO(), pairs, model, model, args.batch, 0)
+    seen = torch.zeros(len(PER_PAIR), args.batch)
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        log = SampleLog(Path(folder), 0, args.steps * setting.candidates, 1_000_000, main=True)
+        for step in range(args.steps):
+            started = time.process_time()
+            selection.observe(selection.batch(step, log), seen, log)
+            times.append(1000 * (time.process_time() - started))
+    redraws = np.array(times[:: curriculum.every])
+    print(
+        f"{n} pairs, {len(curriculum.members)} in the pool, {setting.candidates} candidates for {args.batch} a step"
+    )
+    print(
+        f"CPU time, ms a step: mean {np.mean(times):.2f}, median {np.median(times):.2f}; redrawing {redraws.mean():.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
