@@ -77,7 +77,13 @@ def built_pairs(cfg: TrainConfig) -> Path:
     keys = {f.name: getattr(cfg, f.name) for f in fields(BuildPairsConfig)}
     plan = BuildPairsConfig(**{**keys, "command": "build-pairs"})
     assert plan.data.problems is not None
-    preflight(plan)
+    try:
+        preflight(plan)
+    except UserError as e:
+        raise UserError(
+            f"{e}\nThe pairs of this run are built from data.problems: give problems of your own with "
+            "data.problems.path=FILE, or finished pairs with data.path=FILE"
+        ) from e
     folder = Path(cfg.cache_dir).expanduser() / "built" / recipe_key(plan)
     with FileLock(f"{folder}.lock"):
         if not (folder / MANIFEST_FILE).exists():

@@ -95,7 +95,9 @@ def runs(common, other_model, tmp_path_factory) -> Path:
         freeze(root / "other_pairs", *training, "data.limit=50", f"data.scores={root / 'plain'}"),
         freeze(root / "nothing_there", *training, f"data.scores={root / 'nowhere'}"),
         freeze(root / "no_reference", *training, "loss=simpo", f"data.scores={root / 'plain'}"),
+        # Hydra deletes no key that is null.
         freeze_scoring(root / "uniform", *common, "~scorer.margin", "scorer._target_=sage.scorers.Uniform",
+                       "scorer.mastered_above=1",
                        *(f"~scorer.{name}" for name in ("candidates_per_pair", "score_every", "reuse", "warmup_steps",
                          "damping", "temperature", "mastered_above", "drop_curvature", "drop_uncertainty",
                          "drop_negative"))),
