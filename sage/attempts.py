@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from sage import policy
 from sage.config import ModelConfig, SamplingConfig
+from sage.files import write_text
 from sage.generation import Generator, Request, Source, encode_prompts, seed_of
 from sage.problems import Problem
 from sage.progress import console, track_counts
@@ -183,18 +184,4 @@ def read_attempts(file: Path) -> list[Attempt]:
 
 def write_lines(file: Path, rows: Sequence[Any]) -> None:
     """Dataclasses as JSON lines."""
-    write_atomic(file, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    write_atomic(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """There after a kill as a whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.rename(file)
+    write_text(file, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))

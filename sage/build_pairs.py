@@ -19,9 +19,10 @@ from typing import Any
 from hydra.utils import instantiate
 
 from sage import policy
-from sage.attempts import GENERATIONS_FILE, Attempt, Sampler, write_json, write_lines
+from sage.attempts import GENERATIONS_FILE, Attempt, Sampler, write_lines
 from sage.config import BuildPairsConfig, PairingConfig, TrainConfig, load
 from sage.errors import UserError
+from sage.files import write_json
 from sage.problems import Problem, read_problems
 from sage.progress import console
 

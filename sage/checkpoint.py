@@ -7,7 +7,6 @@ renamed; a folder of the final name is complete.
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import shutil
@@ -20,6 +19,7 @@ import torch
 
 from sage.engine import Engine
 from sage.errors import UserError
+from sage.files import fsync
 
 SIDECAR = "train_state.pt"
 
@@ -80,14 +80,6 @@ def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:
         for old in list_checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old)
     engine.barrier()
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

@@ -66,7 +66,7 @@ def resume() -> None:
 
     run_dir = Path(sys.argv[1])
     cfg = config.load(run_dir)
-    if (run_dir / "summary.json").exists():
+    if (run_dir / config.SUMMARY_FILE).exists():
         raise UserError(f"{run_dir}: this run is finished; its summary.json says what came of it")
     launch.preflight(cfg)
     launch.start(cfg.world_size, run_dir)

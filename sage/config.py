@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sage.errors import UserError
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE = "config.yaml"  # of a run directory: what runs
+SUMMARY_FILE = "summary.json"  # written last: the run is finished
 
 
 def key(

@@ -18,13 +18,13 @@ from rich.table import Table
 
 from sage import policy
 from sage.accuracy import bootstrap, by_group, majority, mcnemar, pass_at, wilson
-from sage.attempts import GENERATIONS_FILE, Attempt, Sampler, read_attempts, write_json
-from sage.config import EvalConfig, load
+from sage.attempts import GENERATIONS_FILE, Attempt, Sampler, read_attempts
+from sage.config import SUMMARY_FILE, EvalConfig, load
 from sage.errors import UserError
+from sage.files import write_json
 from sage.problems import read_problems
 from sage.progress import console
 
-SUMMARY_FILE = "summary.json"
 SHOWN = 10  # flipped problems of each kind
 
 

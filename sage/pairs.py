@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sage.errors import UserError
+from sage.files import write_whole
 
 CACHE_VERSION = 1
 PARALLEL_FROM = 2000  # rows; below this, starting worker processes costs more than it saves
@@ -425,11 +426,12 @@ def _write(file: Path, table: pa.Table, dropped: dict[str, list[str]], key: str)
         digest.update(pc.list_flatten(table[name]).to_numpy().tobytes())  # pyright: ignore
     notes = {"dropped": dropped, "fingerprint": digest.hexdigest()[:32]}
     table = table.replace_schema_metadata({"sage": json.dumps(notes)})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-    with pa.ipc.new_stream(str(unfinished), table.schema) as writer:
-        writer.write_table(table)
-    os.replace(unfinished, file)  # several ranks may get here at once; each file is whole, and all are equal
+
+    def write(path: Path) -> None:
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+
+    write_whole(file, write)
 
 
 def _encode(batch: dict[str, list], tokenizer: Any, chat_template: bool) -> dict[str, list]:

@@ -2,7 +2,7 @@
 
 The reference is the initial policy, also after a resume and with adapters. So the cached ones are computed by the
 policy itself before its first step and before any checkpoint is restored, through the same forward: at step 0 the
-loss is exactly ln 2.
+loss is ln 2 but for rounding.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from sage.batches import PairForward
 from sage.config import ModelConfig
 from sage.engine import main_first
 from sage.errors import UserError
+from sage.files import write_whole
 from sage.losses import LogitStats, PairLogps
 from sage.packing import MicroBatch
 from sage.pairs import TokenizedPairs
@@ -64,10 +66,8 @@ class Cached:
                 pairs, np.arange(len(pairs)), f"reference log-probabilities of the {name} pairs"
             )
             if forward.engine.rank == 0:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_suffix(f".{id(logps)}.tmp")
-                save_file({k: v.cpu().contiguous() for k, v in logps._asdict().items()}, temporary)
-                temporary.rename(file)
+                tensors = {k: v.cpu().contiguous() for k, v in logps._asdict().items()}
+                write_whole(file, partial(save_file, tensors))
             forward.engine.barrier()
         self.logps = PairLogps(**load_file(file))
 

@@ -15,10 +15,11 @@ from hydra.utils import instantiate
 from sage import checkpoint, policy
 from sage.batches import PairForward
 from sage.checkpoint import TrainState
-from sage.config import TrainConfig, load
+from sage.config import SUMMARY_FILE, TrainConfig, load
 from sage.curriculum import Curriculum, Setting
 from sage.engine import Engine, Frozen, init_distributed, main_first
 from sage.errors import UserError
+from sage.files import write_json
 from sage.losses import Loss
 from sage.metrics import means, peak_memory_gb, per_pair
 from sage.pairs import TokenizedPairs, load_pairs, tokenize_pairs
@@ -28,8 +29,6 @@ from sage.samples import SampleLog
 from sage.scorers import Scorer, Uniform
 from sage.selection import Selection, draws
 from sage.tracking import METRICS_FILE
-
-SUMMARY_FILE = "summary.json"
 
 
 class Run:
@@ -168,7 +167,7 @@ class Run:
             "final": str(final),
             "metrics": str(self.run_dir / METRICS_FILE),
         }
-        (self.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(self.run_dir / SUMMARY_FILE, summary)
         print_summary(summary)
 
 

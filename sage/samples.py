@@ -7,10 +7,13 @@ the steps that it runs again. The size is bounded: where all rows of a run would
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from sage.files import write_whole
 
 FOLDER = "samples"
 SCHEMA = pa.schema(
@@ -53,9 +56,6 @@ class SampleLog:
         if not self.rows:
             return
         table = pa.concat_tables(self.rows)
-        self.folder.mkdir(exist_ok=True)
         file = self.folder / f"{table['step'][0].as_py():08d}.parquet"
-        temporary = file.with_suffix(".tmp")
-        pq.write_table(table, temporary)
-        temporary.rename(file)
+        write_whole(file, partial(pq.write_table, table))
         self.rows = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,16 +24,16 @@ from torch import Tensor
 
 from sage import policy
 from sage.batches import PairForward
-from sage.checkpoint import fsync
-from sage.config import ModelConfig, ScoreConfig, load
+from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig, load
 from sage.curriculum import order_by_difficulty
 from sage.engine import Frozen, init_distributed, main_first
 from sage.errors import UserError
+from sage.files import write_json, write_whole
 from sage.losses import Loss
 from sage.pairs import TokenizedPairs, load_pairs, write_rows
 from sage.progress import console, track_counts
 from sage.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, identity, logit_of, logps_of
-from sage.run import SUMMARY_FILE, build, choose_layout, read_pairs
+from sage.run import build, choose_layout, read_pairs
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
 from sage.selection import read_margins
 
@@ -104,7 +103,7 @@ def claim(run_dir: Path, manifest: dict[str, Any]) -> None:
     """
     file = run_dir / MANIFEST_FILE
     if not file.exists():
-        write_whole(file, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
+        write_json(file, manifest)
     begun = json.loads(file.read_text())
     for part, value in manifest.items():
         if begun.get(part) != value:
@@ -112,15 +111,6 @@ def claim(run_dir: Path, manifest: dict[str, Any]) -> None:
                 f"{run_dir} was begun with another {part}: {begun.get(part)}, and now it is {value}; scores of the two must "
                 "not be mixed: choose another hydra.run.dir"
             )
-
-
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is never seen half-written, also not after a crash of the machine."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    write(temporary)
-    fsync(temporary)
-    temporary.rename(file)
-    fsync(file.parent)
 
 
 def ask(
@@ -201,7 +191,7 @@ def finish(
             "top_pairs": len(best),
         }
     show(cfg, table, scores, summary)
-    write_whole(run_dir / SUMMARY_FILE, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    write_json(run_dir / SUMMARY_FILE, summary)
     shutil.rmtree(run_dir / FORWARD_FOLDER)
 
 
