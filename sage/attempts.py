@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sage import policy
+from sage import policy, ranks
 from sage.config import ModelConfig, SamplingConfig
 from sage.files import write_text
 from sage.generation import Generator, Request, Source, encode_prompts, seed_of
@@ -68,12 +68,7 @@ class Sampler:
             dist.init_process_group("gloo", timeout=timedelta(days=7))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        if self.rank == 0:
-            folder = policy.resolve_model(model, cache_dir)
-            self.barrier()
-        else:
-            self.barrier()
-            folder = policy.resolve_model(model, cache_dir)
+        folder = ranks.main_first(lambda: policy.resolve_model(model, cache_dir))
         self.source = Source(folder, model, device)
         self.tokenizer = policy.load_tokenizer(folder, model)
         self.engine, self.sampling, self.seed, self.chat_template = engine, sampling, seed, chat_template
@@ -86,10 +81,6 @@ class Sampler:
 
     def __exit__(self, *exc: Any) -> None:
         self.stack.close()
-
-    def barrier(self) -> None:
-        if dist.is_initialized():
-            dist.barrier()
 
     def attempts(
         self, problems: Sequence[Problem], samples: int, prompt: str, folder: Path, name: str
@@ -117,7 +108,7 @@ class Sampler:
             self.estimate([ids[i] for _, chunk in missing for i in chunk], samples, len(missing))
             for file, chunk in track_counts(missing, name, [len(chunk) for _, chunk in missing]):
                 write_lines(file, self.chunk([(problems[i], prompts[i], ids[i]) for i in chunk], samples))
-            self.barrier()
+            ranks.barrier()
             if self.rank == 0:
                 found = [a for n in range(len(chunks)) for a in read_attempts(progress / f"chunk_{n}.jsonl")]
                 order = {problem.problem_id: place for place, problem in enumerate(problems)}
@@ -157,10 +148,8 @@ class Sampler:
             return
         probe = ids[: max(self.engine.chunk // 4, 1)]
         seconds = []
-        for tokens in (
-            1 + PROBE_TOKENS,
-            1,
-        ):  # the long one first: what only a first call costs is then not left out
+        # The long one first: what only a first call costs is then not left out.
+        for tokens in (1 + PROBE_TOKENS, 1):
             started = time.perf_counter()
             list(self.generator([Request(prompt, 0, tokens) for prompt in probe]))
             seconds.append(time.perf_counter() - started)

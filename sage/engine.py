@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,16 +81,6 @@ def build_optimizer(
         with suppress(Exception):  # without a compiler or CUDA toolkit, building it fails in many ways
             return (DeepSpeedCPUAdam if offload else FusedAdam)(parameters, adamw_mode=True, **options)  # pyright: ignore
     return torch.optim.AdamW(parameters, **options)
-
-
-def main_first(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and only then on the others, who find its results in a cache."""
-    if dist.get_rank() == 0:
-        result = work()
-        dist.barrier()
-        return result
-    dist.barrier()
-    return work()
 
 
 class Ranks:

@@ -21,7 +21,7 @@ from sage.problems import read_problems
 @singledispatch
 def read_inputs(cfg: RunConfig) -> None:
     """Read what this command's config points at, so that bad rows end it before a model is loaded."""
-    raise NotImplementedError(type(cfg))
+    raise TypeError(f"what {type(cfg).__name__} reads is not registered here")
 
 
 @read_inputs.register
@@ -60,8 +60,7 @@ def preflight(cfg: RunConfig) -> None:
 
 def run(cfg: RunConfig, run_dir: Path) -> None:
     """Check, freeze and start one run, and wait for it. Exits with the ranks' status when they fail."""
-    reads_pairs = not isinstance(cfg, BuildPairsConfig)
-    if reads_pairs and isinstance(cfg, TrainConfig) and cfg.data.path is None:
+    if isinstance(cfg, TrainConfig) and not isinstance(cfg, BuildPairsConfig) and cfg.data.path is None:
         cfg.data.path = str(built_pairs(cfg))
     preflight(cfg)
     config.freeze(cfg, run_dir)

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from sage import policy
 from sage.batches import PairForward
 from sage.config import ModelConfig
-from sage.engine import main_first
 from sage.errors import UserError
 from sage.files import write_whole
 from sage.losses import LogitStats, PairLogps
 from sage.packing import MicroBatch
 from sage.pairs import TokenizedPairs
+from sage.ranks import main_first
 
 MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER = "manifest.json", "sage", "scores"  # of score-dataset
 

@@ -17,13 +17,14 @@ from sage.batches import PairForward
 from sage.checkpoint import TrainState
 from sage.config import SUMMARY_FILE, TrainConfig, load
 from sage.curriculum import Curriculum, Setting
-from sage.engine import Engine, Frozen, init_distributed, main_first
+from sage.engine import Engine, Frozen, init_distributed
 from sage.errors import UserError
 from sage.files import write_json
 from sage.losses import Loss
 from sage.metrics import means, peak_memory_gb, per_pair
 from sage.pairs import TokenizedPairs, load_pairs, tokenize_pairs
 from sage.progress import console, print_summary
+from sage.ranks import main_first
 from sage.reference import Absent, Cached, Online, Reference, Scored, identity
 from sage.samples import SampleLog
 from sage.scorers import Scorer, Uniform

@@ -26,12 +26,13 @@ from sage import policy
 from sage.batches import PairForward
 from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig, load
 from sage.curriculum import order_by_difficulty
-from sage.engine import Frozen, init_distributed, main_first
+from sage.engine import Frozen, init_distributed
 from sage.errors import UserError
 from sage.files import write_json, write_whole
 from sage.losses import Loss
 from sage.pairs import TokenizedPairs, load_pairs, write_rows
 from sage.progress import console, track_counts
+from sage.ranks import main_first
 from sage.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, identity, logit_of, logps_of
 from sage.run import build, choose_layout, read_pairs
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal

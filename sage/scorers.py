@@ -141,7 +141,7 @@ class Scorer:
 
     def __call__(self, stats: PairStats) -> Tensor:
         """Score per candidate, [n] float32: the highest are trained on. It looks at each pair alone."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} gives no score")
 
     def admitted(self, stats: PairStats) -> Tensor:
         """Which candidates pass the gates, [n] bool."""

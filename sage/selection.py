@@ -119,8 +119,8 @@ class Selection:
             logit = cache.logit and LogitStats(*(values[torch.from_numpy(indices)] for values in cache.logit))
         else:
             policy, logit = self.forward.all_stats(self.pairs, indices, logit=needs_logit)
-        policy, reference = PairLogps(*map(to_cpu, policy)), PairLogps(*map(to_cpu, reference))
-        logit = logit and LogitStats(*map(to_cpu, logit))
+        policy, reference = PairLogps(*map(Tensor.cpu, policy)), PairLogps(*map(Tensor.cpu, reference))
+        logit = logit and LogitStats(*map(Tensor.cpu, logit))
         stats = PairStats.of(self.base_loss, policy, reference, logit)
         if self.other_margin is not None:
             stats.other_margin = self.other_margin[indices]
@@ -171,7 +171,8 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "candidates": torch.from_numpy(self.candidates), "queue": torch.from_numpy(self.queue), "dropped": self.dropped, "curriculum": self.curriculum.state_dict(),
+            "candidates": torch.from_numpy(self.candidates), "queue": torch.from_numpy(self.queue),
+            "dropped": self.dropped, "curriculum": self.curriculum.state_dict(),
             "scorer": self.scorer.state_dict() if isinstance(self.scorer, Scorer) else {},
         }  # fmt: skip
 
@@ -181,10 +182,6 @@ class Selection:
         self.curriculum.load_state_dict(state["curriculum"])
         if isinstance(self.scorer, Scorer):
             self.scorer.load_state_dict(state["scorer"])
-
-
-def to_cpu(values: Tensor) -> Tensor:
-    return values.cpu()
 
 
 def draws(scorer: Scorer | Uniform, batch_size: int) -> tuple[int, int]:

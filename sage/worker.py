@@ -50,25 +50,18 @@ def main() -> None:
         from hydra.utils import get_method
         from transformers.utils import logging
 
-        from sage import config
+        from sage import config, ranks
 
         logging.disable_progress_bar()  # we show our own
 
         get_method(JOBS[config.load(run_dir).command])(run_dir)
-        leave_process_group()
+        ranks.leave()
         lock.release()
     except UserError as e:
         if rank != "0":
             time.sleep(5)  # rank 0 most likely says the same; it ends first and the launcher ends this rank
         report(e)
         os._exit(2)  # the other ranks may wait in a collective: do not join them at exit
-
-
-def leave_process_group() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():  # ZeRO-3 aborts at exit otherwise
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

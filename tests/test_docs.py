@@ -31,7 +31,7 @@ LAYERS = (
     "losses packing problems verify",
     "pairs kernels attention answers",
     "config",
-    "errors files",
+    "errors files ranks",
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
 MODULES = sorted(p.stem for p in (REPO / "sage").glob("*.py") if p.stem != "__init__")

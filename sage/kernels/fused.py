@@ -26,13 +26,7 @@ from sage.kernels.recompute import Partials
 TILE = (4096, 8192)
 # (tokens, vocabulary, hidden, warps, stages) of one program, by capability and bytes of an element.
 BLOCKS = {
-    (9, 2): (
-        128,
-        128,
-        64,
-        8,
-        3,
-    ),  # 96 KB of shared memory: RTX 50 has 99, H100 and later data-centre cards 227
+    (9, 2): (128, 128, 64, 8, 3),  # 96 KB of shared memory: RTX 50 has 99, later data-centre cards 227
     (8, 2): (128, 128, 32, 8, 3),  # 32 KB
     (8, 4): (64, 64, 32, 4, 3),
 }
