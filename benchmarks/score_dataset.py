@@ -25,9 +25,10 @@ from sage import policy
 from sage.batches import PairForward
 from sage.config import ModelConfig
 from sage.engine import Frozen, init_distributed
-from sage.pairs import load_pairs, tokenize_pairs
+from sage.pairs import load_pairs
 from sage.run import choose_layout
 from sage.score_dataset import ask
+from sage.tokenized import tokenize_pairs
 from sage.worker import leave_process_group
 
 CACHE = "~/.cache/sage"

@@ -12,8 +12,8 @@ from torch import Tensor
 from sage.engine import Engine, Frozen
 from sage.losses import LogitStats, PairLogps
 from sage.packing import MicroBatch, collate, pair_tokens, plan
-from sage.pairs import TokenizedPairs
 from sage.progress import track
+from sage.tokenized import TokenizedPairs
 
 COSTS: tuple[str, ...] = (
     "forward_pairs",

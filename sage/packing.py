@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sage.attention import Span
-from sage.pairs import Pair
+from sage.tokenized import Pair
 
 LAYOUTS = ("shared", "unshared", "padded")
 

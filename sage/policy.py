@@ -22,7 +22,8 @@ from sage.errors import UserError
 from sage.kernels import TokenStats, has_triton, token_stats
 from sage.losses import LogitStats, PairLogps
 from sage.packing import MicroBatch, collate
-from sage.pairs import Pair, resolve_path
+from sage.pairs import resolve_path
+from sage.tokenized import Pair
 
 
 def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:

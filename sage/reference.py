@@ -27,8 +27,8 @@ from sage.errors import UserError
 from sage.files import write_whole
 from sage.losses import LogitStats, PairLogps
 from sage.packing import MicroBatch
-from sage.pairs import TokenizedPairs
 from sage.ranks import main_first
+from sage.tokenized import TokenizedPairs
 
 MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER = "manifest.json", "sage", "scores"  # of score-dataset
 

@@ -22,13 +22,14 @@ from sage.errors import UserError
 from sage.files import write_json
 from sage.losses import Loss
 from sage.metrics import means, peak_memory_gb, per_pair
-from sage.pairs import TokenizedPairs, load_pairs, tokenize_pairs
+from sage.pairs import load_pairs
 from sage.progress import console, print_summary
 from sage.ranks import main_first
 from sage.reference import Absent, Cached, Online, Reference, Scored, identity
 from sage.samples import SampleLog
 from sage.scorers import Scorer, Uniform
 from sage.selection import Selection, draws
+from sage.tokenized import TokenizedPairs, tokenize_pairs
 from sage.tracking import METRICS_FILE
 
 

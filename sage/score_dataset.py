@@ -30,13 +30,14 @@ from sage.engine import Frozen, init_distributed
 from sage.errors import UserError
 from sage.files import write_json, write_whole
 from sage.losses import Loss
-from sage.pairs import TokenizedPairs, load_pairs, write_rows
+from sage.pairs import load_pairs, write_rows
 from sage.progress import console, track_counts
 from sage.ranks import main_first
 from sage.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, identity, logit_of, logps_of
 from sage.run import build, choose_layout, read_pairs
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
 from sage.selection import read_margins
+from sage.tokenized import TokenizedPairs
 
 FORWARD_FOLDER = "forward"
 BINS, BAR_WIDTH = 16, 50  # of the histogram

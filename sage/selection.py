@@ -19,11 +19,11 @@ from sage.curriculum import Curriculum
 from sage.errors import UserError
 from sage.losses import LogitStats, Loss, PairLogps
 from sage.metrics import PER_PAIR
-from sage.pairs import TokenizedPairs
 from sage.progress import console
 from sage.reference import Cached, Reference
 from sage.samples import SampleLog
 from sage.scorers import PairStats, Scorer, Uniform, curvature, select, signal
+from sage.tokenized import TokenizedPairs
 
 REWARDS, MEANS = PER_PAIR.index("rewards/margins"), PER_PAIR.index("policy_margins")
 

@@ -29,6 +29,7 @@ LAYERS = (
     "metrics tracking progress samples curriculum",
     "scorers accuracy",
     "losses packing problems verify",
+    "tokenized",
     "pairs kernels attention answers",
     "config",
     "errors files ranks",

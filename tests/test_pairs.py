@@ -12,9 +12,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sage import pairs as pairs_module
+from sage import tokenized
 from sage.errors import UserError
-from sage.pairs import load_pairs, read_prompt, resolve_path, tokenize_pairs
+from sage.pairs import load_pairs, read_prompt, resolve_path
+from sage.tokenized import tokenize_pairs
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -408,9 +409,9 @@ def test_lengths(tokenizer, write, tokenise):
 def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tmp_path):
     """Protects from stale ids, and from tokenising again when only the tokenizer's last call differs."""
     calls = []
-    encode = pairs_module._encode
+    encode = tokenized._encode
     monkeypatch.setattr(
-        pairs_module, "_encode", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs)
+        tokenized, "_encode", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs)
     )
     data, tokenizer = load_pairs(write(PLAIN)), make_tokenizer()
     first = tokenise(data, tokenizer)
@@ -437,7 +438,7 @@ def test_parallel_and_serial_give_the_same(tokenizer, tokenise, write, monkeypat
     serial = tokenise(data, tokenizer)
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
-    monkeypatch.setattr(pairs_module, "PARALLEL_FROM", 10)
+    monkeypatch.setattr(tokenized, "PARALLEL_FROM", 10)
     parallel = tokenise(data, tokenizer, num_proc=2)
     assert parallel.fingerprint == serial.fingerprint
     assert parallel.data[:] == serial.data[:]

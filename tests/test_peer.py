@@ -20,7 +20,8 @@ import pytest
 
 from sage.curriculum import Shuffled
 from sage.metrics import PER_PAIR
-from sage.pairs import load_pairs, tokenize_pairs
+from sage.pairs import load_pairs
+from sage.tokenized import tokenize_pairs
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
 

@@ -12,8 +12,8 @@ import sage.policy
 from sage.config import LoraConfig, ModelConfig
 from sage.errors import UserError
 from sage.packing import LAYOUTS, collate
-from sage.pairs import Pair
 from sage.policy import Policy, can_pack, check_head, load_model
+from sage.tokenized import Pair
 
 VOCAB = 97
 LLAMA = {

@@ -21,8 +21,9 @@ from conftest import make_pairs, write_jsonl
 from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_difference, metrics
 
 from sage.errors import UserError
-from sage.pairs import load_pairs, tokenize_pairs, write_rows
+from sage.pairs import load_pairs, write_rows
 from sage.progress import console
+from sage.tokenized import tokenize_pairs
 
 slow = pytest.mark.slow
 BETA = 0.3

@@ -15,8 +15,9 @@ from many_runs import ERROR_FILE, column, execute, freeze, largest_difference
 from sage import snr
 from sage.curriculum import Shuffled
 from sage.errors import UserError
-from sage.pairs import load_pairs, tokenize_pairs
+from sage.pairs import load_pairs
 from sage.scorers import PairStats, Scorer
+from sage.tokenized import tokenize_pairs
 from sage.tracking import METRICS_FILE
 
 BATCH, BUDGET = 20, 520

@@ -19,7 +19,8 @@ from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_
 from sage.config import OptimizerConfig
 from sage.curriculum import Shuffled
 from sage.packing import plan
-from sage.pairs import load_pairs, tokenize_pairs
+from sage.pairs import load_pairs
+from sage.tokenized import tokenize_pairs
 from sage.train import learning_rate
 
 STEPS, BATCH = 10, 7
