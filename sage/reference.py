@@ -43,6 +43,12 @@ class Reference(Protocol):
         ...
 
 
+def ask(reference: Reference, forward: PairForward, pairs: TokenizedPairs, indices: np.ndarray) -> PairLogps:
+    """Log-probabilities of n pairs under the reference, from memory where it holds them, else by a forward of each."""
+    known = reference.lookup(indices)
+    return forward.all_logps(pairs, indices, model=reference) if known is None else known
+
+
 def identity(folder: str, model: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
     """What the log-probabilities of a model in `folder` depend on, besides the pairs."""
     weights = policy.fingerprint(folder, model.adapter_path)

@@ -25,7 +25,7 @@ from sage.metrics import means, peak_memory_gb, per_pair
 from sage.pairs import load_pairs
 from sage.progress import console, print_summary
 from sage.ranks import main_first
-from sage.reference import Absent, Cached, Online, Reference, Scored, identity
+from sage.reference import Absent, Cached, Online, Reference, Scored, ask, identity
 from sage.samples import SampleLog
 from sage.scorers import Scorer, Uniform
 from sage.selection import Selection, draws
@@ -126,9 +126,7 @@ class Run:
             return {}
         everything = np.arange(len(self.eval_pairs))
         costs = dict(self.forward.costs)
-        reference = self.eval_reference.lookup(everything)
-        if reference is None:
-            reference = self.forward.all_logps(self.eval_pairs, everything, model=self.eval_reference)
+        reference = ask(self.eval_reference, self.forward, self.eval_pairs, everything)
         if self.state.step == 0 and isinstance(self.eval_reference, Cached):
             logps = reference  # the policy has not moved yet, and has been asked
         else:

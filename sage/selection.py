@@ -20,7 +20,7 @@ from sage.errors import UserError
 from sage.losses import LogitStats, Loss, PairLogps
 from sage.metrics import PER_PAIR
 from sage.progress import console
-from sage.reference import Cached, Reference
+from sage.reference import Cached, Reference, ask
 from sage.samples import SampleLog
 from sage.scorers import PairStats, Scorer, Uniform, curvature, select, signal
 from sage.tokenized import TokenizedPairs
@@ -110,9 +110,7 @@ class Selection:
         Costs a forward of each, but for the first step under a cached reference: the policy still is the reference.
         """
         needs_logit = isinstance(self.scorer, Scorer) and self.scorer.needs_logit
-        reference, logit = self.reference.lookup(indices), None
-        if reference is None:
-            reference = self.forward.all_logps(self.pairs, indices, model=self.reference)
+        reference, logit = ask(self.reference, self.forward, self.pairs, indices), None
         cache = self.reference if self.step == 0 and isinstance(self.reference, Cached) else None
         if cache and (cache.logit or not needs_logit):
             policy = reference
