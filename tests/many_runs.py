@@ -70,14 +70,14 @@ def interrupted(run_dir: Path, step: int, target: Path) -> Path:
 
 def main(run_dirs: list[str]) -> None:
     from sage.errors import UserError
-    from sage.worker import JOBS, leave_process_group
+    from sage.worker import JOBS
 
     for run_dir in run_dirs:
         try:
             get_method(JOBS[config.load(run_dir).command])(Path(run_dir))
         except UserError as e:
             (Path(run_dir) / ERROR_FILE).write_text(str(e))
-    leave_process_group()
+    ranks.leave()
 
 
 if __name__ == "__main__":
