@@ -24,11 +24,10 @@ from hydra import compose, initialize_config_module
 from transformers.utils import logging
 
 import sage.train
-from sage import config
+from sage import config, ranks
 from sage.pairs import resolve_path
 from sage.progress import console
 from sage.run import Run
-from sage.worker import leave_process_group
 
 STEPS, EVERY = 50, 10
 GRID = [  # learning rates of 1e-4 and more destroyed the model in trials
@@ -122,7 +121,7 @@ def run(file: Path, methods: list[str]) -> None:
     # All methods of a seed before the next, so that a half-done study compares fairly.
     for seed, method in product(SEEDS, methods):
         once(file, method, tuned(load(file), method), "test", seed)
-    leave_process_group()
+    ranks.leave()
 
 
 def once(file: Path, method: str, settings: dict[str, float], split: str, seed: int) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sage import policy
+from sage import policy, ranks
 from sage.batches import PairForward
 from sage.config import ModelConfig
 from sage.engine import Frozen, init_distributed
@@ -29,7 +29,6 @@ from sage.pairs import load_pairs
 from sage.run import choose_layout
 from sage.score_dataset import ask
 from sage.tokenized import tokenize_pairs
-from sage.worker import leave_process_group
 
 CACHE = "~/.cache/sage"
 PAIRS = "pkg://sage.assets/gsm8k_demo/train.jsonl"
@@ -96,7 +95,7 @@ def main() -> None:
             f"{name:22} {len(pairs) / best:8.2f} pairs/s {tokens / best:10.0f} tokens/s   rounds: {[round(v, 3) for v in values]}"
         )
     print(f"score-dataset / bare: {min(seconds['bare']) / min(seconds['score-dataset']):.3f}")
-    leave_process_group()
+    ranks.leave()
 
 
 if __name__ == "__main__":

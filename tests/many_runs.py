@@ -69,6 +69,7 @@ def interrupted(run_dir: Path, step: int, target: Path) -> Path:
 
 
 def main(run_dirs: list[str]) -> None:
+    from sage import ranks
     from sage.errors import UserError
     from sage.worker import JOBS
 
