@@ -253,6 +253,10 @@ class TrainConfig(RunConfig):
         choices=("cached", "online"),
     )
     eval_every: int = key(0, "steps between evaluations; 0 = only before and after", low=0)
+    benchmark: dict[str, ProblemsConfig] = key(
+        {}, "an evaluation also answers these problems, greedily, and reports accuracy (+benchmark=NAME)"
+    )
+    benchmark_limit: int = key(64, "the first N problems of each benchmark", low=1)
     save_every: int = key(0, "steps between checkpoints; 0 = none", low=0)
     keep_checkpoints: int = key(2, "newest checkpoints to keep", low=1)
     log_every: int = key(1, "steps between log lines", low=1)
@@ -266,6 +270,7 @@ class TrainConfig(RunConfig):
         self.check_forward()
         for group in ("curriculum", "generation"):
             check_target(group, getattr(self, group))
+        check_benchmarks(self.benchmark)
         if (self.steps is None) == (self.epochs is None):
             raise UserError("give exactly one of steps=N and epochs=X (the other null)")
         if self.batch_size < self.world_size:
@@ -368,12 +373,16 @@ class EvalConfig(RunConfig):
         check_target("generation", self.generation)
         if not self.benchmark:
             raise UserError("no benchmark: choose benchmark=NAME, or several with benchmark=[NAME,NAME]")
-        for name, problems in self.benchmark.items():
-            check_prompt(f"benchmark.{name}", problems)
+        check_benchmarks(self.benchmark)
         if self.samples > 1 and self.sampling.temperature == 0:
             raise UserError(
                 f"samples={self.samples} greedy responses are all the same: set sampling.temperature=0.6"
             )
+
+
+def check_benchmarks(benchmarks: dict[str, ProblemsConfig]) -> None:
+    for name, problems in benchmarks.items():
+        check_prompt(f"benchmark.{name}", problems)
 
 
 def check_prompt(name: str, problems: ProblemsConfig) -> None:

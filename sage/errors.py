@@ -1,5 +1,6 @@
-"""The one exception a user is meant to read, and how it is shown."""
+"""The one exception a user is meant to read, and how it is shown; and a full disk, which no code can foresee."""
 
+import errno
 import os
 import sys
 import traceback
@@ -10,6 +11,19 @@ class UserError(ValueError):
 
     Commands print it without a traceback and exit with status 2 (`SAGE_DEBUG=1` shows the traceback).
     """
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an exception came of a disk without room, which each library words in its own way."""
+    while error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(
+            words in str(error) for words in ("No space left on device", "inline_container.cc")
+        ):  # safetensors, torch
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def report(error: BaseException) -> None:

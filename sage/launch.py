@@ -31,6 +31,8 @@ def _(cfg: TrainConfig) -> None:
     load_pairs(data.path, split=data.split, columns=data.columns, limit=data.limit)
     if data.eval_path:
         load_pairs(data.eval_path, split=data.eval_split, columns=data.columns, limit=data.eval_limit)
+    for benchmark in cfg.benchmark.values():
+        read_problems(benchmark)
 
 
 @read_inputs.register

@@ -102,9 +102,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     """The table at the end of a run: held-out metrics before and after, then cost and where things are."""
     before, after = summary["before"], summary["after"]
     if after:
-        pairs = int(after["eval/pairs"])
-        table = Table(title=f"held-out pairs ({pairs})", title_justify="left")
-        table.add_column("metric")
+        table = Table(title="before and after", title_justify="left")
+        table.add_column(f"on {int(after['eval/pairs'])} held-out pairs" if "eval/pairs" in after else "")
         for name in ("before", "after"):
             table.add_column(name, justify="right")
         for metric, label in (
@@ -115,8 +114,10 @@ def print_summary(summary: dict[str, Any]) -> None:
             ("eval/loss", "loss"),
             ("eval/logps/chosen", "log-probability of chosen"),
             ("eval/logps/rejected", "log-probability of rejected"),
+            *((name, f"{name.split('/')[1]}, accuracy") for name in after if name.endswith("/accuracy")),
         ):
-            table.add_row(label, f"{before[metric]:.4f}", f"{after[metric]:.4f}")
+            if metric in after:
+                table.add_row(label, f"{before[metric]:.4f}", f"{after[metric]:.4f}")
         console.print(table)
     facts = Table(show_header=False, box=None)
     facts.add_row("speed", f"{summary['pairs_per_second']:.2f} pairs/s over {summary['steps']} steps")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from sage import checkpoint, policy
+from sage import checkpoint, policy, ranks
+from sage.attempts import Sampler
 from sage.batches import PairForward
+from sage.benchmarks import answer
 from sage.checkpoint import TrainState
 from sage.config import SUMMARY_FILE, TrainConfig, load
 from sage.curriculum import Curriculum, Setting
@@ -24,7 +28,6 @@ from sage.losses import Loss
 from sage.metrics import means, peak_memory_gb, per_pair
 from sage.pairs import load_pairs
 from sage.progress import console, print_summary
-from sage.ranks import main_first
 from sage.reference import Absent, Cached, Online, Reference, Scored, ask, identity
 from sage.samples import SampleLog
 from sage.scorers import Scorer, Uniform
@@ -54,7 +57,7 @@ class Run:
         self.dtype = policy.compute_dtype(cfg.model, device)
         policy.check_head(cfg.model, device)
 
-        self.folder = main_first(lambda: policy.resolve_model(cfg.model, cfg.cache_dir))
+        self.folder = ranks.main_first(lambda: policy.resolve_model(cfg.model, cfg.cache_dir))
         self.tokenizer = policy.load_tokenizer(self.folder, cfg.model)
         self.pairs = read_pairs(cfg, self.tokenizer, run_dir)
         self.eval_pairs = (
@@ -119,9 +122,13 @@ class Run:
         key = {**self.identity, "layout": self.forward.layout}
         return Cached(self.forward, pairs, key, cfg.cache_dir, name)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics of PER_PAIR on the held-out pairs, named eval/*; empty without held-out pairs."""
+        """What the policy makes of held-out pairs (eval/*) and of benchmarks (benchmark/*), as far as there are any."""
+        return {**self.ask_held_out(), **self.answer_benchmarks()}
+
+    @torch.no_grad()
+    def ask_held_out(self) -> dict[str, float]:
+        """Metrics of PER_PAIR."""
         if self.eval_pairs is None or self.eval_reference is None:
             return {}
         everything = np.arange(len(self.eval_pairs))
@@ -135,6 +142,45 @@ class Run:
         metrics = per_pair(self.loss, self.loss(logps, reference), logps, reference)
         return {**means(metrics.sum(1), len(everything), "eval/"), "eval/pairs": len(everything)}
 
+    @torch.no_grad()
+    def answer_benchmarks(self) -> dict[str, float]:
+        """Greedy accuracy and its interval, on rank 0, by the code of `sage eval`: it loads the policy from a folder, as
+        any user of it would, so that every engine and every way to shard or adapt it is served alike."""
+        if not (cfg := self.cfg).benchmark:
+            return {}
+        folder = self.run_dir / "benchmarks" / f"step_{self.state.step}"
+        exported = folder / "policy"
+        cuda = [self.engine.device] if self.engine.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda):  # loading an adapter seeds it
+            self.export(exported)
+            ranks.barrier()
+            model = replace(cfg.model, path=str(exported), lora=None, adapter_path=None)
+            greedy = replace(cfg.sampling, temperature=0.0)
+            with Sampler(
+                model, instantiate(cfg.generation), greedy,
+                seed=cfg.seed, chat_template=cfg.data.chat_template, cache_dir=cfg.cache_dir,
+            ) as sampler:  # fmt: skip
+                results = answer(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder)
+        ranks.barrier()
+        if self.engine.rank == 0:
+            shutil.rmtree(exported)
+        metrics: dict[str, float] = {}
+        for name, result in results.items():
+            low, high = result["interval"]
+            console.print(
+                f"step {self.state.step}: {name} accuracy {result['accuracy']:.1%} ({low:.1%} to {high:.1%}) "
+                f"of {result['problems']} problems"
+            )
+            for key, value in (("accuracy", result["accuracy"]), ("low", low), ("high", high)):
+                metrics[f"benchmark/{name}/{key}"] = value
+        return metrics
+
+    def export(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder, from all ranks' shards."""
+        weights = self.engine.full_state_dict()
+        if weights is not None:
+            policy.export(folder, weights, self.folder, self.cfg, self.tokenizer)
+
     def save(self) -> None:
         self.samples.flush()
         self.state.selection = self.selection.state_dict()
@@ -145,11 +191,9 @@ class Run:
         """Export final/, write summary.json, print the table."""
         self.samples.flush()
         final = self.run_dir / "final"
-        weights = self.engine.full_state_dict()
+        self.export(final)
         if self.engine.rank != 0:
             return
-        assert weights is not None
-        policy.export(final, weights, self.folder, self.cfg, self.tokenizer)
         memory, kind = peak_memory_gb(self.engine.device)
         summary: dict[str, Any] = {
             "name": self.cfg.name,
@@ -193,7 +237,7 @@ def read_pairs(
             cache_dir=cfg.cache_dir,
         )
 
-    pairs = main_first(work)
+    pairs = ranks.main_first(work)
     dropped = {reason: len(ids) for reason, ids in pairs.dropped.items() if ids}
     console.print(f"{path}: {len(pairs)} pairs" + (f", dropped: {dropped}" if dropped else ""))
     if data.list_dropped and not console.quiet:

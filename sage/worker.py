@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sage.errors import UserError, report
+from sage.errors import UserError, disk_full, report
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warning about it helps nobody
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -57,7 +57,13 @@ def main() -> None:
         get_method(JOBS[config.load(run_dir).command])(run_dir)
         ranks.leave()
         lock.release()
-    except UserError as e:
+    except Exception as e:
+        if disk_full(e):
+            e = UserError(
+                f"the disk of {run_dir} is full: make room, then go on with `sage resume {run_dir}`"
+            )
+        if not isinstance(e, UserError):
+            raise
         if rank != "0":
             time.sleep(5)  # rank 0 most likely says the same; it ends first and the launcher ends this rank
         report(e)

@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from many_runs import execute, freeze
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sage.pairs import resolve_path
 
@@ -48,25 +46,32 @@ def test_it_stays_small():
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 4e6
 
 
-def greedy_accuracy(folder: Path) -> float:
-    """Of 200 held-out problems; their prompts have equal lengths, so nothing is padded."""
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModelForCausalLM.from_pretrained(folder).float(),
-    )
-    problems = read("problems_validation")[:200]
-    ids = torch.tensor(tokenizer([problem["prompt"] for problem in problems])["input_ids"])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    right = [final_number(text) == problem["answer"] for text, problem in zip(texts, problems, strict=True)]
-    return sum(right) / len(right)
-
-
 @pytest.mark.slow
 def test_a_few_steps_raise_the_accuracy(tmp_path):
-    """Protects the task's purpose, and the whole path from pairs to a model that answers better."""
+    """Protects the task's purpose, the whole path from pairs to a model that answers better, and that an evaluation inside
+    training gives what `sage eval` gives."""
+    cache = f"cache_dir={tmp_path / 'cache'}"
     overrides = ["+experiment=arithmetic", "steps=20", "optimizer.warmup_ratio=0", "data.eval_limit=32"]
-    execute(1, [freeze(tmp_path / "run", *overrides, f"cache_dir={tmp_path / 'cache'}")])
-    before, after = greedy_accuracy(FOLDER), greedy_accuracy(tmp_path / "run" / "final")
+    freeze(tmp_path / "run", *overrides, "+benchmark=arithmetic", "benchmark_limit=200", cache)
+    words = [
+        "model=hf",
+        f"model.path={tmp_path / 'run' / 'final'}",
+        "benchmark=arithmetic",
+        "limit=200",
+        "sampling.max_new_tokens=32",
+    ]
+    freeze(
+        tmp_path / "eval", *words, "generation.batch_size=256", "generation.chunk=4096", cache, command="eval"
+    )
+    execute(1, [tmp_path / "run", tmp_path / "eval"])
+
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    before, after = (summary[when]["benchmark/arithmetic/accuracy"] for when in ("before", "after"))
     assert 0.55 < before < 0.8
     assert after > before + 0.03
+    inside, outside = (tmp_path / "run" / "benchmarks" / "step_20", tmp_path / "eval")
+    assert not (inside / "policy").exists()
+    inside, outside = (
+        (folder / "arithmetic" / "generations.jsonl").read_text() for folder in (inside, outside)
+    )
+    assert inside == outside

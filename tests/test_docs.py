@@ -22,7 +22,7 @@ LAYERS = (
     "train build_pairs score_dataset evaluate",
     "snr",
     "run",
-    "selection",
+    "selection benchmarks",
     "checkpoint reference attempts",
     "batches generation",
     "engine policy",

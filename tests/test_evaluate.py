@@ -15,7 +15,8 @@ from whole_runs import files
 from sage import config
 from sage.accuracy import bootstrap, majority, mcnemar, pass_at, wilson
 from sage.attempts import Attempt, read_attempts, write_lines
-from sage.evaluate import compare, compare_attempts, evaluate, measure, print_comparison
+from sage.benchmarks import measure
+from sage.evaluate import compare, compare_attempts, evaluate, print_comparison
 from sage.problems import read_problems
 
 BENCHMARKS = {

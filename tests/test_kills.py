@@ -1,17 +1,19 @@
-"""SIGKILL twenty times at random moments: build-pairs and eval end with the files of an undisturbed run."""
+"""SIGKILL twenty times at random moments, or a full disk: the run ends with the files of an undisturbed one."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import get_method
-from whole_runs import files
+from many_runs import ENVIRONMENT, freeze
+from whole_runs import SAGE, files
 
 from sage import config
 from sage.worker import JOBS
@@ -71,3 +73,46 @@ def test_twenty_kills(command, tiny_model, problem_file, tmp_path):
             kills += status == signal.SIGKILL
         assert files(run_dir) == whole
         run += 1
+
+
+FULL = """
+mount -t tmpfs -o size={size} tmpfs {disk} || exit 77
+{sage} {command} hydra.run.dir={disk}/run
+echo status $?
+mount -o remount,size=64m {disk}
+{sage} resume {disk}/run && cp -r {disk}/run {out}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, size", [("build-pairs", "40k"), ("train", "300k")])
+def test_a_full_disk_loses_nothing(command, size, tiny_model, problem_file, pair_file, tmp_path):
+    """A real file system that is too small: one message, exit status 2; with more room the run goes on, exactly."""
+    words = ["model=hf", f"model.path={tiny_model}", "model.dtype=float32", f"cache_dir={tmp_path}"]
+    if command == "train":
+        words += [f"data.path={pair_file}", "data.max_length=130", "steps=4", "batch_size=4", "save_every=2"]
+    else:
+        words += ["generation.batch_size=2", "generation.chunk=2", "sampling.max_new_tokens=40"]
+        words += [word.format(problems=problem_file) for word in WORDS[command]]
+    (tmp_path / "disk").mkdir()
+    script = FULL.format(
+        size=size,
+        disk=tmp_path / "disk",
+        out=tmp_path / "run",
+        sage=SAGE,
+        command=" ".join([command, *words]),
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    if done.returncode in (1, 77) and "status" not in done.stdout:
+        pytest.skip(f"no file system of our own can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 0 and "status 2" in done.stdout, done.stdout + done.stderr
+    (message,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert "is full" in message and "sage resume" in message and "Traceback" not in done.stderr
+    get_method(JOBS[command])(freeze(tmp_path / "whole", *words, command=command))
+    whole, resumed = (files(tmp_path / name) for name in ("whole", "run"))
+    if command == "train":
+        assert resumed["final/model.safetensors"] == whole["final/model.safetensors"]
+    else:
+        assert resumed == whole

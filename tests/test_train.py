@@ -55,7 +55,14 @@ def tokenized(common):
 
 
 @pytest.fixture(scope="session")
-def one_rank(common, tiny_model, tmp_path_factory) -> Path:
+def benchmark(problem_file) -> list[str]:
+    """Overrides that answer six problems at every evaluation."""
+    return ["+benchmark=gsm8k", f"benchmark.gsm8k.path={problem_file}", "benchmark_limit=6", "sampling.max_new_tokens=8",
+            "generation.batch_size=2", "generation.chunk=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def one_rank(common, benchmark, tmp_path_factory) -> Path:
     """Every run of one rank that the tests below look at, by name."""
     root = tmp_path_factory.mktemp("one")
     runs = {
@@ -76,7 +83,9 @@ def one_rank(common, tiny_model, tmp_path_factory) -> Path:
         "online": ["reference=online"],
         "online3": ["reference=online", "engine=zero3"],
         "checkpointed": ["model.gradient_checkpointing=true"],
-        "evaluated": [f"data.eval_path={common[2].split('=')[1]}", "eval_every=5"],
+        "evaluated": [f"data.eval_path={common[2].split('=')[1]}", "eval_every=5", *benchmark],
+        "dropout": ["+model/lora=default", "model.lora.dropout=0.2"],
+        "dropout_evaluated": ["+model/lora=default", "model.lora.dropout=0.2", "eval_every=2", *benchmark],
         "wandb": ["tracking=wandb", "tracking.mode=offline", "steps=2"],
         "simpo": ["loss=simpo"],
         "cdpo": ["loss=cdpo"],
@@ -96,13 +105,14 @@ def one_rank(common, tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(common, tmp_path_factory) -> Path:
+def two_ranks(common, benchmark, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("two")
     runs = {
         f"{packing}{z}": [f"packing={packing}", f"engine=zero{z}"]
         for z in ZERO
         for packing in ("shared", "padded")
     }
+    runs["evaluated3"] = ["engine=zero3", *benchmark]
     execute(2, [freeze(root / name, *common, "world_size=2", *overrides) for name, overrides in runs.items()])
     assert not list(root.glob(f"*/{ERROR_FILE}"))
     return root
@@ -311,6 +321,8 @@ def test_evaluation_changes_nothing_and_sums_right(one_rank):
     run = one_rank / "evaluated"
     for name in ("loss", "grad_norm", "cost/backward_pairs", "cost/backward_tokens"):
         assert column(run, name) == column(one_rank / "zero0", name)
+        assert column(one_rank / "dropout_evaluated", name) == column(one_rank / "dropout", name)
+    assert column(one_rank / "dropout", "loss") != column(one_rank / "lora0", "loss")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held_out = [line for line in lines if "eval/loss" in line]
     assert [line["step"] for line in held_out] == [0, 5, STEPS]
@@ -319,6 +331,23 @@ def test_evaluation_changes_nothing_and_sums_right(one_rank):
     assert held_out[-1]["eval/loss"] < 0.6
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["eval/loss"] == held_out[-1]["eval/loss"]
+
+
+@slow
+def test_evaluation_answers_benchmarks(one_rank, two_ranks):
+    """Six problems before training, every five steps and after it, from one rank and from the shards of two alike."""
+    answers = {}
+    for run, steps in ((one_rank / "evaluated", (0, 5, STEPS)), (two_ranks / "evaluated3", (0, STEPS))):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "benchmark/gsm8k/accuracy" in line]
+        assert [line["step"] for line in lines] == [*steps]
+        assert all(line["benchmark/gsm8k/accuracy"] < 0.01 < line["benchmark/gsm8k/high"] for line in lines)
+        for step in steps:
+            (file,) = (run / "benchmarks" / f"step_{step}").rglob("*.*")
+            answers[run.name, step] = [json.loads(line)["response"] for line in file.read_text().splitlines()]
+    assert all(len(responses) == 6 for responses in answers.values())
+    for step in (0, STEPS):
+        assert answers["evaluated", step] == answers["evaluated3", step]
 
 
 @slow
