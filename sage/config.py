@@ -132,7 +132,7 @@ class OptimizerConfig:
     lr: float = key(5e-7, "peak learning rate", low=0)
     betas: tuple[float, float] = key((0.9, 0.999), "Adam's decay rates")
     eps: float = key(1e-8, "Adam's epsilon", low=0)
-    weight_decay: float = key(0.0, "decoupled weight decay", low=0)
+    weight_decay: float = key(0.0, "decoupled weight decay, of matrices alone", low=0)
     max_grad_norm: float = key(1.0, "clip the global gradient norm to this; 0 = never", low=0)
     schedule: str = key("cosine", "after warm-up", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = key(

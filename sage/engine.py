@@ -70,17 +70,20 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW: DeepSpeed's CPU one under offload and fused one on CUDA where they build, torch's otherwise.
 
+    Weight decay leaves norms and biases alone.
     The loop gives the learning rate with every step; it is zero here so that DeepSpeed's trial step decays no weight.
     """
-    options: dict[str, Any] = {
-        "lr": 0.0, "betas": tuple(cfg.betas), "eps": cfg.eps, "weight_decay": cfg.weight_decay
-    }  # fmt: skip
+    options: dict[str, Any] = {"lr": 0.0, "betas": tuple(cfg.betas), "eps": cfg.eps}
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": cfg.weight_decay}]
+    if cfg.weight_decay and (vectors := [p for p in parameters if p.ndim < 2]):
+        groups[0]["params"] = [p for p in parameters if p.ndim >= 2]
+        groups.append({"params": vectors, "weight_decay": 0.0})
     if cfg.implementation == "auto" and (offload or parameters[0].is_cuda):
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
         with suppress(Exception):  # without a compiler or CUDA toolkit, building it fails in many ways
-            return (DeepSpeedCPUAdam if offload else FusedAdam)(parameters, adamw_mode=True, **options)  # pyright: ignore
-    return torch.optim.AdamW(parameters, **options)
+            return (DeepSpeedCPUAdam if offload else FusedAdam)(groups, adamw_mode=True, **options)  # pyright: ignore
+    return torch.optim.AdamW(groups, **options)
 
 
 class Ranks:

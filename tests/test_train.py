@@ -78,6 +78,8 @@ def one_rank(common, benchmark, tmp_path_factory) -> Path:
         **{f"offload_bf16_{z}": [f"engine=zero{z}_offload", "model.dtype=bfloat16", "steps=4",
                                 "optimizer.implementation=torch"] for z in ZERO[1:]},
         "large": ["micro_batch_tokens=16384"],
+        **{f"decayed{z}": [f"engine=zero{z}", "optimizer.lr=1e-12", "optimizer.weight_decay=1e10", "steps=1",
+                           "optimizer.warmup_ratio=0"] for z in ZERO},
         "unshared": ["packing=unshared"],
         "padded": ["packing=padded"],
         "online": ["reference=online"],
@@ -258,6 +260,17 @@ def test_max_grad_norm_0_never_clips(one_rank, tiny_model, tokenized, stage):
     assert max(norms) > 1.2
     assert largest_difference(column(run, "loss"), losses) < 1e-5
     assert largest_difference(column(run, "grad_norm"), norms) < 1e-4
+
+
+@slow
+@each_stage
+def test_weight_decay_shrinks_matrices_alone(one_rank, tiny_model, stage):
+    """A rate too small to learn, and a decay of a hundredth."""
+    initial = weights(tiny_model)
+    for name, value in weights(one_rank / f"decayed{stage}" / "final").items():
+        torch.testing.assert_close(
+            value, initial[name] * (1.0 if value.ndim == 1 else 0.99), rtol=1e-6, atol=1e-9
+        )
 
 
 @slow
