@@ -1,8 +1,9 @@
 """Attention over packed rows: a response sees its own prompt and its own past, and nothing else of the row.
 
-A row is a run of spans [prompt | chosen | rejected], where `rejected` may be absent. Registered with transformers as an
-attention implementation, so the model's own code runs unchanged: on CPU one exact causal attention per response, in
-which nothing masked is computed; on CUDA one FlexAttention over the row under a block mask.
+A row is a prefix that all its prompts begin with, and a run of spans [prompt | chosen | rejected], where `rejected` may
+be absent and `prompt` is what follows the prefix. Registered with transformers as an attention implementation, so the
+model's own code runs unchanged: on CPU one exact attention per response, over its own text alone; on CUDA one
+FlexAttention over the row under a block mask.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ IMPLEMENTATION = "sage_packed"
 
 
 class Span(NamedTuple):
-    """Where a pair lies in its row: `start`, then this many tokens of prompt, chosen and rejected (maybe 0)."""
+    """Where a pair lies in its row: `start`, then this many tokens of prompt (after the prefix), chosen, rejected (maybe 0)."""
 
     start: int
     prompt: int
@@ -29,35 +30,46 @@ class Span(NamedTuple):
     rejected: int
 
 
-SpanMask = list[
-    tuple[Span, Tensor | None]
-]  # with the mask [rejected, prompt + rejected] of the second response
+class SpanMask(NamedTuple):
+    """A row for the CPU: its prefix, and each span with the masks of its two responses (None: plainly causal, or absent)."""
+
+    prefix: int
+    spans: list[tuple[Span, Tensor | None, Tensor | None]]
 
 
-def packed_mask(spans: Sequence[Span], length: int, device: torch.device) -> SpanMask | BlockMask:
+def packed_mask(
+    prefix: int, spans: Sequence[Span], length: int, device: torch.device
+) -> SpanMask | BlockMask:
     """What `packed_attention` needs to know of a row of `length` tokens, made once for all layers."""
-    if device.type != "cuda":
-        # Bottom-right aligned: the first rejected token sees the whole prompt and itself.
-        return [
-            (s, torch.ones(s.rejected, s.prompt + s.rejected, dtype=torch.bool, device=device).tril(s.prompt))
-            if s.rejected
-            else (s, None)
-            for s in spans
-        ]
-    return block_mask(spans, length, device, compiled=True)
+    if device.type == "cuda":
+        return block_mask(prefix, spans, length, device, compiled=True)
+
+    def mask(before: int, own: int) -> Tensor | None:
+        """[own, before + own], bottom-right aligned: the first token sees all that is before it, and itself."""
+        if not before or not own:
+            return None
+        return torch.ones(own, before + own, dtype=torch.bool, device=device).tril(before)
+
+    return SpanMask(
+        prefix,
+        [(s, mask(prefix, s.prompt + s.chosen), mask(prefix + s.prompt, s.rejected)) for s in spans],
+    )
 
 
-def block_mask(spans: Sequence[Span], length: int, device: torch.device, compiled: bool) -> BlockMask:
-    """The same as a FlexAttention mask. Tokens behind the last span see themselves alone."""
+def block_mask(
+    prefix: int, spans: Sequence[Span], length: int, device: torch.device, compiled: bool
+) -> BlockMask:
+    """The same as a FlexAttention mask. Of its spans, a token behind the last one sees itself alone."""
     sizes = torch.tensor([part for s in spans for part in s[1:]])
-    # Token -> its part: 3 * span + (0 prompt, 1 chosen, 2 rejected). Built on the CPU: the device never waits.
-    part = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    # Token -> its part: -1 prefix, then 3 * span + (0 prompt, 1 chosen, 2 rejected). Built on the CPU: the device never waits.
+    part = torch.cat([torch.full((prefix,), -1), torch.repeat_interleave(torch.arange(len(sizes)), sizes)])
     padding = torch.arange(length - len(part)) * 3 + len(sizes)
     part = torch.cat([part, padding]).to(device, non_blocking=True)
 
     def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same_pair = part[q] // 3 == part[k] // 3
-        return same_pair & (k <= q) & ((part[q] % 3 != 2) | (part[k] % 3 != 1))
+        own_text = same_pair & ((part[q] % 3 != 2) | (part[k] % 3 != 1))
+        return (k <= q) & ((part[k] < 0) | own_text)
 
     return create_block_mask(visible, None, None, length, length, device=str(device), _compile=compiled)
 
@@ -86,16 +98,24 @@ def packed_attention(
         )
         assert isinstance(out, Tensor)
         return out.transpose(1, 2).contiguous(), None
+    prefix, spans = packed_mask
     outputs = []
-    for (start, prompt, chosen, rejected), mask in packed_mask:
+    if prefix:
+        q, k, v = (x[:, :, :prefix] for x in (query, key, value))
+        outputs.append(_attend(q, k, v, None, scaling, softcap))
+    for (start, prompt, chosen, rejected), first_mask, second_mask in spans:
         fork, second, end = start + prompt, start + prompt + chosen, start + prompt + chosen + rejected
-        first = slice(start, second)
-        outputs.append(
-            _attend(query[:, :, first], key[:, :, first], value[:, :, first], None, scaling, softcap)
+        k, v = (
+            torch.cat([x[:, :, :prefix], x[:, :, start:second]], 2) if prefix else x[:, :, start:second]
+            for x in (key, value)
         )
+        outputs.append(_attend(query[:, :, start:second], k, v, first_mask, scaling, softcap))
         if rejected:
-            k, v = (torch.cat([x[:, :, start:fork], x[:, :, second:end]], 2) for x in (key, value))
-            outputs.append(_attend(query[:, :, second:end], k, v, mask, scaling, softcap))
+            k, v = (
+                torch.cat([x[:, :, :prefix], x[:, :, start:fork], x[:, :, second:end]], 2)
+                for x in (key, value)
+            )
+            outputs.append(_attend(query[:, :, second:end], k, v, second_mask, scaling, softcap))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 

@@ -60,19 +60,25 @@ class PairForward:
         self, pairs: TokenizedPairs, indices: np.ndarray, backward: bool = False
     ) -> Iterator[Work]:
         """This rank's share of the pairs. Every rank yields the same number of items."""
-        lengths = pairs.lengths()[indices]
-        plans = plan(lengths, self.budget, self.engine.world_size, self.layout)
-        self.count(lengths, plans, backward)
+        lengths, prefix = pairs.lengths()[indices], self.prefix(pairs)
+        plans = plan(lengths, self.budget, self.engine.world_size, self.layout, prefix)
+        self.count(lengths, plans, prefix, backward)
         mine = plans[self.engine.rank]
         for i, members in enumerate(mine):
             positions = np.array(members or [0])
-            batch = collate([pairs[int(j)] for j in indices[positions]], self.layout).to(self.engine.device)
+            batch = collate([pairs[int(j)] for j in indices[positions]], self.layout, prefix)
+            batch = batch.to(self.engine.device)
             yield Work(positions, indices[positions], batch, float(bool(members)), i == len(mine) - 1)
 
-    def count(self, lengths: np.ndarray, plans: list[list[list[int]]], backward: bool) -> None:
+    def prefix(self, pairs: TokenizedPairs) -> int:
+        """Tokens that this layout computes once a row for all prompts."""
+        return pairs.common_prefix if self.layout == "shared" else 0
+
+    def count(self, lengths: np.ndarray, plans: list[list[list[int]]], prefix: int, backward: bool) -> None:
         """Add the cost of a plan, over all ranks: tokens as the layout runs them, padding apart."""
-        real = float(pair_tokens(lengths, "shared" if self.layout == "shared" else "unshared").sum())
-        padded = real
+        layout = "shared" if self.layout == "shared" else "unshared"
+        rows = sum(bool(members) for rank in plans for members in rank)
+        padded = real = float(pair_tokens(lengths, layout, prefix).sum()) + prefix * rows
         if self.layout == "padded":
             tokens = pair_tokens(lengths, "padded")
             padded = float(sum(len(m) * tokens[m].max() for rank in plans for m in rank if m))

@@ -3,7 +3,8 @@
 Plans are functions of lengths alone, so every rank computes the whole plan and takes its own row.
 
 A layout says how the pairs of a micro-batch lie in memory:
-  shared    one row of spans [prompt | chosen | rejected]: no padding, every prompt once
+  shared    one row [prefix | prompt | chosen | rejected | prompt | ...]: no padding, every prompt once, and what all prompts
+            begin with (a system prompt, solved examples) once a row
   unshared  one row of spans [prompt | chosen] and [prompt | rejected]: no padding, every prompt twice
   padded    two rows a pair, padded to the longest: for models whose attention cannot be given a packed row
 """
@@ -35,7 +36,8 @@ class MicroBatch(NamedTuple):
     input_ids: Tensor  # [rows, length] int64
     position_ids: Tensor  # [rows, length] int64: the place of every token in its own text
     attention_mask: Tensor | None  # [rows, length] int64 of padded rows
-    spans: list[Span] | None  # of a packed row
+    prefix: int  # tokens that a packed row begins with, part of every prompt in it
+    spans: list[Span] | None  # of a packed row, behind its prefix
     positions: Tensor  # [s] int64
     labels: Tensor  # [s] int64
     slots: Tensor  # [s] int64: response * longest + t of every scored token, in a [2n, longest] table
@@ -49,15 +51,18 @@ class MicroBatch(NamedTuple):
         return self._replace(**tensors)
 
 
-def pair_tokens(lengths: np.ndarray, layout: str) -> np.ndarray:
-    """Tokens that a pair costs, [n], for lengths [n, 3] of prompt, chosen and rejected; padding among pairs aside."""
+def pair_tokens(lengths: np.ndarray, layout: str, prefix: int = 0) -> np.ndarray:
+    """Tokens that a pair costs, [n], for lengths [n, 3] of prompt, chosen and rejected; padding among pairs, and a shared
+    row's prefix, aside."""
     prompt, chosen, rejected = lengths.T
     if layout == "shared":
-        return prompt + chosen + rejected
+        return prompt - prefix + chosen + rejected
     return 2 * prompt + (chosen + rejected if layout == "unshared" else 2 * np.maximum(chosen, rejected))
 
 
-def plan(lengths: np.ndarray, budget: int, world_size: int, layout: str) -> list[list[list[int]]]:
+def plan(
+    lengths: np.ndarray, budget: int, world_size: int, layout: str, prefix: int = 0
+) -> list[list[list[int]]]:
     """Split n pairs into micro-batches under a token budget: plan[rank] is a list of lists of positions in 0..n-1.
 
     Args:
@@ -65,9 +70,10 @@ def plan(lengths: np.ndarray, budget: int, world_size: int, layout: str) -> list
         budget: tokens of a micro-batch, padding included.
         world_size: every rank gets the same number of micro-batches, since ZeRO's collectives must match; the ranks
             that have nothing left run an empty list, which the caller turns into a pair of weight zero.
+        prefix: tokens that all prompts begin with, once in each row of the shared layout; 0 for other layouts.
     """
-    tokens = pair_tokens(lengths, layout)
-    micro_batches = (_chunk if layout == "padded" else _balance)(tokens, budget, world_size)
+    tokens = pair_tokens(lengths, layout, prefix)
+    micro_batches = (_chunk if layout == "padded" else _balance)(tokens, budget - prefix, world_size)
     rounds = -(-len(micro_batches) // world_size)
     micro_batches += [[] for _ in range(rounds * world_size - len(micro_batches))]
     return [micro_batches[rank::world_size] for rank in range(world_size)]
@@ -109,14 +115,15 @@ def _chunk(tokens: np.ndarray, budget: int, world_size: int) -> list[list[int]]:
     return micro_batches
 
 
-def collate(pairs: Sequence[Pair], layout: str) -> MicroBatch:
-    """n >= 1 pairs as one micro-batch, on the CPU."""
-    return _padded(pairs) if layout == "padded" else _packed(pairs, shared=layout == "shared")
+def collate(pairs: Sequence[Pair], layout: str, prefix: int = 0) -> MicroBatch:
+    """n >= 1 pairs as one micro-batch, on the CPU. Of the shared layout, all prompts begin with the same `prefix` tokens
+    and go on for at least one more, which predicts the responses."""
+    return _padded(pairs) if layout == "padded" else _packed(pairs, layout == "shared", prefix)
 
 
-def _packed(pairs: Sequence[Pair], shared: bool) -> MicroBatch:
-    ids: list[int] = []
-    places: list[Tensor] = []
+def _packed(pairs: Sequence[Pair], shared: bool, prefix: int) -> MicroBatch:
+    ids: list[int] = pairs[0].prompt_ids[:prefix]
+    places = [torch.arange(prefix)]
     spans: list[Span] = []
     before: dict[tuple[int, int], Tensor] = {}  # (side, pair) -> the positions that predict its tokens
 
@@ -126,21 +133,28 @@ def _packed(pairs: Sequence[Pair], shared: bool) -> MicroBatch:
         end = fork + len(first)
         spans.append(Span(start, len(prompt), len(first), len(second)))
         ids.extend([*prompt, *first, *second])
-        places.append(torch.arange(len(prompt) + len(first)))
-        places.append(torch.arange(len(prompt), len(prompt) + len(second)))
+        text, after_prompt = prefix + len(prompt) + len(first), prefix + len(prompt)
+        places.append(torch.arange(prefix, text))
+        places.append(torch.arange(after_prompt, after_prompt + len(second)))
         before[side, pair] = torch.arange(fork - 1, end - 1)
         if second:
             before[1, pair] = torch.cat([torch.tensor([fork - 1]), torch.arange(end, end + len(second) - 1)])
 
     for i, pair in enumerate(pairs):
         if shared:
-            add(i, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, 0)
+            add(i, pair.prompt_ids[prefix:], pair.chosen_ids, pair.rejected_ids, 0)
         else:
             add(i, pair.prompt_ids, pair.chosen_ids, [], 0)
             add(i, pair.prompt_ids, pair.rejected_ids, [], 1)
     positions = [before[side, i] for side in (0, 1) for i in range(len(pairs))]
     return MicroBatch(
-        torch.tensor([ids]), torch.cat(places)[None], None, spans, torch.cat(positions), *_scored(pairs)
+        torch.tensor([ids]),
+        torch.cat(places)[None],
+        None,
+        prefix,
+        spans,
+        torch.cat(positions),
+        *_scored(pairs),
     )
 
 
@@ -157,7 +171,7 @@ def _padded(pairs: Sequence[Pair]) -> MicroBatch:
         start = row * length + len(prompt) - 1
         positions.append(torch.arange(start, start + len(response)))
     place = torch.arange(length).expand_as(input_ids).contiguous()
-    return MicroBatch(input_ids, place, attention_mask, None, torch.cat(positions), *_scored(pairs))
+    return MicroBatch(input_ids, place, attention_mask, 0, None, torch.cat(positions), *_scored(pairs))
 
 
 def _scored(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, int]:

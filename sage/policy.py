@@ -212,7 +212,7 @@ class Policy(nn.Module):
         else:
             causal.config._attn_implementation = attention.IMPLEMENTATION
             arguments["packed_mask"] = attention.packed_mask(
-                batch.spans, batch.input_ids.shape[1], batch.input_ids.device
+                batch.prefix, batch.spans, batch.input_ids.shape[1], batch.input_ids.device
             )
         with self.model.disable_adapter() if reference else nullcontext():
             hidden = causal.base_model(
@@ -254,11 +254,14 @@ def can_pack(model: Any, causal: Any, max_length: int, device: torch.device) -> 
     if not causal._supports_attention_backend:
         return "its attention cannot be replaced"
     ids = (torch.arange(36) * 7919 % (causal.config.vocab_size - 1)).tolist()
-    pairs = [Pair("", None, ids[:5], ids[5:12], ids[12:16]), Pair("", None, ids[16:17], ids[17:26], ids[26:])]
+    pairs = [
+        Pair("", None, ids[:5], ids[5:12], ids[12:16]),
+        Pair("", None, [*ids[:3], ids[16]], ids[17:26], ids[26:]),
+    ]
     logps = []
-    for layout in ("shared", "padded"):
+    for layout, prefix in (("shared", 3), ("padded", 0)):
         try:
-            logps.append(torch.cat(model(collate(pairs, layout).to(device))[:2]))
+            logps.append(torch.cat(model(collate(pairs, layout, prefix).to(device))[:2]))
         except Exception as e:
             return f"it fails on a packed row ({type(e).__name__}: {str(e).splitlines()[0]})"
     packed, padded = logps

@@ -99,16 +99,17 @@ def measure(run: Run, candidates: np.ndarray, chosen: np.ndarray) -> dict[str, f
 def batch_moments(run: Run, indices: np.ndarray, rng: np.random.Generator) -> Moments:
     """Moments of the loss's gradient over the trained parameters, from the batch `indices` over all ranks."""
     forward, engine = run.forward, run.engine
-    tokens = pair_tokens(run.pairs.lengths()[indices], forward.layout)
-    groups = cut(indices, max(1, forward.budget // int(tokens.max())), rng)
+    prefix = forward.prefix(run.pairs)
+    tokens = pair_tokens(run.pairs.lengths()[indices], forward.layout, prefix)
+    groups = cut(indices, max(1, (forward.budget - prefix) // int(tokens.max())), rng)
     forward.costs["snr_pairs"] += len(indices)
-    forward.costs["snr_tokens"] += float(tokens.sum())
+    forward.costs["snr_tokens"] += float(tokens.sum()) + prefix * len(groups)
 
     parameters = [p for p in engine.policy.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     sum_of_squares = torch.zeros((), dtype=torch.float64, device=engine.device)
     for group in groups[engine.rank :: engine.world_size]:
-        batch = collate([run.pairs[int(i)] for i in group], forward.layout).to(engine.device)
+        batch = collate([run.pairs[int(i)] for i in group], forward.layout, prefix).to(engine.device)
         losses = run.selection.loss(engine.policy(batch), run.reference(group, batch))
         gradients = torch.autograd.grad(losses.mean(), parameters, materialize_grads=True)
         sum_of_squares += len(group) * squared_norm(gradients)

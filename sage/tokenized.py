@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from sage.pairs import COLUMNS, read_prompt
 
 CACHE_VERSION = 1
 PARALLEL_FROM = 2000  # rows; below this, starting worker processes costs more than it saves
+SHORTEST_PREFIX = 8  # tokens of a common prefix that are worth the copying of their keys and values
+PREFIX_ROWS = 4096  # prompts compared at a time: all of a large set would take gigabytes
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 IDS_SCHEMA = pa.schema(
     [("pair_id", pa.string()), ("pass_rate", pa.float64())] + [(name, pa.list_(pa.int32())) for name in IDS]
@@ -58,6 +60,20 @@ class TokenizedPairs:
     def pair_ids(self) -> np.ndarray:
         """str objects [pairs]."""
         return np.array(self.data.data.table["pair_id"].to_pylist(), dtype=object)
+
+    @cached_property
+    def common_prefix(self) -> int:
+        """Tokens that all prompts begin with, each of them going on for at least one more; 0 where they are few."""
+        table = self.data.data.table
+        common = int(self.lengths()[:, 0].min()) - 1
+        first = np.array(table["prompt_ids"][0].as_py()[:common])
+        for chunk in table["prompt_ids"].chunks:
+            ids, starts = chunk.values.to_numpy(), chunk.offsets.to_numpy()[:-1]
+            for row in range(0, len(starts), PREFIX_ROWS):
+                heads = ids[starts[row : row + PREFIX_ROWS, None] + np.arange(common)]
+                differs = np.flatnonzero((heads != first[:common]).any(0))
+                common = int(differs[0]) if len(differs) else common
+        return common if common >= SHORTEST_PREFIX else 0
 
     def pass_rates(self) -> np.ndarray:
         """float64 [pairs], NaN where unknown."""

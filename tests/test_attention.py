@@ -7,34 +7,42 @@ import torch
 
 from sage.attention import Span, block_mask, packed_attention, packed_mask
 
-SPANS = [Span(0, 5, 7, 4), Span(16, 1, 1, 9), Span(27, 12, 3, 0)]
+PREFIX = 6
+ROWS = {
+    0: [Span(0, 5, 7, 4), Span(16, 1, 1, 9), Span(27, 12, 3, 0)],
+    PREFIX: [Span(6, 5, 7, 4), Span(22, 1, 1, 9), Span(33, 6, 3, 0)],
+}
 LENGTH = 42
 
 
-def dense_mask() -> torch.Tensor:
+def dense_mask(before: int) -> torch.Tensor:
     """[LENGTH, LENGTH]: what each token may see, pair by pair and token by token."""
     mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
-    for start, prompt, chosen, rejected in SPANS:
-        first = list(range(start, start + prompt + chosen))
-        second = first[:prompt] + list(range(start + prompt + chosen, start + prompt + chosen + rejected))
+    prefix = list(range(before))
+    mask[:before, :before] = torch.ones(before, before).tril().bool()
+    for start, prompt, chosen, rejected in ROWS[before]:
+        first = prefix + list(range(start, start + prompt + chosen))
+        second = first[: before + prompt]
+        second += list(range(start + prompt + chosen, start + prompt + chosen + rejected))
         for text in (first, second):
             for t, position in enumerate(text):
                 mask[position, text[: t + 1]] = True
     return mask
 
 
-def naive(q, k, v, scaling, softcap):
+def naive(q, k, v, scaling, softcap, prefix):
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * scaling
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~dense_mask(), -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    return (scores.masked_fill(~dense_mask(prefix), -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("kind", ["spans", "block_mask"])
-def test_against_the_dense_mask(kind, kv_heads, softcap):
+@pytest.mark.parametrize("prefix", ROWS)
+def test_against_the_dense_mask(kind, kv_heads, softcap, prefix):
     """Protects who sees whom in the CPU path and in CUDA's (FlexAttention, here uncompiled), and the CPU path's
     gradients; FlexAttention has none on a CPU."""
     generator = torch.Generator().manual_seed(0)
@@ -44,14 +52,14 @@ def test_against_the_dense_mask(kind, kv_heads, softcap):
     )
     device = torch.device("cpu")
     mask = (
-        packed_mask(SPANS, LENGTH, device)
+        packed_mask(prefix, ROWS[prefix], LENGTH, device)
         if kind == "spans"
-        else block_mask(SPANS, LENGTH, device, compiled=False)
+        else block_mask(prefix, ROWS[prefix], LENGTH, device, compiled=False)
     )
     out, _ = packed_attention(
         torch.nn.Module(), q, k, v, None, scaling=0.3, softcap=softcap, packed_mask=mask
     )
-    expected = naive(q, k, v, 0.3, softcap)
+    expected = naive(q, k, v, 0.3, softcap, prefix)
     assert out.shape == (1, LENGTH, 4, 16) and (out - expected).abs().max() < 1e-5
     if kind == "block_mask":
         return
@@ -61,11 +69,12 @@ def test_against_the_dense_mask(kind, kv_heads, softcap):
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_row_may_end_in_padding():
-    """Protects FlexAttention rows padded to a round length: padding sees only padding, and no pair sees it."""
+@pytest.mark.parametrize("prefix", ROWS)
+def test_a_row_may_end_in_padding(prefix):
+    """Protects FlexAttention rows padded to a round length: no pair sees the padding."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 4, LENGTH + 6, 16, generator=generator) for _ in range(3))
-    mask = block_mask(SPANS, LENGTH + 6, torch.device("cpu"), compiled=False)
+    mask = block_mask(prefix, ROWS[prefix], LENGTH + 6, torch.device("cpu"), compiled=False)
     out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, packed_mask=mask)
-    expected = naive(*(x[:, :, :LENGTH] for x in (q, k, v)), 0.3, None)
+    expected = naive(*(x[:, :, :LENGTH] for x in (q, k, v)), 0.3, None, prefix)
     assert (out[:, :LENGTH] - expected).abs().max() < 1e-5 and out.isfinite().all()

@@ -16,21 +16,24 @@ lengths = st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=40
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths, st.integers(240, 1200), st.integers(1, 9), st.sampled_from(LAYOUTS))
-def test_plan(lengths, budget, world_size, layout):
+@given(lengths, st.integers(240, 1200), st.integers(1, 9), st.sampled_from(LAYOUTS), st.integers(0, 30))
+def test_plan(lengths, budget, world_size, layout, prefix):
     """Protects the mean over the batch (each pair once), memory (the budget) and ZeRO's collectives (equal counts)."""
-    plans = plan(lengths, budget, world_size, layout)
-    assert plans == plan(lengths.copy(), budget, world_size, layout)  # every rank computes the same plan
+    prefix = min(prefix, lengths[:, 0].min() - 1) if layout == "shared" else 0
+    plans = plan(lengths, budget, world_size, layout, prefix)
+    assert plans == plan(
+        lengths.copy(), budget, world_size, layout, prefix
+    )  # every rank computes the same plan
     assert len(plans) == world_size
     assert len({len(mine) for mine in plans}) == 1
     members = [i for mine in plans for micro_batch in mine for i in micro_batch]
     assert sorted(members) == list(range(len(lengths)))
-    tokens = pair_tokens(lengths, layout)
+    tokens = pair_tokens(lengths, layout, prefix)
     for micro_batch in (m for mine in plans for m in mine if m):
         size = (
             len(micro_batch) * tokens[micro_batch].max() if layout == "padded" else tokens[micro_batch].sum()
         )
-        assert size <= budget
+        assert prefix + size <= budget
     busy = [sum(map(len, mine)) for mine in plans]
     assert min(busy) > 0 or max(busy) <= 1  # nobody idles while another has two pairs
     assert sum(not m for mine in plans for m in mine) < world_size  # no round in which nobody has work
@@ -56,12 +59,18 @@ ids = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(ids, ids, ids), min_size=1, max_size=6), st.sampled_from(LAYOUTS))
-def test_collate_against_a_naive_reading(rows, layout):
+@given(
+    st.lists(st.tuples(ids, ids, ids), min_size=1, max_size=6),
+    st.sampled_from(LAYOUTS),
+    st.lists(st.integers(0, 3), max_size=5),
+)
+def test_collate_against_a_naive_reading(rows, layout, prefix):
     """Protects position bookkeeping: every label is a response token, and what predicts it has read that response's own
     prompt and past, whatever the ids are (trap 3: pad == eos is told apart by position)."""
+    prefix = prefix if layout == "shared" else []
+    rows = [(prefix + prompt, *responses) for prompt, *responses in rows]
     pairs = [pair(str(i), *row) for i, row in enumerate(rows)]
-    batch = collate(pairs, layout)
+    batch = collate(pairs, layout, len(prefix))
     n, flat, places = len(rows), batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
     texts = [(p, c) for p, c, _ in rows] + [(p, r) for p, _, r in rows]
     past = visible(batch)
@@ -80,7 +89,8 @@ def test_collate_against_a_naive_reading(rows, layout):
         assert batch.spans is None and len(batch.input_ids) == 2 * n
     else:
         assert batch.attention_mask is None
-        assert len(flat) == pair_tokens(np.array([[len(x) for x in row] for row in rows]), layout).sum()
+        lengths = np.array([[len(x) for x in row] for row in rows])
+        assert len(flat) == len(prefix) + pair_tokens(lengths, layout, len(prefix)).sum()
 
 
 def visible(batch) -> dict[int, list[int]]:
@@ -92,9 +102,13 @@ def visible(batch) -> dict[int, list[int]]:
             for t in range(sum(mask)):
                 past[row * length + t] = [row * length + j for j in range(t + 1)]
         return past
+    prefix = list(range(batch.prefix))
+    past.update({position: prefix[: position + 1] for position in prefix})
     for start, prompt, chosen, rejected in batch.spans:
-        first = list(range(start, start + prompt + chosen))
-        second = first[:prompt] + list(range(start + prompt + chosen, start + prompt + chosen + rejected))
+        first = prefix + list(range(start, start + prompt + chosen))
+        second = first[: len(prefix) + prompt] + list(
+            range(start + prompt + chosen, start + prompt + chosen + rejected)
+        )
         for text in (first, second):
             past.update({position: text[: t + 1] for t, position in enumerate(text)})
     return past

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from sage import tokenized
 from sage.errors import UserError
 from sage.pairs import load_pairs, read_prompt, resolve_path
-from sage.tokenized import tokenize_pairs
+from sage.tokenized import TokenizedPairs, tokenize_pairs
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -404,6 +404,20 @@ def test_lengths(tokenizer, write, tokenise):
     data = tokenise(load_pairs(write(PLAIN, {**PLAIN, "rejected": "No idea"})), tokenizer)
     assert np.array_equal(data.lengths(), [[len(ids) for ids in data[i][2:]] for i in range(len(data))])
     assert data.lengths().dtype == np.int64
+
+
+@pytest.mark.parametrize("heads", [(0, 0), (7, 7), (8, 8), (30, 30), (30, 9)])
+def test_common_prefix(heads, monkeypatch):
+    """The longest common beginning that leaves every prompt a token of its own, and none that is too short to pay."""
+    monkeypatch.setattr("sage.tokenized.PREFIX_ROWS", 2)
+    ids = list(range(100, 130))
+    prompts = [ids[: heads[i % 2]] + [i, i, i] for i in range(5)]
+    prompts.append(ids)  # one that is all prefix
+    data = datasets.Dataset.from_dict(
+        {"prompt_ids": prompts, "chosen_ids": [[1]] * 6, "rejected_ids": [[2]] * 6}
+    )
+    expected = min(*heads, 29)
+    assert TokenizedPairs(data, {}, "").common_prefix == (expected if expected >= 8 else 0)
 
 
 def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tmp_path):

@@ -53,14 +53,16 @@ def tiny(name: str, layout: str = "padded", **changes) -> torch.nn.Module:
     return model
 
 
-def pairs() -> list[Pair]:
+def pairs(prefix: int = 0) -> list[Pair]:
+    """Three pairs, whose prompts begin with the same `prefix` tokens."""
     generator = torch.Generator().manual_seed(3)
 
     def ids(n: int) -> list[int]:
         return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
 
+    common = ids(prefix)
     return [
-        Pair(str(i), None, ids(p), ids(c), ids(r))
+        Pair(str(i), None, common + ids(p), ids(c), ids(r))
         for i, (p, c, r) in enumerate([(9, 7, 2), (3, 1, 12), (1, 5, 5)])
     ]
 
@@ -71,13 +73,13 @@ def naive(model: torch.nn.Module, prompt: list[int], response: list[int]) -> tor
 
 
 @each
-@each_layout
-def test_log_probabilities_and_gradients(name, layout):
+@pytest.mark.parametrize("layout, prefix", [*((layout, 0) for layout in LAYOUTS), ("shared", 11)])
+def test_log_probabilities_and_gradients(name, layout, prefix):
     """Protects the layouts (who sees whom, at which position; the last token of a shared prompt predicting both first
     tokens), padding, the shift by one, soft caps, logit scales, tied heads and learned positions."""
     model = tiny(name, layout)
-    policy, rows = Policy(model), pairs()
-    out = policy(collate(rows, layout))
+    policy, rows = Policy(model), pairs(prefix)
+    out = policy(collate(rows, layout, prefix))
     model.config._attn_implementation = policy.unpacked_attention
     expected = [torch.stack([naive(model, p.prompt_ids, r(p)) for p in rows])
                 for r in (lambda p: p.chosen_ids, lambda p: p.rejected_ids)]  # fmt: skip
