@@ -243,8 +243,8 @@ class TrainConfig(RunConfig):
     micro_batch_tokens: int = key(16384, "tokens (padding included) of one forward of one rank", low=2)
     packing: str = key(
         "auto",
-        "shared: no padding, each prompt computed once for both responses; unshared: no padding; padded: a row per "
-        "response; auto = shared where the model's attention admits it, else padded",
+        "shared: no padding, each prompt computed once for both responses, and what all prompts begin with once a row; "
+        "unshared: no padding; padded: a row per response; auto = shared where the model's attention admits it, else padded",
         choices=("auto", "shared", "unshared", "padded"),
     )
     reference: str = key(
