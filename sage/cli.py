@@ -48,9 +48,12 @@ def hydra_command(word: str) -> Callable[..., None]:
     def run(composed: DictConfig) -> None:
         from sage import launch
 
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            launch.run(config.load(composed), Path(HydraConfig.get().runtime.output_dir))
+            launch.run(config.load(composed), run_dir)
         except UserError as e:
+            with suppress(OSError):
+                run_dir.rmdir()  # which Hydra made; a folder that holds anything stays
             fail(e)  # here, so that Hydra does not add its own line
 
     return run
