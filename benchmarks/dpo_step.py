@@ -186,8 +186,36 @@ def gemm_flops(threads: int, dtype: torch.dtype) -> float:
     return 2 * a.shape[0] * 4096 * 4096 / best
 
 
-def useful_flops(model: str, pairs: Path) -> tuple[float, float, float]:
-    """Per pair: FLOPs of forward and backward with nothing computed twice or in vain, tokens, scored tokens."""
+def dense_flops(model: str, dtype: torch.dtype) -> float:
+    """The rate of the bare model's forward and backward on dense rows of 256 tokens, without head, loss and optimizer, in
+    FLOP/s: what a packed step, which has all of these, is measured against."""
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    body = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).base_model.to(device)
+    rows, length = (8, 256) if device == "cpu" else (64, 256)
+    ids = torch.randint(0, body.config.vocab_size, (rows, length), device=device)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        body(ids, use_cache=False).last_hidden_state.sum().backward()
+        float(next(body.layers.parameters()).grad.sum())  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    weights = sum(p.numel() for p in body.layers.parameters())
+    return 3 * rows * (2 * weights * length + attention_flops(body.config, length**2 / 2)) / best
+
+
+def attention_flops(config, looks: float) -> float:
+    """Forward FLOPs of all layers' attention where so many pairs of tokens see each other."""
+    width = config.num_attention_heads * getattr(
+        config, "head_dim", config.hidden_size // config.num_attention_heads
+    )
+    return 4 * looks * width * config.num_hidden_layers
+
+
+def useful_flops(model: str, pairs: Path, batch: int) -> tuple[float, float, float]:
+    """Per pair: FLOPs of forward and backward with nothing computed twice or in vain, tokens, scored tokens. What all
+    prompts begin with is computed once for the `batch` pairs of a step."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
@@ -196,14 +224,13 @@ def useful_flops(model: str, pairs: Path) -> tuple[float, float, float]:
     body = sum(p.numel() for p in shell.base_model.layers.parameters())
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     sizes = [[len(tokenizer(row[k])["input_ids"]) for k in ("prompt", "chosen", "rejected")] for row in rows]
-    tokens = statistics.mean(map(sum, sizes))
+    prefix = len(os.path.commonprefix([tokenizer(row["prompt"])["input_ids"] for row in rows]))
+    once = 1 - 1 / batch  # the share of a prefix that is saved
+    tokens = statistics.mean(map(sum, sizes)) - once * prefix
     scored = statistics.mean(c + r + 2 for _, c, r in sizes)
     # Scores and their product with the values, causal: token t looks back at its own text only.
-    looks = statistics.mean(((p + c) ** 2 + r * (2 * p + r)) / 2 for p, c, r in sizes)
-    width = config.num_attention_heads * getattr(
-        config, "head_dim", config.hidden_size // config.num_attention_heads
-    )
-    attention = 4 * looks * width * config.num_hidden_layers
+    looks = statistics.mean(((p + c) ** 2 + r * (2 * p + r)) / 2 for p, c, r in sizes) - once * prefix**2 / 2
+    attention = attention_flops(config, looks)
     return (
         3 * (2 * body * tokens + attention + 2 * config.vocab_size * config.hidden_size * scored),
         tokens,
@@ -267,8 +294,9 @@ def main() -> None:
                     f"round {round_number + 1}  {label}: {[f'{t:.1f}' for t in times]} s, {peak:.1f} GB",
                     flush=True,
                 )
-        flops, tokens, scored = useful_flops(model, Path(job["pairs"]))
+        flops, tokens, scored = useful_flops(model, Path(job["pairs"]), args.pairs)
         ceiling = gemm_flops(args.threads, getattr(torch, args.dtype))
+        dense = dense_flops(model, getattr(torch, args.dtype))
 
     pace = {label: args.pairs / statistics.median(times) for label, times in seconds.items()}
     trl = max((label for label in pace if label.startswith("TRL")), key=pace.__getitem__, default=None)
@@ -276,14 +304,17 @@ def main() -> None:
         f"\n{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, {args.dtype}; "
         f"{args.pairs} pairs a step of {tokens:.0f} tokens, {scored:.0f} of them scored"
     )
-    print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s; useful work: {flops / 1e9:.0f} GFLOP a pair\n")
     print(
-        f"{'contender':28}{'pairs/s':>9}{'scored tokens/s':>17}{'peak GB':>9}{'of GEMM':>9}{'speed/TRL':>11}{'memory/TRL':>12}"
+        f"matrix product: {ceiling / 1e9:.0f} GFLOP/s; dense forward and backward: {dense / 1e9:.0f} GFLOP/s; "
+        f"useful work: {flops / 1e9:.0f} GFLOP a pair\n"
+    )
+    print(
+        f"{'contender':28}{'pairs/s':>9}{'scored tokens/s':>17}{'peak GB':>9}{'of GEMM':>9}{'of dense':>10}{'speed/TRL':>11}{'memory/TRL':>12}"
     )
     for label, rate in pace.items():
         against = f"{rate / pace[trl]:>10.2f}x{memory[label] / memory[trl]:>11.2f}x" if trl else ""
         print(
-            f"{label:28}{rate:9.3f}{rate * scored:17.0f}{memory[label]:9.1f}{rate * flops / ceiling:9.2f}{against}"
+            f"{label:28}{rate:9.3f}{rate * scored:17.0f}{memory[label]:9.1f}{rate * flops / ceiling:9.2f}{rate * flops / dense:10.2f}{against}"
         )
     args.output.write_text(
         json.dumps(
@@ -293,6 +324,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "settings": vars(args) | {"output": str(args.output), "model": str(args.model)},
                 "gemm_flops": ceiling,
+                "dense_flops": dense,
                 "flops_per_pair": flops,
                 "tokens_per_pair": tokens,
                 "scored_tokens_per_pair": scored,
