@@ -224,7 +224,10 @@ def useful_flops(model: str, pairs: Path, batch: int) -> tuple[float, float, flo
     body = sum(p.numel() for p in shell.base_model.layers.parameters())
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     sizes = [[len(tokenizer(row[k])["input_ids"]) for k in ("prompt", "chosen", "rejected")] for row in rows]
-    prefix = len(os.path.commonprefix([tokenizer(row["prompt"])["input_ids"] for row in rows]))
+    prompts = zip(*(tokenizer(row["prompt"])["input_ids"] for row in rows), strict=False)
+    prefix = next(
+        (i for i, tokens in enumerate(prompts) if len(set(tokens)) > 1), min(p for p, _, _ in sizes)
+    )
     once = 1 - 1 / batch  # the share of a prefix that is saved
     tokens = statistics.mean(map(sum, sizes)) - once * prefix
     scored = statistics.mean(c + r + 2 for _, c, r in sizes)
