@@ -5,6 +5,8 @@ import os
 import sys
 import traceback
 
+NO_ROOM = ("No space left on device", "unexpected pos")  # as safetensors and torch.save say it
+
 
 class UserError(ValueError):
     """Something the user can mend: the message names the key, file or row and says what to do.
@@ -18,9 +20,7 @@ def disk_full(error: BaseException | None) -> bool:
     while error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(
-            words in str(error) for words in ("No space left on device", "inline_container.cc")
-        ):  # safetensors, torch
+        if any(words in str(error) for words in NO_ROOM):
             return True
         error = error.__cause__ or error.__context__
     return False
