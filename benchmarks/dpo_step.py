@@ -27,7 +27,7 @@ import torch
 
 REPO = Path(__file__).resolve().parent.parent
 PAIRS = REPO / "sage" / "assets" / "gsm8k_demo" / "train.jsonl"
-LR, BETA, MAX_LENGTH = 1e-6, 0.1, 4096
+LR, BETA = 1e-6, 0.1
 SAGE = {
     "sage": [],
     "sage, prompts not shared": ["packing=unshared"],
@@ -75,7 +75,7 @@ def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float]
     memory = run(
         [
             sys.executable, "-m", "sage.cli", "train", "model=hf", f"model.path={job['model']}", f"data.path={job['pairs']}",
-            "data.chat_template=false", f"data.max_length={MAX_LENGTH}", f"steps={job['steps'] + 1}",
+            "data.chat_template=false", f"data.max_length={job['max_length']}", f"steps={job['steps'] + 1}",
             f"batch_size={job['batch']}", f"micro_batch_tokens={job['tokens']}", f"loss.beta={BETA}",
             f"optimizer.lr={LR}", f"model.dtype={job['dtype']}", f"cache_dir={folder / 'cache'}",
             f"hydra.run.dir={run_dir}", *overrides,
@@ -157,7 +157,7 @@ def train_trl(job: dict) -> list[float]:
         output_dir=job["folder"], model_init_kwargs={"dtype": job["dtype"]}, use_cpu=cpu, bf16=False,
         precompute_ref_log_probs=True, precompute_ref_batch_size=job["micro"], gradient_checkpointing=False,
         per_device_train_batch_size=job["micro"], gradient_accumulation_steps=job["batch"] // job["micro"],
-        max_length=MAX_LENGTH, train_sampling_strategy="sequential", beta=BETA, learning_rate=LR,
+        max_length=job["max_length"], train_sampling_strategy="sequential", beta=BETA, learning_rate=LR,
         optim="adamw_torch", max_steps=job["steps"] + 1, logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True,
     )  # fmt: skip
@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=0, help="solved examples before each question")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=8192, help="sage's micro_batch_tokens")
+    parser.add_argument("--max-length", type=int, default=4096, help="of prompt and response; no pair is longer")
     parser.add_argument(
         "--trl-micro-batches", type=int, nargs="+", default=[2, 4], help="pairs; the fastest counts"
     )
@@ -279,7 +280,8 @@ def main() -> None:
         folder = Path(name)
         job = {
             "model": model, "pairs": str(make_pairs(folder, args.pairs * (args.steps + 1), args.shots)),
-            "steps": args.steps, "batch": args.pairs, "dtype": args.dtype, "tokens": args.tokens, "threads": args.threads,
+            "steps": args.steps, "batch": args.pairs, "dtype": args.dtype, "tokens": args.tokens,
+            "max_length": args.max_length, "threads": args.threads,
         }  # fmt: skip
         contenders = {label: (run_sage, overrides, job) for label, overrides in SAGE.items()}
         for micro in args.trl_micro_batches:
