@@ -252,7 +252,9 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=0, help="solved examples before each question")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=8192, help="sage's micro_batch_tokens")
-    parser.add_argument("--max-length", type=int, default=4096, help="of prompt and response; no pair is longer")
+    parser.add_argument(
+        "--max-length", type=int, default=4096, help="of prompt and response; no pair is longer"
+    )
     parser.add_argument(
         "--trl-micro-batches", type=int, nargs="+", default=[2, 4], help="pairs; the fastest counts"
     )

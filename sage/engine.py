@@ -82,7 +82,7 @@ def build_optimizer(
 
         with suppress(Exception):  # without a compiler or CUDA toolkit, building it fails in many ways
             return (DeepSpeedCPUAdam if offload else FusedAdam)(groups, adamw_mode=True, **options)  # pyright: ignore
-    return torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 class Ranks:

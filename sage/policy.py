@@ -20,6 +20,7 @@ from sage import attention
 from sage.config import ModelConfig, TrainConfig
 from sage.errors import UserError
 from sage.kernels import TokenStats, has_triton, token_stats
+from sage.kernels.recompute import bfloat16_in_hardware
 from sage.losses import LogitStats, PairLogps
 from sage.packing import MicroBatch, collate
 from sage.pairs import resolve_path
@@ -95,7 +96,7 @@ def compute_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
         return getattr(torch, cfg.dtype)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if bfloat16_in_hardware() else torch.float32
 
 
 def check_head(cfg: ModelConfig, device: torch.device) -> None:

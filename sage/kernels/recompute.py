@@ -78,6 +78,10 @@ class _Stats(torch.autograd.Function):
         found, peak, total = merge(
             backend.partials(hidden, weight, bias, labels, softcap, scale, stats), stats
         )
+        if hidden.dtype == torch.bfloat16:
+            # Any point near the peak serves the backward pass, and this one a product in bfloat16 can start from.
+            exact, peak = peak, peak.to(hidden.dtype).to(total.dtype)
+            total = total * (exact - peak).exp()
         ctx.save_for_backward(hidden, labels, peak, total)
         # The Parameter itself, not save_for_backward: ZeRO-3 empties `.data` after this forward and gathers it
         # anew, into other storage, before the backward; saved-tensor hooks (offload, checkpointing) would have
@@ -101,18 +105,23 @@ class _Stats(torch.autograd.Function):
         (n, h), v = hidden.shape, weight.shape[0]
         (rows, cols), wide = ctx.backend.tile, total.dtype
         factor = -ctx.scale * grad.to(wide) / total
-        scaled = (hidden * factor[:, None]).to(_factor_dtype(hidden)) if need_weight else None
+        dtype = product_dtype(hidden)
+        scaled = (hidden * factor[:, None]).to(dtype) if need_weight else None
         grad_hidden = hidden.new_zeros(n, h, dtype=wide) if need_hidden else None
         grad_weight = (torch.empty_like if n else torch.zeros_like)(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
+        # One buffer each for all tiles: fresh pages cost a CPU as much as a third of a product.
         buffer = hidden.new_empty(min(rows, n) * min(cols, v), dtype=ctx.backend.dtype)
+        weights = None if dtype == weight.dtype else hidden.new_empty(min(cols, v), h, dtype=dtype)
+        in_place = weight.dtype == wide or n <= rows
+        sums = None if in_place else hidden.new_empty(min(cols, v), h, dtype=wide)
 
         for cut_v in cuts(v, cols):
-            # The sum over tokens ends inside this loop: in place, or for half precision in one tile of float32.
+            # The sum over tokens ends inside this loop: in place, or for half precision in several parts, in float32.
             width = cut_v.stop - cut_v.start
-            tile_weight = grad_weight[cut_v] if need_weight else None
-            if need_weight and weight.dtype != wide:
-                tile_weight = hidden.new_zeros(width, h, dtype=wide)
+            own_weight = weight[cut_v] if weights is None else weights[:width].copy_(weight[cut_v])
+            if need_weight:
+                tile_weight = grad_weight[cut_v] if sums is None else sums[:width]
             tile_bias = hidden.new_zeros(width, dtype=wide) if need_bias else None
             tile_of_bias = None if bias is None else bias[cut_v]
             for cut_n in cuts(n, rows):
@@ -120,13 +129,14 @@ class _Stats(torch.autograd.Function):
                     hidden[cut_n], weight[cut_v], tile_of_bias, labels[cut_n] - cut_v.start,
                     peak[cut_n], total[cut_n], ctx.softcap, ctx.scale, buffer,
                 )  # fmt: skip
-                if need_hidden:
-                    add_product(grad_hidden[cut_n], residual, weight[cut_v])
-                if need_weight:
-                    add_product(tile_weight, residual.T, scaled[cut_n], beta=int(cut_n.start > 0))
                 if need_bias:
                     tile_bias += residual.T.to(wide) @ factor[cut_n]
-            if need_weight and weight.dtype != wide:
+                residual = residual.to(dtype)
+                if need_hidden:
+                    add_product(grad_hidden[cut_n], residual, own_weight)
+                if need_weight:
+                    add_product(tile_weight, residual.T, scaled[cut_n], beta=int(cut_n.start > 0))
+            if need_weight and sums is not None:
                 grad_weight[cut_v] = tile_weight
             if need_bias:
                 grad_bias[cut_v] = tile_bias
@@ -139,16 +149,24 @@ def cuts(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _factor_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product's factors are multiplied: tensor cores take half precision, CPUs are slow at it."""
-    return x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
+def bfloat16_in_hardware() -> bool:
+    """Whether this CPU multiplies bfloat16 as it is, twice as fast as float32; others take ten times as long."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a gradient's factors are multiplied: x's own where the hardware takes it, else float32."""
+    return x.dtype if x.is_cuda or bfloat16_in_hardware() else torch.promote_types(x.dtype, torch.float32)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """total <- beta * total + a @ b, summed in total's dtype whatever the factors'."""
-    dtype = _factor_dtype(b)
-    a, b = a.to(dtype), b.to(dtype)
-    if dtype == total.dtype:
+    """total <- beta * total + a @ b, for beta 0 or 1. Half-precision factors are summed in float32 on CUDA; a CPU rounds
+    their product once, before it is added, as the gradient is rounded in the end."""
+    if b.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    else:
+    elif b.is_cuda:
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    elif beta:
+        total += a @ b
+    else:
+        total.copy_(a @ b)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sage.kernels import recompute
 from sage.kernels.oracle import TokenStats, accumulator
-from sage.kernels.recompute import Partials, add_product, cuts
+from sage.kernels.recompute import Partials, add_product, bfloat16_in_hardware, cuts
 
 # Tokens x vocabulary of one tile. CPU: 8 MB of float32, the fastest of six sizes tried (one thread, h = 896,
 # v = 16,384, 1,024 tokens, beside other work). CUDA, a guess: enough work for each launch.
@@ -42,10 +42,16 @@ def token_stats(
         label_logit = hidden.new_full((n,), torch.nan, dtype=dtype)
         peaks, totals = hidden.new_empty(2, -(-v // cols), n, dtype=dtype)
         squares, weighted = sums("sum_sq_probs"), sums("entropy")
+        if not hidden.is_cuda:  # a CPU has no product of half precision that comes out as float32
+            hidden = hidden.to(dtype)
+        wide = None if hidden.dtype == weight.dtype else hidden.new_empty(min(cols, v), hidden.shape[1])
         for k, cut_v in enumerate(cuts(v, cols)):
             tile_of_bias = None if bias is None else bias[cut_v]
+            tile_of_weight = weight[cut_v]
+            if wide is not None:
+                tile_of_weight = wide[: len(tile_of_weight)].copy_(tile_of_weight)
             for cut_n in cuts(n, rows):
-                logits = _logits(hidden[cut_n], weight[cut_v], tile_of_bias, softcap, scale, buffer)
+                logits = _logits(hidden[cut_n], tile_of_weight, tile_of_bias, softcap, scale, buffer)
                 index, inside = _within(labels[cut_n] - cut_v.start, logits.shape[1])
                 found = logits.gather(1, index[:, None]).squeeze(1)
                 label_logit[cut_n] = torch.where(inside, found, label_logit[cut_n])
@@ -60,13 +66,19 @@ def token_stats(
                     torch.sum(probs.square_(), 1, out=squares[k, cut_n])
         return Partials(label_logit, peaks, totals, squares, weighted)
 
-    backend = recompute.Backend(partials, _residual, tile, accumulator(hidden.dtype))
+    in_bfloat16 = hidden.dtype == torch.bfloat16 and not hidden.is_cuda and bfloat16_in_hardware()
+    if in_bfloat16 and bias is None and softcap is None and scale == 1:
+        backend = recompute.Backend(partials, _residual_bfloat16, tile, torch.bfloat16)
+    else:
+        backend = recompute.Backend(partials, _residual, tile, accumulator(hidden.dtype))
     return recompute.token_stats(
         hidden, weight, labels, bias=bias, softcap=softcap, scale=scale, stats=stats, backend=backend
     )
 
 
 def _residual(hidden, weight, bias, columns, peak, total, softcap, scale, out) -> Tensor:
+    if not hidden.is_cuda:
+        hidden, weight = hidden.to(out.dtype), weight.to(out.dtype)
     logits = _logits(hidden, weight, bias, softcap, scale, out)
     slope = None if softcap is None else 1 - (logits / softcap).square_()
     index, inside = _within(columns, logits.shape[1])
@@ -75,14 +87,33 @@ def _residual(hidden, weight, bias, columns, peak, total, softcap, scale, out) -
     return residual if slope is None else residual.mul_(slope)
 
 
+def _residual_bfloat16(hidden, weight, _bias, columns, peak, total, _softcap, _scale, out) -> Tensor:
+    """`_residual` on a CPU with bfloat16 units, in half the time.
+
+    The product is rounded with the peak already subtracted, so an exponent z - peak is off by 0.2% of itself at the most:
+    least where the probability is, and less than the rounding of the hidden states makes of it anyway.
+    """
+    exponents = _tile(hidden, weight, out).copy_(-peak[:, None])
+    torch.addmm(exponents, hidden, weight.T, out=exponents)
+    index, inside = _within(columns, exponents.shape[1])
+    own = exponents.gather(1, index[:, None])
+    # The label's, from float32: a likely label's probability nearly cancels.
+    own = torch.where(inside[:, None], own.to(total.dtype).exp() - total[:, None], own.exp())
+    return exponents.exp_().scatter_(1, index[:, None], own.to(out.dtype))
+
+
 def _within(columns: Tensor, cols: int) -> tuple[Tensor, Tensor]:
     """Columns clamped into a tile, and which of them lie in it; both [rows]."""
     return columns.clamp(0, cols - 1), (columns >= 0) & (columns < cols)
 
 
+def _tile(hidden: Tensor, weight: Tensor, storage: Tensor) -> Tensor:
+    return storage[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+
+
 def _logits(hidden, weight, bias, softcap, scale, out) -> Tensor:
     """One tile of logits [rows, cols], in `out`'s storage: fresh pages cost more than the arithmetic on CPU."""
-    logits = out[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+    logits = _tile(hidden, weight, out)
     add_product(logits, hidden, weight.T, beta=0)
     if bias is not None:
         logits += bias
