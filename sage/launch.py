@@ -110,6 +110,8 @@ def start(world_size: int, run_dir: Path) -> None:
     # glibc would hand every freed activation back to the kernel and fetch its pages anew: a seventh of a CPU step.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
+    # One heap: the backward pass, a thread of its own, takes the pages that the forward has left.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     worker = ["-m", "sage.worker", str(run_dir)]
     if world_size == 1:
         status = subprocess.run([sys.executable, *worker]).returncode

@@ -8,6 +8,7 @@ loss is ln 2 but for rounding.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable
 from functools import partial
@@ -63,8 +64,9 @@ class Cached:
     def __init__(
         self, forward: PairForward, pairs: TokenizedPairs, key: dict[str, str], cache_dir: str, name: str
     ):
+        software = {p: importlib.metadata.version(p) for p in ("sage-align", "torch", "transformers")}
         digest = hashlib.sha256(
-            json.dumps({**key, "pairs": pairs.fingerprint}, sort_keys=True).encode()
+            json.dumps({**key, **software, "pairs": pairs.fingerprint}, sort_keys=True).encode()
         ).hexdigest()
         file = Path(cache_dir).expanduser() / "reference" / f"{digest[:32]}.safetensors"
         if not main_first(file.is_file):
