@@ -9,7 +9,9 @@ forward could have made, costs a dropped pair nothing.
 A backend brings two functions: `partials` for the forward, `residual` for the backward.
 """
 
+import platform
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -149,9 +151,12 @@ def cuts(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
+@cache
 def bfloat16_in_hardware() -> bool:
     """Whether this CPU multiplies bfloat16 as it is, twice as fast as float32; others take ten times as long."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine() in ("x86_64", "AMD64"):  # where oneDNN takes AVX-512 for enough, and emulates it
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
