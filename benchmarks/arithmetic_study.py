@@ -42,6 +42,7 @@ METHODS: dict[str, list[str]] = {
     "dpo": ["loss.nll_weight=0"],
     "dpo+nll": [NLL],
     "sage": [*SAGE, *REFRESH],
+    "sage without NLL": [*SAGE[1:], "loss.nll_weight=0", *REFRESH],
     "loss": [NLL, "scorer=loss"],
     "sage, scored every step": SAGE,
     "sage, sampled": [*SAGE, *REFRESH, "scorer.temperature=0.1"],
@@ -91,7 +92,7 @@ def one_run(method: str, settings: dict[str, float], split: str, seed: int) -> d
     path = resolve_path(f"pkg://sage.assets/arithmetic/problems_{split}.jsonl")
     StudyRun.problems = [json.loads(line) for line in Path(path).read_text().splitlines()]
     folder = Path(tempfile.mkdtemp(prefix="arithmetic-"))
-    overrides = ["+experiment=arithmetic", "data.eval_limit=32", f"steps={STEPS}", f"eval_every={EVERY}", f"seed={seed}",
+    overrides = ["+experiment=arithmetic", "data.eval_limit=32", f"steps={STEPS}", f"eval_every={EVERY}", f"seed={seed}", "model.dtype=float32",
                  *METHODS[method], *(f"{key}={value}" for key, value in settings.items())]  # fmt: skip
     with initialize_config_module("sage.conf", version_base="1.3"):
         config.freeze(config.load(compose("train", overrides)), folder / "run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sage import attention
 from sage.attention import Span, block_mask, packed_attention, packed_mask
 
 PREFIX = 6
@@ -67,6 +68,28 @@ def test_against_the_dense_mask(kind, kv_heads, softcap, prefix):
     ours = torch.autograd.grad((out * weight).sum(), (q, k, v))
     theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("block", [1, 4, 7])
+@pytest.mark.parametrize("prefix", ROWS)
+def test_blocks_of_queries(monkeypatch, prefix, block, dtype, tolerance):
+    """Protects texts longer than a block, and gradients that a prompt's keys collect from several."""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, heads, LENGTH, 16, generator=generator).to(dtype).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    mask = packed_mask(prefix, ROWS[prefix], LENGTH, torch.device("cpu"))
+    out, _ = packed_attention(torch.nn.Module(), *inputs, None, scaling=0.3, softcap=2.0, packed_mask=mask)
+    expected = naive(*exact, 0.3, 2.0, prefix)
+    weight = torch.randn(out.shape, generator=generator).to(dtype)
+    ours = [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+    theirs = [expected, *torch.autograd.grad((expected * weight).sum(), exact)]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype and (a.double() - b).norm() < tolerance * b.norm()
 
 
 @pytest.mark.parametrize("prefix", ROWS)

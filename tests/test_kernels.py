@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sage.kernels import TokenStats, choose_backend, has_triton, oracle, tiled, token_stats
+from sage.kernels import TokenStats, choose_backend, has_triton, oracle, recompute, tiled, token_stats
 
 # On CPU the kernels run in Triton's interpreter: see conftest.py.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,6 +104,33 @@ HEADS = [
 def test_matches_naive(shape, head, dtype, tile):
     for backend in backends(tile).values():
         check(backend, shape, head, dtype)
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+@pytest.mark.parametrize("head", HEADS[:2], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_on_cpus_with_and_without_units_for_it(monkeypatch, shape, head, in_hardware):
+    """Protects the path that this machine does not take."""
+    for module in (tiled, recompute):
+        monkeypatch.setattr(module, "bfloat16_in_hardware", lambda: in_hardware)
+    check(backends((5, 16))["tiled"], shape, head, torch.bfloat16)
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_gradients_of_near_certain_labels_survive_bfloat16(monkeypatch, in_hardware):
+    """Protects mastered tokens: the label's own p - 1 is what is left of two numbers that round to the same."""
+    for module in (tiled, recompute):
+        monkeypatch.setattr(module, "bfloat16_in_hardware", lambda: in_hardware)
+    hidden, weight, labels, _ = case(30, 64, 200, dtype=torch.bfloat16, spread=8)
+    labels = (hidden.double() @ weight.double().T).argmax(1)
+    exact = [doubled(x) for x in (hidden, weight)]
+    want = naive(*exact, labels).logps
+    certain = want > -1e-2
+    assert certain.sum() > 5
+    want[certain].sum().backward()
+    tiled.token_stats(hidden, weight, labels).logps[certain].sum().backward()
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        assert (ours.grad.double() - theirs.grad).norm() < 0.02 * theirs.grad.norm()
 
 
 @settings(max_examples=40, deadline=None)
