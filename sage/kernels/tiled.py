@@ -93,13 +93,13 @@ def _residual_bfloat16(hidden, weight, _bias, columns, peak, total, _softcap, _s
     The product is rounded with the peak already subtracted, so an exponent z - peak is off by 0.2% of itself at the most:
     least where the probability is, and less than the rounding of the hidden states makes of it anyway.
     """
-    exponents = _tile(hidden, weight, out).copy_(-peak[:, None])
-    torch.addmm(exponents, hidden, weight.T, out=exponents)
-    index, inside = _within(columns, exponents.shape[1])
-    own = exponents.gather(1, index[:, None])
-    # The label's, from float32: a likely label's probability nearly cancels.
-    own = torch.where(inside[:, None], own.to(total.dtype).exp() - total[:, None], own.exp())
-    return exponents.exp_().scatter_(1, index[:, None], own.to(out.dtype))
+    residual = _tile(hidden, weight, out).copy_(-peak[:, None])
+    torch.addmm(residual, hidden, weight.T, out=residual).exp_()
+    # The label's own in float32: where it is likely, the difference is less than what rounding would leave of it.
+    at = ((columns >= 0) & (columns < weight.shape[0])).nonzero().squeeze(1)
+    logits = (hidden[at].to(total.dtype) * weight[columns[at]].to(total.dtype)).sum(1)
+    residual[at, columns[at]] = ((logits - peak[at]).exp() - total[at]).to(out.dtype)
+    return residual
 
 
 def _within(columns: Tensor, cols: int) -> tuple[Tensor, Tensor]:
