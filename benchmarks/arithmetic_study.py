@@ -221,7 +221,8 @@ def table(file: Path) -> None:
         for name in ("step", "backward_pairs", "cost", "cpu_seconds"):
             at = curves(lines, method, name)
             seeds = np.array([reach(a, target, x) for a, x in zip(accuracy, at, strict=True)])
-            row.append(f"{reach(accuracy.mean(0), target, at.mean(0)):.0f}; {cell(seeds, '.0f')}")
+            on_mean = reach(accuracy.mean(0), target, at.mean(0))
+            row.append(("" if np.isnan(on_mean) else f"{on_mean:.0f}; ") + cell(seeds, ".0f"))
         print(f"| {' | '.join(row)} |")
 
 
