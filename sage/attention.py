@@ -150,12 +150,10 @@ class _Texts(torch.autograd.Function):
                 grad_query[0, :, block] = torch.bmm(grad_scores, k[:, :seen]).view_as(grad_query[0, :, block])
                 sum_key[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q)
                 sum_value[:, :seen] += torch.bmm(probs.to(g.dtype).transpose(1, 2), g)
-            first = 0
-            for part in keys:
-                last = first + part.stop - part.start
-                grad_key[:, part] += sum_key[:, first:last]
-                grad_value[:, part] += sum_value[:, first:last]
-                first = last
+            sizes = [part.stop - part.start for part in keys]
+            for part, own_key, own_value in zip(keys, sum_key.split(sizes, 1), sum_value.split(sizes, 1), strict=True):  # fmt: skip
+                grad_key[:, part] += own_key
+                grad_value[:, part] += own_value
         return grad_query, grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None, None, None
 
 

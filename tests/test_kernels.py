@@ -111,16 +111,14 @@ def test_matches_naive(shape, head, dtype, tile):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bfloat16_on_cpus_with_and_without_units_for_it(monkeypatch, shape, head, in_hardware):
     """Protects the path that this machine does not take."""
-    for module in (tiled, recompute):
-        monkeypatch.setattr(module, "bfloat16_in_hardware", lambda: in_hardware)
+    monkeypatch.setattr(recompute, "bfloat16_in_hardware", lambda: in_hardware)
     check(backends((5, 16))["tiled"], shape, head, torch.bfloat16)
 
 
 @pytest.mark.parametrize("in_hardware", [True, False])
 def test_gradients_of_near_certain_labels_survive_bfloat16(monkeypatch, in_hardware):
     """Protects mastered tokens: the label's own p - 1 is what is left of two numbers that round to the same."""
-    for module in (tiled, recompute):
-        monkeypatch.setattr(module, "bfloat16_in_hardware", lambda: in_hardware)
+    monkeypatch.setattr(recompute, "bfloat16_in_hardware", lambda: in_hardware)
     hidden, weight, labels, _ = case(30, 64, 200, dtype=torch.bfloat16, spread=8)
     labels = (hidden.double() @ weight.double().T).argmax(1)
     exact = [doubled(x) for x in (hidden, weight)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sage.kernels.oracle import TokenStats
+from sage.kernels.oracle import TokenStats, accumulator
 
 
 class Partials(NamedTuple):
@@ -161,7 +161,7 @@ def bfloat16_in_hardware() -> bool:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a gradient's factors are multiplied: x's own where the hardware takes it, else float32."""
-    return x.dtype if x.is_cuda or bfloat16_in_hardware() else torch.promote_types(x.dtype, torch.float32)
+    return x.dtype if x.is_cuda or bfloat16_in_hardware() else accumulator(x.dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:

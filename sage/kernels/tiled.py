@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sage.kernels import recompute
 from sage.kernels.oracle import TokenStats, accumulator
-from sage.kernels.recompute import Partials, add_product, bfloat16_in_hardware, cuts
+from sage.kernels.recompute import Partials, add_product, cuts
 
 # Tokens x vocabulary of one tile. CPU: 8 MB of float32, the fastest of six sizes tried (one thread, h = 896,
 # v = 16,384, 1,024 tokens, beside other work). CUDA, a guess: enough work for each launch.
@@ -66,7 +66,7 @@ def token_stats(
                     torch.sum(probs.square_(), 1, out=squares[k, cut_n])
         return Partials(label_logit, peaks, totals, squares, weighted)
 
-    in_bfloat16 = hidden.dtype == torch.bfloat16 and not hidden.is_cuda and bfloat16_in_hardware()
+    in_bfloat16 = hidden.dtype == torch.bfloat16 and not hidden.is_cuda and recompute.bfloat16_in_hardware()
     if in_bfloat16 and bias is None and softcap is None and scale == 1:
         backend = recompute.Backend(partials, _residual_bfloat16, tile, torch.bfloat16)
     else:
