@@ -55,8 +55,8 @@ def main() -> None:
         logging.disable_progress_bar()  # we show our own
 
         get_method(JOBS[config.load(run_dir).command])(run_dir)
-        ranks.leave()
         lock.release()
+        ranks.leave()
     except Exception as e:
         if disk_full(e):
             e = UserError(
