@@ -9,6 +9,7 @@ FlexAttention over the row under a block mask.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -121,8 +122,9 @@ class _Texts(torch.autograd.Function):
         out = query.new_empty(1, length, heads, width)
         for queries, keys in mask.texts():
             k, v = _take(key, keys), _take(value, keys)
+            wide = k.to(_wide(k))
             for block, seen in _blocks(queries, k.shape[1]):
-                scores = _scores(_group(query[0, :, block], k), k[:, :seen], block, scaling, softcap)
+                scores = _scores(_group(query[0, :, block], k), wide[:, :seen], block, scaling, softcap)
                 mixed = torch.bmm(scores.softmax(-1).to(v.dtype), v[:, :seen])
                 out[0, block] = mixed.view(heads, -1, width).transpose(0, 1)
         return out
@@ -137,23 +139,26 @@ class _Texts(torch.autograd.Function):
         grad_key, grad_value = (torch.zeros_like(x[0], dtype=_wide(x)) for x in (key, value))
         for queries, keys in ctx.mask.texts():
             k, v = _take(key, keys), _take(value, keys)
+            wide = k.to(_wide(k))
             sum_key, sum_value = (torch.zeros_like(x, dtype=_wide(x)) for x in (k, v))
             for block, seen in _blocks(queries, k.shape[1]):
                 q, g = _group(query[0, :, block], k), _group(grad[0, block].transpose(0, 1), k)
-                scores = _scores(q, k[:, :seen], block, scaling, softcap)
+                scores = _scores(q, wide[:, :seen], block, scaling, softcap)
                 probs = scores.softmax(-1)
                 grad_probs = torch.bmm(g, v[:, :seen].transpose(1, 2)).to(probs.dtype)
                 grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
                 if softcap is not None:
                     grad_scores *= 1 - (scores.clamp_min(-softcap) / softcap).square_()
-                grad_scores = (grad_scores * scaling).to(k.dtype)
-                grad_query[0, :, block] = torch.bmm(grad_scores, k[:, :seen]).view_as(grad_query[0, :, block])
+                grad_scores = grad_scores.to(k.dtype)
+                own = _scaled_product(grad_scores, k[:, :seen], scaling)
+                grad_query[0, :, block] = own.view_as(grad_query[0, :, block])
                 sum_key[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q)
                 sum_value[:, :seen] += torch.bmm(probs.to(g.dtype).transpose(1, 2), g)
             sizes = [part.stop - part.start for part in keys]
             for part, own_key, own_value in zip(keys, sum_key.split(sizes, 1), sum_value.split(sizes, 1), strict=True):  # fmt: skip
                 grad_key[:, part] += own_key
                 grad_value[:, part] += own_value
+        grad_key *= scaling
         return grad_query, grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None, None, None
 
 
@@ -174,15 +179,31 @@ def _group(x: Tensor, k: Tensor) -> Tensor:
     return x.reshape(k.shape[0], -1, x.shape[-1])
 
 
-def _scores(q: Tensor, k: Tensor, block: slice, scaling: float, softcap: float | None) -> Tensor:
-    """[kv_heads, heads / kv_heads * own, seen] of a block of `own` queries, which are the last of the keys."""
-    scores = torch.bmm(q.to(_wide(q)) * scaling, k.to(_wide(k)).transpose(1, 2))
+def _scores(q: Tensor, wide: Tensor, block: slice, scaling: float, softcap: float | None) -> Tensor:
+    """[kv_heads, heads / kv_heads * own, seen], like the keys in `wide`, of a block of `own` queries, the last of the keys."""
+    with _bfloat16_factors() if q.dtype == torch.bfloat16 else nullcontext():
+        scores = _scaled_product(q.to(wide.dtype), wide.transpose(1, 2), scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     own = block.stop - block.start
     ahead = scores.new_full((own, own), -torch.inf).triu_(1)
     scores.view(-1, own, scores.shape[-1])[:, :, -own:] += ahead
     return scores
+
+
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
+
+
+@contextmanager
+def _bfloat16_factors() -> Iterator[None]:
+    """float32 products whose factors are bfloat16 numbers: exact all the same, and a CPU with units for these is faster."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _wide(x: Tensor) -> torch.dtype:
