@@ -198,7 +198,7 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 @contextmanager
 def _bfloat16_factors() -> Iterator[None]:
     """float32 products whose factors are bfloat16 numbers: exact all the same, and a CPU with units for these is faster."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
