@@ -4,9 +4,10 @@
     python benchmarks/dpo_step.py --shots 8 --pairs 2  # prompts of about 1,400 tokens
 
 Every contender is a process of its own that trains the same model on the same pairs in the same order and dtype, with
-the reference computed beforehand and no gradient checkpointing. Contenders take turns, so that a machine that slows down
-slows them all. The first step of a process warms up and is not counted. TRL runs with every micro-batch size of
---trl-micro-batches, accumulated to the same batch, and its fastest one counts. Needs the `peer` extra.
+the reference computed beforehand and no gradient checkpointing; `sage, forward only` scores the pairs of a step. Contenders
+take turns, so that a machine that slows down slows them all. The first step of a process warms up and is not counted. TRL
+runs with every micro-batch size of --trl-micro-batches, accumulated to the same batch, and its fastest one counts. Needs
+the `peer` extra.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from pathlib import Path
 
 import torch
 
+from sage import ranks
+from sage.curriculum import Shuffled
+from sage.launch import MALLOC
+
 REPO = Path(__file__).resolve().parent.parent
 PAIRS = REPO / "sage" / "assets" / "gsm8k_demo" / "train.jsonl"
-LR, BETA = 1e-6, 0.1
+SHUFFLED, FORWARD = "shuffled.jsonl", "sage, forward only"
+LR, BETA, SEED = 1e-6, 0.1, 0
 SAGE = {
     "sage": [],
     "sage, prompts not shared": ["packing=unshared"],
@@ -37,27 +43,29 @@ SAGE = {
 
 
 def make_pairs(folder: Path, count: int, shots: int) -> Path:
-    """`count` pairs with a template written out, behind `shots` solved examples."""
+    """`count` pairs with a template written out, behind `shots` solved examples; beside them, in SHUFFLED, the same so
+    that sage, which shuffles, draws them in this order."""
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     random.Random(0).shuffle(rows)
     examples, rows = rows[:shots], rows[shots : shots + count]
     head = "".join(f"Question: {e['prompt']}\nAnswer: {e['chosen']}\n\n" for e in examples)
+    lines = []
+    for row in rows:
+        pair = {"prompt": f"{head}Question: {row['prompt']}\nAnswer:"}
+        lines.append(json.dumps({**pair, "chosen": " " + row["chosen"], "rejected": " " + row["rejected"]}))
+    shuffled = [""] * count
+    for line, index in zip(lines, Shuffled(count, SEED).draw(count), strict=True):
+        shuffled[index] = line
+    (folder / SHUFFLED).write_text("\n".join(shuffled) + "\n")
     file = folder / "pairs.jsonl"
-    with file.open("w") as f:
-        for row in rows:
-            prompt = f"{head}Question: {row['prompt']}\nAnswer:"
-            f.write(
-                json.dumps(
-                    {"prompt": prompt, "chosen": " " + row["chosen"], "rejected": " " + row["rejected"]}
-                )
-                + "\n"
-            )
+    file.write_text("\n".join(lines) + "\n")
     return file
 
 
-def run(command: list[str], threads: int) -> float:
+def run(command: list[str], threads: int, variables: dict[str, str] | None = None) -> float:
     """Run a process to its end; returns the peak memory of it or of one of its children, in GB."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    settings = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, **settings, **(variables or {})}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
@@ -70,18 +78,19 @@ def run(command: list[str], threads: int) -> float:
     return usage.ru_maxrss / 1e6
 
 
+def sage_overrides(job: dict, folder: Path) -> list[str]:
+    return [
+        "model=hf", f"model.path={job['model']}", f"data.path={Path(job['pairs']).with_name(SHUFFLED)}", f"seed={SEED}",
+        "data.chat_template=false", f"data.max_length={job['max_length']}", f"steps={job['steps'] + 1}",
+        f"batch_size={job['batch']}", f"micro_batch_tokens={job['tokens']}", f"loss.beta={BETA}",
+        f"optimizer.lr={LR}", f"model.dtype={job['dtype']}", f"cache_dir={folder / 'cache'}",
+    ]  # fmt: skip
+
+
 def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float], float]:
     run_dir = folder / f"run{len(list(folder.iterdir()))}"
-    memory = run(
-        [
-            sys.executable, "-m", "sage.cli", "train", "model=hf", f"model.path={job['model']}", f"data.path={job['pairs']}",
-            "data.chat_template=false", f"data.max_length={job['max_length']}", f"steps={job['steps'] + 1}",
-            f"batch_size={job['batch']}", f"micro_batch_tokens={job['tokens']}", f"loss.beta={BETA}",
-            f"optimizer.lr={LR}", f"model.dtype={job['dtype']}", f"cache_dir={folder / 'cache'}",
-            f"hydra.run.dir={run_dir}", *overrides,
-        ],
-        job["threads"],
-    )  # fmt: skip
+    command = [sys.executable, "-m", "sage.cli", "train", *sage_overrides(job, folder)]
+    memory = run([*command, f"hydra.run.dir={run_dir}", *overrides], job["threads"])
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line["time/step_seconds"] for line in lines if "loss" in line][1:], memory
 
@@ -89,8 +98,30 @@ def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float]
 def run_worker(name: str, job: dict, folder: Path) -> tuple[list[float], float]:
     file = folder / "job.json"
     file.write_text(json.dumps({**job, "worker": name, "folder": str(folder)}))
-    memory = run([sys.executable, __file__, "--worker", str(file)], job["threads"])
+    variables = MALLOC if name == "forward" else None  # as `sage` starts its own ranks
+    memory = run([sys.executable, __file__, "--worker", str(file)], job["threads"], variables)
     return json.loads((folder / "report.json").read_text())[1:], memory
+
+
+def score_sage(job: dict) -> list[float]:
+    """What a step's pairs take when they are only scored."""
+    from hydra import compose, initialize_config_module
+
+    from sage import config
+    from sage.run import Run
+
+    folder = Path(job["folder"])
+    run_dir = Path(tempfile.mkdtemp(dir=folder))
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        config.freeze(config.load(compose("train", sage_overrides(job, folder))), run_dir)
+    run = Run(run_dir)
+    order, seconds = Shuffled(len(run.pairs), SEED), []
+    for _ in range(job["steps"] + 1):
+        indices = order.draw(job["batch"])
+        started = time.perf_counter()
+        run.forward.all_logps(run.pairs, indices).chosen.sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def train_textbook(job: dict) -> list[float]:
@@ -168,7 +199,7 @@ def train_trl(job: dict) -> list[float]:
     return seconds
 
 
-WORKERS = {"trl": train_trl, "textbook": train_textbook}
+WORKERS = {"forward": score_sage, "trl": train_trl, "textbook": train_textbook}
 
 
 def gemm_flops(threads: int, dtype: torch.dtype) -> float:
@@ -268,6 +299,7 @@ def main() -> None:
         job = json.loads(args.worker.read_text())
         report = WORKERS[job["worker"]](job)
         (Path(job["folder"]) / "report.json").write_text(json.dumps(report))
+        ranks.leave()
         return
 
     model = args.model
@@ -286,6 +318,7 @@ def main() -> None:
             "max_length": args.max_length, "threads": args.threads,
         }  # fmt: skip
         contenders = {label: (run_sage, overrides, job) for label, overrides in SAGE.items()}
+        contenders[FORWARD] = (run_worker, "forward", job)
         for micro in args.trl_micro_batches:
             contenders[f"TRL, {micro} pairs"] = (run_worker, "trl", {**job, "micro": micro})
         contenders["textbook loop"] = (run_worker, "textbook", {**job, "micro": args.textbook_micro_batch})
@@ -319,10 +352,14 @@ def main() -> None:
         f"{'contender':28}{'pairs/s':>9}{'scored tokens/s':>17}{'peak GB':>9}{'of GEMM':>9}{'of dense':>10}{'speed/TRL':>11}{'memory/TRL':>12}"
     )
     for label, rate in pace.items():
+        if label == FORWARD:
+            continue
         against = f"{rate / pace[trl]:>10.2f}x{memory[label] / memory[trl]:>11.2f}x" if trl else ""
         print(
             f"{label:28}{rate:9.3f}{rate * scored:17.0f}{memory[label]:9.1f}{rate * flops / ceiling:9.2f}{rate * flops / dense:10.2f}{against}"
         )
+    if FORWARD in pace and "sage" in pace:
+        print(f"\na step of sage takes {pace[FORWARD] / pace['sage']:.2f}x the time of its forward alone")
     args.output.write_text(
         json.dumps(
             {

@@ -17,6 +17,14 @@ from sage.errors import UserError
 from sage.pairs import load_pairs, resolve_path
 from sage.problems import read_problems
 
+MALLOC = {
+    # glibc would hand every freed activation back to the kernel and fetch its pages anew: a seventh of a CPU step.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    # One heap: the backward pass, a thread of its own, takes the pages that the forward has left.
+    "MALLOC_ARENA_MAX": "1",
+}
+
 
 @singledispatch
 def read_inputs(cfg: RunConfig) -> None:
@@ -107,11 +115,8 @@ def start(world_size: int, run_dir: Path) -> None:
     Raises:
         SystemExit: a rank failed, with its exit status; the rank has said why.
     """
-    # glibc would hand every freed activation back to the kernel and fetch its pages anew: a seventh of a CPU step.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
-    # One heap: the backward pass, a thread of its own, takes the pages that the forward has left.
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    for name, value in MALLOC.items():
+        os.environ.setdefault(name, value)
     worker = ["-m", "sage.worker", str(run_dir)]
     if world_size == 1:
         status = subprocess.run([sys.executable, *worker]).returncode
