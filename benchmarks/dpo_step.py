@@ -28,7 +28,7 @@ import torch
 
 from sage import ranks
 from sage.curriculum import Shuffled
-from sage.launch import MALLOC
+from sage.launch import MEMORY
 
 REPO = Path(__file__).resolve().parent.parent
 PAIRS = REPO / "sage" / "assets" / "gsm8k_demo" / "train.jsonl"
@@ -98,7 +98,7 @@ def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float]
 def run_worker(name: str, job: dict, folder: Path) -> tuple[list[float], float]:
     file = folder / "job.json"
     file.write_text(json.dumps({**job, "worker": name, "folder": str(folder)}))
-    variables = MALLOC if name == "forward" else None  # as `sage` starts its own ranks
+    variables = MEMORY if name == "forward" else None  # as `sage` starts its own ranks
     memory = run([sys.executable, __file__, "--worker", str(file)], job["threads"], variables)
     return json.loads((folder / "report.json").read_text())[1:], memory
 
