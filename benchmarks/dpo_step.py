@@ -88,7 +88,7 @@ def sage_overrides(job: dict, folder: Path) -> list[str]:
 
 
 def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float], float]:
-    run_dir = folder / f"run{len(list(folder.iterdir()))}"
+    run_dir = Path(tempfile.mkdtemp(dir=folder))
     command = [sys.executable, "-m", "sage.cli", "train", *sage_overrides(job, folder)]
     memory = run([*command, f"hydra.run.dir={run_dir}", *overrides], job["threads"])
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

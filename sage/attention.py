@@ -179,10 +179,10 @@ def _group(x: Tensor, k: Tensor) -> Tensor:
     return x.reshape(k.shape[0], -1, x.shape[-1])
 
 
-def _scores(q: Tensor, wide: Tensor, block: slice, scaling: float, softcap: float | None) -> Tensor:
-    """[kv_heads, heads / kv_heads * own, seen], like the keys in `wide`, of a block of `own` queries, the last of the keys."""
+def _scores(q: Tensor, k: Tensor, block: slice, scaling: float, softcap: float | None) -> Tensor:
+    """[kv_heads, heads / kv_heads * own, seen] of a block of `own` queries, the last of the keys, in the keys' wider dtype."""
     with _bfloat16_factors() if q.dtype == torch.bfloat16 else nullcontext():
-        scores = _scaled_product(q.to(wide.dtype), wide.transpose(1, 2), scaling)
+        scores = _scaled_product(q.to(k.dtype), k.transpose(1, 2), scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     own = block.stop - block.start
@@ -192,6 +192,7 @@ def _scores(q: Tensor, wide: Tensor, block: slice, scaling: float, softcap: floa
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * a @ b, of batches, rounded once."""
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
 
 
