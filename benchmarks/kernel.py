@@ -48,7 +48,7 @@ def loss_function(name: str):
 
         # cce_exact: the default drops gradients below a threshold, which random weights would flatter.
         return lambda x, w, y: linear_cross_entropy(x, w, y, impl="cce_exact")
-    from sage.kernels import token_stats
+    from sage.model.kernels import token_stats
 
     return lambda x, w, y: -token_stats(x, w, y, backend=name).logps.mean()
 

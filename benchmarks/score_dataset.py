@@ -21,14 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sage import policy, ranks
-from sage.batches import PairForward
+from sage.commands.score_dataset import ask
 from sage.config import ModelConfig
-from sage.engine import Frozen, init_distributed
-from sage.pairs import load_pairs
-from sage.run import choose_layout
-from sage.score_dataset import ask
-from sage.tokenized import tokenize_pairs
+from sage.data.pairs import load_pairs
+from sage.data.tokens import tokenize_pairs
+from sage.model import loading
+from sage.model.engine import Frozen, init_distributed
+from sage.model.forward import PairForward
+from sage.model.policy import Policy
+from sage.training.run import choose_layout
+from sage.util import ranks
 
 CACHE = "~/.cache/sage"
 PAIRS = "pkg://sage.assets/gsm8k_demo/train.jsonl"
@@ -48,15 +50,17 @@ def main() -> None:
 
     device = init_distributed()
     cfg = ModelConfig(args.model)
-    folder = policy.resolve_model(cfg, CACHE)
-    dtype = policy.compute_dtype(cfg, device)
+    folder = loading.resolve_model(cfg, CACHE)
+    dtype = loading.compute_dtype(cfg, device)
     pairs = tokenize_pairs(
-        load_pairs(PAIRS, limit=args.pairs), policy.load_tokenizer(folder, cfg), chat_template=True,
-        max_length=args.max_length, num_proc=1, cache_dir=CACHE,
-    )  # fmt: skip
-    engine = Frozen(
-        policy.Policy(policy.load_model(folder, cfg, dtype, seed=0), cfg.head), False, dtype, device
+        load_pairs(PAIRS, limit=args.pairs),
+        loading.load_tokenizer(folder, cfg),
+        chat_template=True,
+        max_length=args.max_length,
+        num_proc=1,
+        cache_dir=CACHE,
     )
+    engine = Frozen(Policy(loading.load_model(folder, cfg, dtype, seed=0), cfg.head), False, dtype, device)
     forward = PairForward(engine, args.micro_batch_tokens, choose_layout(engine, "auto", args.max_length))
     batches = [
         work.batch
@@ -74,8 +78,10 @@ def main() -> None:
             ask(Path(temporary) / "forward", pairs, args.shard_pairs, forward)
 
     contenders: dict[str, Callable[[], None]] = {
-        "bare": lambda: bare(True), "score-dataset": scored, "bare, no logit level": lambda: bare(False)
-    }  # fmt: skip
+        "bare": lambda: bare(True),
+        "score-dataset": scored,
+        "bare, no logit level": lambda: bare(False),
+    }
     engine(batches[0], logit=True)  # warm up
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(args.rounds):

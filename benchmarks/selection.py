@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from sage.curriculum import SageCurriculum, Setting
-from sage.losses import DPO, PairLogps
-from sage.metrics import PER_PAIR
-from sage.samples import SampleLog
+from sage.losses import DPO
+from sage.model.logps import PairLogps
 from sage.scorers import Sage
-from sage.selection import Selection, draws
+from sage.training.metrics import PER_PAIR
+from sage.training.samples import SampleLog
+from sage.training.selection import Selection, draws
 
 
 def main() -> None:

@@ -35,12 +35,13 @@ from torch import Tensor
 
 from sage.config import OptimizerConfig
 from sage.curriculum import Setting
-from sage.losses import LogitStats, Loss, PairLogps
-from sage.metrics import per_pair
-from sage.run import build
-from sage.samples import SampleLog
-from sage.selection import Selection, draws
+from sage.losses import Loss
+from sage.model.logps import LogitStats, PairLogps
 from sage.train import learning_rate
+from sage.training.metrics import per_pair
+from sage.training.run import build
+from sage.training.samples import SampleLog
+from sage.training.selection import Selection, draws
 
 MASTERED, BOUNDARY, ERROR, FLIPPED = range(4)
 SHARES = (0.4, 0.2, 0.2, 0.2)
@@ -89,13 +90,21 @@ METHODS: dict[str, list[str]] = {
     "sage, every 5 steps": [*NOISY, "scorer.score_every=5"],
     "sage, every 4, reused twice": [*NOISY, "scorer.score_every=4", "scorer.reuse=2"],
     "gates alone": ["scorer=random_from_pool", "scorer.warmup_steps=10", "scorer.drop_negative=0.25"],
-    "sage_logit": ["scorer=sage_logit", "scorer.margin=policy_mean", "scorer.warmup_steps=10", "scorer.drop_negative=0.25"],
+    "sage_logit": [
+        "scorer=sage_logit",
+        "scorer.margin=policy_mean",
+        "scorer.warmup_steps=10",
+        "scorer.drop_negative=0.25",
+    ],
     "sage, curriculum=sage": [*NOISY, "curriculum=sage"],
     "sage, curriculum=sage, mastered_above 10": [*NOISY, "curriculum=sage", "curriculum.mastered_above=10"],
     "sage, curriculum=sage, mastered_above 10, width 0.2": [
-        *NOISY, "curriculum=sage", "curriculum.mastered_above=10", "curriculum.width=0.2",
+        *NOISY,
+        "curriculum=sage",
+        "curriculum.mastered_above=10",
+        "curriculum.width=0.2",
     ],
-}  # fmt: skip
+}
 
 
 class Task:

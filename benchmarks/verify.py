@@ -1,4 +1,4 @@
-"""Speed of `sage.verify` on real GSM8K answers: four models' solutions, with time to start the processes counted.
+"""Speed of `sage.answering.verify` on real GSM8K answers: four models' solutions, with time to start the processes counted.
 
 python benchmarks/verify.py ../shared/data/gsm8k/example_model_solutions.jsonl
 """
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from sage.verify import Verifier
+from sage.answering.verify import Verifier
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 ROUNDS = 5

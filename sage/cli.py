@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sage import config
-from sage.errors import UserError, report
+from sage.util.errors import UserError, report
 
 USAGE = """\
 sage: align reasoning models with preference pairs, and spend gradients only on the pairs that deserve them
@@ -80,7 +80,7 @@ def evaluate() -> None:
         return hydra_command("eval")()
     if len(sys.argv) != 4:
         raise UserError("usage: sage eval --compare RUN_DIR_A RUN_DIR_B: two finished evaluations")
-    from sage.evaluate import print_comparison
+    from sage.commands.evaluate import print_comparison
 
     print_comparison(Path(sys.argv[2]), Path(sys.argv[3]))
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sage.errors import UserError
 from sage.scorers import MARGINS, PairStats, mean_margin
+from sage.util.errors import UserError
 
 DIFFICULTIES = ("auto", "pass_rate", "reference_margin", "length")
 Ask = Callable[
@@ -153,58 +153,6 @@ class ByDifficulty(Curriculum):
 
 
 @dataclass
-class StaticFilter(ByDifficulty):
-    """One choice for the whole run: the pairs whose difficulty lies between two quantiles, in seeded random order."""
-
-    low: float = 0.67
-    high: float = 1.0
-
-    def __post_init__(self, setting: Setting) -> None:
-        super().__post_init__(setting)
-        start, end = round(self.low * self.size), round(self.high * self.size)
-        if not 0 <= self.low < self.high <= 1 or end - start < setting.candidates:
-            raise UserError(
-                f"curriculum.low={self.low} and curriculum.high={self.high} keep {max(end - start, 0)} of {self.size} "
-                f"pairs, and {setting.candidates} candidates are drawn at a time: keep more"
-            )
-        self.start, self.order = start, Shuffled(end - start, self.seed)
-
-    def draw(self, n: int) -> np.ndarray:
-        assert self.ranks is not None
-        return np.argsort(self.ranks)[self.start + self.order.draw(n)]
-
-
-@dataclass
-class EasyToHard(ByDifficulty):
-    """The easiest share `start` of the pairs at first, then ever more: all from the share `ramp` of the run on."""
-
-    start: float = 0.2
-    ramp: float = 0.5
-
-    def __post_init__(self, setting: Setting) -> None:
-        super().__post_init__(setting)
-        if not (0 < self.start <= 1 and 0 < self.ramp <= 1):
-            raise UserError(
-                f"curriculum.start={self.start}, curriculum.ramp={self.ramp}: shares, above 0 and up to 1"
-            )
-        self.ramp_steps, self.step = self.ramp * setting.steps, 0
-
-    def refresh(self, step: int, ask: Ask) -> None:
-        super().refresh(step, ask)
-        self.step = step
-
-    def draw(self, n: int) -> np.ndarray:
-        assert self.ranks is not None
-        share = min(1.0, self.start + (1 - self.start) * self.step / self.ramp_steps)
-        easiest = np.flatnonzero(self.ranks < max(round(share * self.size), n))
-        rng = np.random.default_rng((self.seed, 2, self.step))
-        return rng.choice(easiest, n, replace=n > len(easiest))
-
-    def metrics(self) -> dict[str, float]:
-        return {"curriculum/share": min(1.0, self.start + (1 - self.start) * self.step / self.ramp_steps)}
-
-
-@dataclass
 class SageCurriculum(ByDifficulty):
     """Pools at the frontier of the policy's competence.
 
@@ -321,10 +269,12 @@ class SageCurriculum(ByDifficulty):
         shares = frontier_shares(self.competence, self.target, self.width, self.floor)
         available = np.bincount(self.stratum[alive], minlength=self.strata)
         self.quota = allot(shares, available, self.pool_size)
-        self.members = np.concatenate([
-            rng.choice(np.flatnonzero(alive & (self.stratum == k)), quota, replace=False)
-            for k, quota in enumerate(self.quota)
-        ])  # fmt: skip
+        self.members = np.concatenate(
+            [
+                rng.choice(np.flatnonzero(alive & (self.stratum == k)), quota, replace=False)
+                for k, quota in enumerate(self.quota)
+            ]
+        )
         if len(self.members) < self.trained:
             self.members = self.members[:0]
         self.order = Shuffled(max(len(self.members), 1), self.seed + self.refreshed)

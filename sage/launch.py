@@ -12,10 +12,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from sage import config
+from sage.answering.problems import read_problems
 from sage.config import BuildPairsConfig, EvalConfig, RunConfig, TrainConfig
-from sage.errors import UserError
-from sage.pairs import load_pairs, resolve_path
-from sage.problems import read_problems
+from sage.data.pairs import load_pairs
+from sage.data.source import resolve_path
+from sage.util.errors import UserError
 
 # What ranks are told about memory, where the user's environment says nothing.
 MEMORY = {
@@ -84,7 +85,7 @@ def run(cfg: RunConfig, run_dir: Path) -> None:
 def built_pairs(cfg: TrainConfig) -> Path:
     """The pairs of `data.problems`: from the cache, or built now (or built to their end, where that was interrupted)."""
     # Here, because it loads torch and transformers.
-    from sage.build_pairs import MANIFEST_FILE, PAIRS_FILE, check_built, recipe_key
+    from sage.commands.build_pairs import MANIFEST_FILE, PAIRS_FILE, check_built, recipe_key
 
     keys = {f.name: getattr(cfg, f.name) for f in fields(BuildPairsConfig)}
     plan = BuildPairsConfig(**{**keys, "command": "build-pairs"})

@@ -8,31 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class PairLogps(NamedTuple):
-    """Summed response log-probabilities and response lengths of n pairs, each [n] float32."""
-
-    chosen: Tensor
-    rejected: Tensor
-    chosen_tokens: Tensor
-    rejected_tokens: Tensor
-
-
-class LogitStats(NamedTuple):
-    """What the next-token distributions p_t of a pair's responses say, each [n] float32, without gradients.
-
-    With s_t = sum_v p_t[v]^2 and y_t the token that was written, sums over a response's tokens.
-    """
-
-    squared_norm: Tensor  # D = sum over both responses of (1 - 2 p_t[y_t] + s_t): |d margin / d logits|^2
-    chosen_uncertainty: Tensor  # U_w = sum over the chosen of (1 - s_t): trace of the log-partition's Hessian
-    rejected_uncertainty: Tensor  # U_l
+from sage.model.logps import PairLogps
 
 
 @dataclass

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sage.losses import LogitStats, Loss, PairLogps
+from sage.losses import Loss
+from sage.model.logps import LogitStats, PairLogps
 
 MARGINS = ("implicit_reward", "policy_mean", "mixed")
 

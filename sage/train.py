@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from sage import snr
 from sage.config import OptimizerConfig
-from sage.errors import UserError
-from sage.metrics import PER_PAIR, means, per_pair
-from sage.progress import StepProgress, console
-from sage.run import Run
-from sage.tracking import Tracker
+from sage.training import snr
+from sage.training.metrics import PER_PAIR, means, per_pair
+from sage.training.run import Run
+from sage.training.tracking import Tracker
+from sage.util.errors import UserError
+from sage.util.progress import StepProgress, console
 
 
 def train(run_dir: Path) -> None:
@@ -59,11 +59,15 @@ def train(run_dir: Path) -> None:
             metrics = None
             if state.step % cfg.log_every == 0 or state.step == run.steps:
                 metrics = {
-                    **means(seen.sum(1), cfg.batch_size), "grad_norm": grad_norm, "learning_rate": lr,
-                    "epoch": state.step * cfg.batch_size / len(run.pairs), "time/step_seconds": elapsed,
-                    "time/pairs_per_second": cfg.batch_size / elapsed, **forward.cost_metrics(),
+                    **means(seen.sum(1), cfg.batch_size),
+                    "grad_norm": grad_norm,
+                    "learning_rate": lr,
+                    "epoch": state.step * cfg.batch_size / len(run.pairs),
+                    "time/step_seconds": elapsed,
+                    "time/pairs_per_second": cfg.batch_size / elapsed,
+                    **forward.cost_metrics(),
                     **run.selection.metrics(),
-                }  # fmt: skip
+                }
                 tracker.log(state.step, metrics)
             progress.step(state.step, metrics)
             if cfg.eval_every and state.step % cfg.eval_every == 0 and state.step < run.steps:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sage.errors import UserError, disk_full, report
+from sage.util.errors import UserError, disk_full, report
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warning about it helps nobody
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -21,9 +21,9 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 # Command -> the function that every rank calls with the run directory. By name, so that a rank imports only its own.
 JOBS = {
     "train": "sage.train.train",
-    "build-pairs": "sage.build_pairs.build_pairs",
-    "score-dataset": "sage.score_dataset.score_dataset",
-    "eval": "sage.evaluate.evaluate",
+    "build-pairs": "sage.commands.build_pairs.build_pairs",
+    "score-dataset": "sage.commands.score_dataset.score_dataset",
+    "eval": "sage.commands.evaluate.evaluate",
 }
 
 
@@ -50,7 +50,8 @@ def main() -> None:
         from hydra.utils import get_method
         from transformers.utils import logging
 
-        from sage import config, ranks
+        from sage import config
+        from sage.util import ranks
 
         logging.disable_progress_bar()  # we show our own
 

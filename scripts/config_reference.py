@@ -18,7 +18,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 HEAD = """\
 # Config reference
 
-Made by `make docs` from `sage/config.py` and `conf/`; do not edit it by hand.
+Made by `make docs` from `sage/config/` and `conf/`; do not edit it by hand.
 
 Set a key with `key=value`, choose a group's option with `group=option`, add one with `+group=option`. A key that is
 not listed here is refused, with the nearest one that is.

@@ -1,4 +1,4 @@
-"""Measures `sage.verify` on real data, for docs/verify.md: prints tables, and every row where a verdict is unexpected.
+"""Measures `sage.answering.verify` on real data, for docs/verify.md: prints tables, and every row where a verdict is unexpected.
 
 python scripts/verification_study.py ../shared/data own next slashes openai lm_eval    # any of the five
 
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import yaml
 
-from sage.answers import as_number, canonical
-from sage.problems import Problem, load_problems
-from sage.verify import Verdict, Verifier
+from sage.answering.answers import as_number, canonical
+from sage.answering.problems import Problem, load_problems
+from sage.answering.verify import Verdict, Verifier
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 # file, columns, where the answer stands, and whether the solution marks it, so that it can be the response
@@ -29,11 +29,19 @@ SETS = {
     "GSM8K train": ("gsm8k/train.jsonl", {"prompt": "question"}, "hash", True),
     "MATH-500": ("math500/math500_test.jsonl", {"prompt": "problem"}, "plain", True),
     "OlympiadBench": (
-        "math_benchmarks/olympiadbench_test.jsonl", {"prompt": "question", "answer": "final_answer"}, "plain", False,
+        "math_benchmarks/olympiadbench_test.jsonl",
+        {"prompt": "question", "answer": "final_answer"},
+        "plain",
+        False,
     ),
-    "Minerva": ("math_benchmarks/minerva_math_test.jsonl", {"prompt": "problem", "answer": "solution"}, "boxed", True),
+    "Minerva": (
+        "math_benchmarks/minerva_math_test.jsonl",
+        {"prompt": "problem", "answer": "solution"},
+        "boxed",
+        True,
+    ),
     "College Math": ("math_benchmarks/college_math_test.jsonl", {"prompt": "question"}, "plain", False),
-}  # fmt: skip
+}
 
 
 def respond(problem: Problem, marked: bool) -> str:
@@ -142,8 +150,10 @@ def lm_eval(data: Path, verifier: Verifier) -> None:
             spelt = [i for i in bad if verdicts[i].correct and same_value(scores[i][0], answers[i])]
             tell(f"{name}, {form}", len(scores) - len(bad), [verdicts[i] for i in scores])
             if spelt:
-                print(f"- {len(spelt)} right numbers in another spelling, to them wrong, to us right: "
-                      + ", ".join(f"{where[i]} ({scores[i][0]})" for i in spelt))  # fmt: skip
+                print(
+                    f"- {len(spelt)} right numbers in another spelling, to them wrong, to us right: "
+                    + ", ".join(f"{where[i]} ({scores[i][0]})" for i in spelt)
+                )
             for i in sorted({*bad} - {*spelt}):
                 print(
                     f"- {where[i]}: answer {answers[i]}; theirs {scores[i]}; {verdicts[i]}; {texts[i][-80:]!r}"

@@ -69,8 +69,8 @@ def interrupted(run_dir: Path, step: int, target: Path) -> Path:
 
 
 def main(run_dirs: list[str]) -> None:
-    from sage import ranks
-    from sage.errors import UserError
+    from sage.util import ranks
+    from sage.util.errors import UserError
     from sage.worker import JOBS
 
     for run_dir in run_dirs:

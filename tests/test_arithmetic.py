@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from many_runs import execute, freeze
 
-from sage.pairs import resolve_path
+from sage.data.source import resolve_path
 
 SPLITS = ("train", "validation", "test")
 FOLDER = Path(resolve_path("pkg://sage.assets/arithmetic"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sage import attention
-from sage.attention import Span, block_mask, packed_attention, packed_mask
+from sage.model import attention
+from sage.model.attention import Span, block_mask, packed_attention, packed_mask
 
 PREFIX = 6
 ROWS = {

@@ -12,11 +12,12 @@ from hydra import compose, initialize_config_module
 from whole_runs import SAGE, files, kill_after, sage
 
 from sage import config, launch
-from sage.attempts import Attempt
-from sage.build_pairs import build_pairs, gold_response, make_pairs
+from sage.answering.attempts import Attempt
+from sage.answering.problems import Problem
+from sage.commands.build_pairs import build_pairs, gold_response, make_pairs
 from sage.config import PairingConfig
-from sage.pairs import load_pairs
-from sage.problems import Problem
+from sage.data.pairs import load_pairs
+from sage.util.errors import UserError
 
 
 def attempt(
@@ -138,10 +139,19 @@ def test_gold_solutions_answer_our_prompt():
 def words(tiny_model, problem_file, tmp_path):
     """Overrides of a small run: 24 responses in chunks of two problems."""
     return [
-        "model=hf", f"model.path={tiny_model}", "model.dtype=float32", "data=gsm8k", f"data.problems.path={problem_file}",
-        "data.problems.prompt='{problem}'", "pairing.samples=2", "pairing.chosen=own_then_gold", "sampling.max_new_tokens=60",
-        "generation.batch_size=2", "generation.chunk=4", f"cache_dir={tmp_path / 'cache'}",
-    ]  # fmt: skip
+        "model=hf",
+        f"model.path={tiny_model}",
+        "model.dtype=float32",
+        "data=gsm8k",
+        f"data.problems.path={problem_file}",
+        "data.problems.prompt='{problem}'",
+        "pairing.samples=2",
+        "pairing.chosen=own_then_gold",
+        "sampling.max_new_tokens=60",
+        "generation.batch_size=2",
+        "generation.chunk=4",
+        f"cache_dir={tmp_path / 'cache'}",
+    ]
 
 
 @pytest.mark.slow
@@ -177,7 +187,7 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
     with initialize_config_module("sage.conf", version_base="1.3"):
         plan = config.load(compose("train", words))
     assert isinstance(plan, config.TrainConfig)
-    with pytest.raises(config.UserError, match=r"data.build=never.*sage build-pairs"):
+    with pytest.raises(UserError, match=r"data.build=never.*sage build-pairs"):
         launch.built_pairs(dataclasses.replace(plan, data=dataclasses.replace(plan.data, build="never")))
     out = sage("train", *words, f"hydra.run.dir={tmp_path / 'a'}")
     assert "building the pairs" in out
@@ -194,5 +204,5 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
 def test_build_pairs_without_problems_is_refused():
     with initialize_config_module("sage.conf", version_base="1.3"):
         composed = compose("build_pairs", [])
-    with pytest.raises(config.UserError, match=r"\+data.problems.path=FILE"):
+    with pytest.raises(UserError, match=r"\+data.problems.path=FILE"):
         config.load(composed)

@@ -38,10 +38,18 @@ TWO = ("zero0", "zero2", "zero3")
 def common(tiny_model, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("checkpoint")
     return [
-        "model=hf", f"model.path={tiny_model}", f"data.path={write_jsonl(folder / 'pairs.jsonl', make_pairs(20))}",
-        "data.max_length=130", "micro_batch_tokens=260", "steps=8", "batch_size=6", "optimizer.lr=1e-3", "save_every=4",
-        f"cache_dir={folder / 'cache'}", "model.dtype=float32",
-    ]  # fmt: skip
+        "model=hf",
+        f"model.path={tiny_model}",
+        f"data.path={write_jsonl(folder / 'pairs.jsonl', make_pairs(20))}",
+        "data.max_length=130",
+        "micro_batch_tokens=260",
+        "steps=8",
+        "batch_size=6",
+        "optimizer.lr=1e-3",
+        "save_every=4",
+        f"cache_dir={folder / 'cache'}",
+        "model.dtype=float32",
+    ]
 
 
 def both(world_size: int, names: list[str], common: list[str], root: Path) -> Path:

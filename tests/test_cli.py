@@ -15,7 +15,7 @@ from hydra.utils import get_method
 from omegaconf import OmegaConf
 
 from sage import cli, config, worker
-from sage.errors import UserError
+from sage.util.errors import UserError
 
 CONF = REPO / "conf"
 OPTIONS = sorted(
@@ -50,10 +50,19 @@ def train(sage, tiny_model, pair_file, tmp_path, monkeypatch):
 
     def run(*overrides: str, flags: tuple[str, ...] = ()) -> tuple[int, str, str]:
         return sage(
-            "train", *flags, "model=hf", f"model.path={tiny_model}", f"data.path={pair_file}", "steps=1", "batch_size=4",
-            "data.max_length=256", "micro_batch_tokens=1024", f"cache_dir={tmp_path / 'cache'}",
-            f"hydra.run.dir={tmp_path / 'run'}", *overrides,
-        )  # fmt: skip
+            "train",
+            *flags,
+            "model=hf",
+            f"model.path={tiny_model}",
+            f"data.path={pair_file}",
+            "steps=1",
+            "batch_size=4",
+            "data.max_length=256",
+            "micro_batch_tokens=1024",
+            f"cache_dir={tmp_path / 'cache'}",
+            f"hydra.run.dir={tmp_path / 'run'}",
+            *overrides,
+        )
 
     return run
 
@@ -264,8 +273,11 @@ def test_the_installed_command_refuses_bad_input_as_well(tmp_path):
     program = Path(sys.executable).with_name("sage")
     result = subprocess.run(
         [program, "train", "+experiment=gsm8k", "data.problems.path=none.jsonl"],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     refused((result.returncode, result.stdout, result.stderr), "data.path=FILE")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
@@ -275,12 +287,26 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_message(tiny_model, pai
     program = Path(sys.executable).with_name("sage")
     result = subprocess.run(
         [
-            program, "train", "model=hf", f"model.path={tiny_model}", "model.dtype=float32", f"data.path={pair_file}",
-            "steps=4", "batch_size=4", "data.max_length=256", "micro_batch_tokens=1024", "optimizer.lr=1e30",
-            "optimizer.warmup_ratio=0", f"cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}",
+            program,
+            "train",
+            "model=hf",
+            f"model.path={tiny_model}",
+            "model.dtype=float32",
+            f"data.path={pair_file}",
+            "steps=4",
+            "batch_size=4",
+            "data.max_length=256",
+            "micro_batch_tokens=1024",
+            "optimizer.lr=1e30",
+            "optimizer.warmup_ratio=0",
+            f"cache_dir={tmp_path / 'cache'}",
+            f"hydra.run.dir={tmp_path / 'run'}",
         ],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     assert result.returncode == 2, result.stderr
     assert "not finite" in result.stderr and "optimizer.lr" in result.stderr
     assert "Traceback" not in result.stderr

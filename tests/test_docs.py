@@ -15,27 +15,26 @@ from hydra import compose, initialize_config_module
 from sage import cli
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-# From the top down. A module imports from the layers below its own and never from its own or above.
+# From the top down. What is on a line imports from the lines below it, never from its own line or above.
 LAYERS = (
     "cli",
     "launch worker",
-    "train build_pairs score_dataset evaluate",
-    "snr",
-    "run",
-    "selection benchmarks",
-    "checkpoint reference attempts",
-    "batches generation",
-    "engine policy",
-    "metrics tracking progress samples curriculum",
-    "scorers accuracy",
-    "losses packing problems verify",
-    "tokenized",
-    "pairs kernels attention answers",
+    "commands",
+    "train",
+    "training",
+    "static_curricula",
+    "curriculum",
+    "scorers",
+    "losses",
+    "answering",
+    "model",
+    "data",
     "config",
-    "errors files ranks",
+    "util",
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
-MODULES = sorted(p.stem for p in (REPO / "sage").glob("*.py") if p.stem != "__init__")
+SAGE = REPO / "sage"
+FILES = sorted(file for file in SAGE.rglob("*.py") if "assets" not in file.parts)
 
 
 def imports(file: Path) -> set[str]:
@@ -57,24 +56,45 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def files_of(module: str) -> list[Path]:
-    package = REPO / "sage" / module
-    return sorted(package.glob("*.py")) if package.is_dir() else [package.with_suffix(".py")]
+def room(file: Path) -> str:
+    """The folder or top-level module of sage that a file belongs to."""
+    return file.relative_to(SAGE).parts[0].removesuffix(".py")
 
 
-def test_every_module_has_a_layer():
-    assert sorted(DEPTH) == sorted([*MODULES, "kernels"])
+def modules_of(file: Path) -> set[str]:
+    """Dotted names of the modules of sage that a file imports."""
+    known = {".".join(f.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__") for f in FILES}
+    named = {name for name in imports(file) if name.split(".")[0] == "sage"}
+    return {name if name in known else name.rpartition(".")[0] for name in named} & known
 
 
-@pytest.mark.parametrize("module", sorted(DEPTH))
-def test_imports_point_downwards(module):
-    for file in files_of(module):
-        for name in imports(file):
-            top, _, rest = name.partition(".")
-            target = rest.split(".")[0]
-            if top == "sage" and target != module:
-                assert target in DEPTH, f"{file.name} imports {name}"
-                assert DEPTH[module] < DEPTH[target], f"{file.name} imports upwards or sideways: {name}"
+def test_every_room_has_a_layer():
+    assert sorted(DEPTH) == sorted({room(file) for file in FILES} - {"__init__"})
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SAGE)))
+def test_imports_point_downwards(file):
+    for name in modules_of(file) - {"sage"}:
+        target = name.split(".")[1]
+        if target != room(file):
+            assert DEPTH[room(file)] < DEPTH[target], f"{file} imports upwards or sideways: {name}"
+
+
+def test_no_circle_of_imports():
+    """Protects the reading order inside a folder, where layers do not reach."""
+    ahead = {
+        ".".join(f.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): modules_of(f)
+        for f in FILES
+    }
+    while free := [name for name, targets in ahead.items() if not targets & (ahead.keys() - {name})]:
+        for name in free:
+            del ahead[name]
+    assert not ahead, f"a circle among {sorted(ahead)}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SAGE)))
+def test_no_file_is_longer_than_a_reader_can_hold(file):
+    assert len(file.read_text().splitlines()) <= 350
 
 
 def test_only_the_engine_imports_deepspeed():
@@ -96,12 +116,12 @@ def test_config_reference_is_current():
     assert (REPO / "docs" / "config.md").read_text() == script.reference(), "run `make docs`"
 
 
-def test_layout_picture_names_every_file_once():
+def test_layout_picture_names_every_room_once():
     picture = (REPO / "README.md").read_text().split("## Layout", 1)[1].split("```")[1]
-    named = re.findall(r"^  (\w+)\.py +\S", picture, re.M)
-    assert sorted(named) == MODULES
-    for folder in ("kernels/", "assets/", "conf/", "scripts/", "tests/", "docs/"):
-        assert re.search(rf"^ *{folder} +\S", picture, re.M), folder
+    named = re.findall(r"^  (\w+)(?:\.py|/) +\S", picture, re.M)
+    assert sorted(named) == sorted([*DEPTH, "assets"])
+    for folder in ("conf/", "scripts/", "tests/", "docs/", "benchmarks/"):
+        assert re.search(rf"^{folder} +\S", picture, re.M), folder
 
 
 def commands(program: str) -> list[tuple[str, list[str]]]:

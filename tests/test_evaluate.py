@@ -13,11 +13,12 @@ from hydra import compose, initialize_config_module
 from whole_runs import files
 
 from sage import config
-from sage.accuracy import bootstrap, majority, mcnemar, pass_at, wilson
-from sage.attempts import Attempt, read_attempts, write_lines
-from sage.benchmarks import measure
-from sage.evaluate import compare, compare_attempts, evaluate, print_comparison
-from sage.problems import read_problems
+from sage.answering.attempts import Attempt, read_attempts, write_lines
+from sage.answering.benchmarks import measure
+from sage.answering.problems import read_problems
+from sage.answering.statistics import bootstrap, majority, mcnemar, pass_at, wilson
+from sage.commands.evaluate import compare, compare_attempts, evaluate, print_comparison
+from sage.util.errors import UserError
 
 BENCHMARKS = {
     "gsm8k": ("gsm8k/test.jsonl", 1319),
@@ -55,7 +56,7 @@ def test_bad_evaluations_are_refused():
         (["benchmark.gsm8k.prompt=Solve it."], r"benchmark.gsm8k.prompt must hold .problem."),
         (["benchmark=[]"], "no benchmark"),
     ):
-        with pytest.raises(config.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             composed(*overrides)
 
 
@@ -155,7 +156,7 @@ def test_compare_by_hand(tmp_path):
     assert got["difference"] == pytest.approx(0.3) and got["mcnemar_p"] == mcnemar(1, 4) == 0.375
     assert got["interval"][0] < 0.3 < got["interval"][1]
     write_lines(tmp_path / "b" / "generations.jsonl", [attempt(p, 0, True) for p in range(9)])
-    with pytest.raises(config.UserError, match="different problems"):
+    with pytest.raises(UserError, match="different problems"):
         compare_attempts(tmp_path / "a", tmp_path / "b")
 
 
@@ -165,11 +166,18 @@ def test_compare_by_hand(tmp_path):
 def test_two_benchmarks_and_their_comparison(tiny_model, problem_file, tmp_path, capsys):
     """Every file of a run of the tiny model, and a comparison with another seed's. (Kills: test_kills.py.)"""
     words = [
-        "model=hf", f"model.path={tiny_model}", "model.dtype=float32", "benchmark=[gsm8k,gaokao2023en]",
-        f"benchmark.gsm8k.path={problem_file}", f"benchmark.gaokao2023en.path={problem_file}",
-        "benchmark.gaokao2023en.answer_from=hash", "samples=2", "sampling.temperature=1", "sampling.max_new_tokens=20",
+        "model=hf",
+        f"model.path={tiny_model}",
+        "model.dtype=float32",
+        "benchmark=[gsm8k,gaokao2023en]",
+        f"benchmark.gsm8k.path={problem_file}",
+        f"benchmark.gaokao2023en.path={problem_file}",
+        "benchmark.gaokao2023en.answer_from=hash",
+        "samples=2",
+        "sampling.temperature=1",
+        "sampling.max_new_tokens=20",
         "limit=8",
-    ]  # fmt: skip
+    ]
     for seed in (0, 1):
         run_dir = tmp_path / f"seed_{seed}"
         config.freeze(composed(*words, f"seed={seed}"), run_dir)
@@ -192,5 +200,5 @@ def test_two_benchmarks_and_their_comparison(tiny_model, problem_file, tmp_path,
     assert "McNemar" in capsys.readouterr().out
     result = json.loads((run_dir / "compared_to_seed_0.json").read_text())
     assert set(result) == {"gsm8k", "gaokao2023en"} and result["gsm8k"]["problems"] == 8
-    with pytest.raises(config.UserError, match="not a finished evaluation"):
+    with pytest.raises(UserError, match="not a finished evaluation"):
         compare(tmp_path, run_dir)

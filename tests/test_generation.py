@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sage import policy
+from sage.answering.generation import HF, Request, Source, encode_prompts, sample
+from sage.answering.vllm import VLLM
 from sage.config import ModelConfig, SamplingConfig
-from sage.errors import UserError
-from sage.generation import HF, VLLM, Request, Source, encode_prompts, sample
+from sage.model import loading
+from sage.util.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ def prompts(source) -> list[list[int]]:
     texts = [f"How many apples are {'left ' * (i % 5)}after {i} days?" for i in range(10)] + [
         "How many apples?"
     ] * 2
-    return encode_prompts(policy.load_tokenizer(source.folder, source.model), texts, chat_template=True)
+    return encode_prompts(loading.load_tokenizer(source.folder, source.model), texts, chat_template=True)
 
 
 def run(source: Source, requests: list[Request], sampling: SamplingConfig, **options) -> list:
@@ -41,7 +42,7 @@ def run(source: Source, requests: list[Request], sampling: SamplingConfig, **opt
 
 def naive(source: Source, ids: list[int], tokens: int) -> tuple[str, int, str]:
     """(text, tokens, finish) of transformers' greedy `generate`, one prompt at a time."""
-    tokenizer = policy.load_tokenizer(source.folder, source.model)
+    tokenizer = loading.load_tokenizer(source.folder, source.model)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     made = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[
         0, len(ids) :
@@ -65,7 +66,7 @@ def test_greedy_responses_equal_plain_generate(source, prompts, options):
 
 def test_an_end_token_ends_a_response(source, prompts, tiny_model, monkeypatch):
     """A model that always says its end token answers with nothing, in one token."""
-    monkeypatch.setattr("sage.generation.end_tokens", lambda *_: set(range(320)))
+    monkeypatch.setattr("sage.answering.generation.end_tokens", lambda *_: set(range(320)))
     assert {tuple(r)[1:] for r in run(source, [Request(ids, 0, 9) for ids in prompts], SamplingConfig())} == {
         (1, "end")
     }
@@ -75,7 +76,7 @@ def test_sampled_responses_equal_a_naive_loop_in_any_batch(source, prompts):
     """Each request draws from its own seed, whatever surrounds it: a forward over the whole text per token says what."""
     sampling = SamplingConfig(temperature=1.0, top_p=0.9)
     requests = [Request(ids, seed, 12) for seed, ids in enumerate(prompts)]
-    tokenizer = policy.load_tokenizer(source.folder, source.model)
+    tokenizer = loading.load_tokenizer(source.folder, source.model)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     expected = []
     for request in requests:
@@ -171,8 +172,11 @@ def test_vllm_gets_the_same_requests_and_stop_rules(source, tmp_path, monkeypatc
     with VLLM(tensor_parallel=2, memory_fraction=0.5).open(source, sampling) as generate:
         got = [response for _, response in sorted(generate(requests))]
     assert got == [
-        ("1 9 0.5 0.8 [1]", 5, "length"), ("2 5 0.5 0.8 [1]", 15, "stop"), ("", 0, "no_room"), ("4 9 0.5 0.8 [1]", 1, "end"),
-    ]  # fmt: skip
+        ("1 9 0.5 0.8 [1]", 5, "length"),
+        ("2 5 0.5 0.8 [1]", 15, "stop"),
+        ("", 0, "no_room"),
+        ("4 9 0.5 0.8 [1]", 1, "end"),
+    ]
 
 
 @pytest.mark.skipif(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sage.kernels import TokenStats, choose_backend, has_triton, oracle, recompute, tiled, token_stats
+from sage.model.kernels import TokenStats, choose_backend, has_triton, oracle, recompute, tiled, token_stats
 
 # On CPU the kernels run in Triton's interpreter: see conftest.py.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -311,17 +311,17 @@ def test_mistakes_are_named():
 
 def test_auto_takes_triton_on_cuda_only(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr("sage.kernels.has_triton", lambda: True)
+    monkeypatch.setattr("sage.model.kernels.has_triton", lambda: True)
     assert choose_backend(cuda, torch.bfloat16) == "triton"
     assert choose_backend(cuda, torch.float32) == choose_backend(cpu, torch.bfloat16) == "tiled"
-    monkeypatch.setattr("sage.kernels.has_triton", lambda: False)
+    monkeypatch.setattr("sage.model.kernels.has_triton", lambda: False)
     assert choose_backend(cuda, torch.bfloat16) == "tiled"
 
 
 @pytest.fixture
 def fused(monkeypatch):
     """The Triton backend with blocks of a size that several fit a small case."""
-    fused = pytest.importorskip("sage.kernels.fused")
+    fused = pytest.importorskip("sage.model.kernels.fused")
     monkeypatch.setattr(fused, "GROUP", 2)
     monkeypatch.setattr(fused, "blocks", lambda hidden: (16, 32, 16, 4, 2))
     if TRITON_DEVICE == "cpu":

@@ -46,9 +46,15 @@ def start(command: str, run_dir: Path) -> int:
 @pytest.mark.parametrize("command", WORDS)
 def test_twenty_kills(command, tiny_model, problem_file, tmp_path):
     overrides = [
-        "model=hf", f"model.path={tiny_model}", "model.dtype=float32", "generation.batch_size=2", "generation.chunk=2",
-        "sampling.max_new_tokens=40", f"cache_dir={tmp_path}", *(w.format(problems=problem_file) for w in WORDS[command]),
-    ]  # fmt: skip
+        "model=hf",
+        f"model.path={tiny_model}",
+        "model.dtype=float32",
+        "generation.batch_size=2",
+        "generation.chunk=2",
+        "sampling.max_new_tokens=40",
+        f"cache_dir={tmp_path}",
+        *(w.format(problems=problem_file) for w in WORDS[command]),
+    ]
     with initialize_config_module("sage.conf", version_base="1.3"):
         cfg = config.load(compose(command.replace("-", "_"), overrides))
     get_method(JOBS[command])  # imports before the fork

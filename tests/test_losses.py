@@ -12,9 +12,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sage import losses
-from sage.errors import UserError
-from sage.losses import CDPO, DPO, DPOP, IPO, Hinge, PairLogps, RobustDPO, SimPO
-from sage.run import build
+from sage.losses import CDPO, DPO, DPOP, IPO, Hinge, RobustDPO, SimPO
+from sage.model.logps import PairLogps
+from sage.training.run import build
+from sage.util.errors import UserError
 
 N = 32
 

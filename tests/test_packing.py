@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sage.packing import LAYOUTS, collate, pair_tokens, plan
-from sage.tokenized import Pair
+from sage.data.packing import LAYOUTS, collate, pair_tokens, plan
+from sage.data.tokens import Pair
 
 lengths = st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=40).map(
     lambda rows: np.array(rows, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""sage.pairs: what a user's file may look like, what is refused, and what the token ids must be."""
+"""sage.data.pairs: what a user's file may look like, what is refused, and what the token ids must be."""
 
 import importlib.util
 import json
@@ -12,10 +12,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sage import tokenized
-from sage.errors import UserError
-from sage.pairs import load_pairs, read_prompt, resolve_path
-from sage.tokenized import TokenizedPairs, tokenize_pairs
+from sage.data import tokens as tokenized
+from sage.data.pairs import load_pairs, read_prompt
+from sage.data.source import resolve_path
+from sage.data.tokens import TokenizedPairs, tokenize_pairs
+from sage.util.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -303,9 +304,9 @@ def test_resolve_path(monkeypatch, tmp_path):
 
 
 def test_loading_pairs_does_not_import_torch():
-    """Protects the speed of refusing bad data: sage.pairs is used before any model is loaded."""
+    """Protects the speed of refusing bad data: sage.data.pairs is used before any model is loaded."""
     subprocess.run(
-        [sys.executable, "-c", "import sage.pairs, sys; assert 'torch' not in sys.modules"], check=True
+        [sys.executable, "-c", "import sage.data.pairs, sys; assert 'torch' not in sys.modules"], check=True
     )
 
 
@@ -409,7 +410,7 @@ def test_lengths(tokenizer, write, tokenise):
 @pytest.mark.parametrize("heads", [(0, 0), (7, 7), (8, 8), (30, 30), (30, 9)])
 def test_common_prefix(heads, monkeypatch):
     """The longest common beginning that leaves every prompt a token of its own, and none that is too short to pay."""
-    monkeypatch.setattr("sage.tokenized.PREFIX_ROWS", 2)
+    monkeypatch.setattr("sage.data.tokens.PREFIX_ROWS", 2)
     ids = list(range(100, 130))
     prompts = [ids[: heads[i % 2]] + [i, i, i] for i in range(5)]
     prompts.append(ids)  # one that is all prefix

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from sage.curriculum import Shuffled
-from sage.metrics import PER_PAIR
-from sage.pairs import load_pairs
-from sage.tokenized import tokenize_pairs
+from sage.data.pairs import load_pairs
+from sage.data.tokens import tokenize_pairs
+from sage.training.metrics import PER_PAIR
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
@@ -114,15 +114,33 @@ def test_the_same_tokens(trl_run, tiny_model, pair_file, tmp_path):
 def test_the_same_training(name, trl_run, tiny_model, pair_file, tmp_path, record_property):
     case = CASES[name]
     run(
-        sys.executable, "-m", "sage.cli", "train", "model=hf", f"model.path={tiny_model}", "model.dtype=float32",
-        f"data.path={pair_file}", "data.chat_template=false", "data.max_length=256",
+        sys.executable,
+        "-m",
+        "sage.cli",
+        "train",
+        "model=hf",
+        f"model.path={tiny_model}",
+        "model.dtype=float32",
+        f"data.path={pair_file}",
+        "data.chat_template=false",
+        "data.max_length=256",
         "micro_batch_tokens=512",  # a few pairs at a time: accumulation must not show
-        f"loss.beta={BETA}", f"optimizer.lr={LR}", "optimizer.schedule=constant",
-        "optimizer.warmup_ratio=0", "optimizer.betas=[0.9,0.999]", "optimizer.eps=1e-8", "optimizer.weight_decay=0",
-        f"optimizer.max_grad_norm={case.max_grad_norm}", f"seed={SEED}", f"steps={STEPS}", "epochs=null",
-        f"batch_size={BATCH}", f"cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}",
+        f"loss.beta={BETA}",
+        f"optimizer.lr={LR}",
+        "optimizer.schedule=constant",
+        "optimizer.warmup_ratio=0",
+        "optimizer.betas=[0.9,0.999]",
+        "optimizer.eps=1e-8",
+        "optimizer.weight_decay=0",
+        f"optimizer.max_grad_norm={case.max_grad_norm}",
+        f"seed={SEED}",
+        f"steps={STEPS}",
+        "epochs=null",
+        f"batch_size={BATCH}",
+        f"cache_dir={tmp_path / 'cache'}",
+        f"hydra.run.dir={tmp_path / 'run'}",
         *case.sage,
-    )  # fmt: skip
+    )
     ours = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     theirs = trl_run["logs"][name]
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
@@ -170,13 +188,30 @@ def train_with_trl(job: dict[str, Any]) -> dict[str, Any]:
     report: dict[str, Any] = {"logs": {}}
     for name, fields in job["cases"].items():
         settings = {
-            "output_dir": job["folder"], "model_init_kwargs": {"dtype": "float32"}, "use_cpu": True, "bf16": False,
-            "gradient_checkpointing": False, "per_device_train_batch_size": BATCH, "max_length": 256,
-            "train_sampling_strategy": "sequential", "beta": BETA, "learning_rate": LR,
-            "lr_scheduler_type": "constant", "warmup_steps": 0, "optim": "adamw_torch", "adam_beta1": 0.9,
-            "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0, "max_steps": STEPS, "logging_steps": 1,
-            "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **fields,
-        }  # fmt: skip
+            "output_dir": job["folder"],
+            "model_init_kwargs": {"dtype": "float32"},
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": BATCH,
+            "max_length": 256,
+            "train_sampling_strategy": "sequential",
+            "beta": BETA,
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "optim": "adamw_torch",
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.999,
+            "adam_epsilon": 1e-8,
+            "weight_decay": 0.0,
+            "max_steps": STEPS,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **fields,
+        }
         trainer = DPOTrainer(
             model=job["model"], args=DPOConfig(**settings), train_dataset=dataset, processing_class=tokenizer
         )

@@ -8,34 +8,58 @@ import pytest
 import torch
 import transformers
 
-import sage.policy
+import sage.model.loading
+import sage.model.policy
 from sage.config import LoraConfig, ModelConfig
-from sage.errors import UserError
-from sage.packing import LAYOUTS, collate
-from sage.policy import Policy, can_pack, check_head, load_model
-from sage.tokenized import Pair
+from sage.data.packing import LAYOUTS, collate
+from sage.data.tokens import Pair
+from sage.model.loading import check_head, load_model
+from sage.model.policy import Policy
+from sage.model.probe import can_pack
+from sage.util.errors import UserError
 
 VOCAB = 97
 LLAMA = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False),
     "llama_tied": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "qwen2": transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=False),
     "gemma2": transformers.Gemma2Config(
-        **LLAMA, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, attn_logit_softcapping=3.0,
-        sliding_window=6, attn_implementation="eager",
+        **LLAMA,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=2.0,
+        attn_logit_softcapping=3.0,
+        sliding_window=6,
+        attn_implementation="eager",
     ),
     "gpt2": transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     ),
     "cohere": transformers.CohereConfig(**LLAMA, logit_scale=0.3),
     "granite": transformers.GraniteConfig(**LLAMA, logits_scaling=3.0, tie_word_embeddings=False),
-}  # fmt: skip
+}
 each = pytest.mark.parametrize("name", CONFIGS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -81,8 +105,10 @@ def test_log_probabilities_and_gradients(name, layout, prefix):
     policy, rows = Policy(model), pairs(prefix)
     out = policy(collate(rows, layout, prefix))
     model.config._attn_implementation = policy.unpacked_attention
-    expected = [torch.stack([naive(model, p.prompt_ids, r(p)) for p in rows])
-                for r in (lambda p: p.chosen_ids, lambda p: p.rejected_ids)]  # fmt: skip
+    expected = [
+        torch.stack([naive(model, p.prompt_ids, r(p)) for p in rows])
+        for r in (lambda p: p.chosen_ids, lambda p: p.rejected_ids)
+    ]
     for ours, theirs in zip(out[:2], expected, strict=True):
         assert (ours - theirs).abs().max() < 1e-4 and ((ours - theirs) / theirs).abs().max() < 1e-5
     assert out.chosen_tokens.tolist() == [7, 1, 5] and out.rejected_tokens.tolist() == [2, 12, 5]
@@ -138,9 +164,9 @@ def test_long_and_short_prompts_in_one_row(layout):
 def test_the_head_that_is_asked_for(monkeypatch):
     """`model.head` reaches the kernels, and Triton where it cannot run is refused in words."""
     used = []
-    token_stats = sage.policy.token_stats
+    token_stats = sage.model.policy.token_stats
     monkeypatch.setattr(
-        sage.policy, "token_stats", lambda *a, **k: used.append(k["backend"]) or token_stats(*a, **k)
+        sage.model.policy, "token_stats", lambda *a, **k: used.append(k["backend"]) or token_stats(*a, **k)
     )
     Policy(tiny("llama"), "oracle")(collate(pairs(), "padded"))
     assert used == ["oracle"]
@@ -148,7 +174,7 @@ def test_the_head_that_is_asked_for(monkeypatch):
         check_head(ModelConfig(path="", head=head), torch.device("cpu"))
     with pytest.raises(UserError, match="needs CUDA"):
         check_head(ModelConfig(path="", head="triton"), torch.device("cpu"))
-    monkeypatch.setattr(sage.policy, "has_triton", lambda: False)
+    monkeypatch.setattr(sage.model.loading, "has_triton", lambda: False)
     with pytest.raises(UserError, match="Triton, which is not installed"):
         check_head(ModelConfig(path="", head="triton"), torch.device("cuda"))
 
@@ -193,11 +219,15 @@ def test_who_can_pack(name):
         transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
         transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
         transformers.GptOssConfig(
-            **LLAMA, head_dim=8, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2
+            **LLAMA,
+            head_dim=8,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            layer_types=["full_attention"] * 2,
         ),
     ],
     ids=lambda config: config.model_type,
-)  # fmt: skip
+)
 def test_models_that_cannot_pack_are_found_out(config):
     """Position by index, a recurrent state, attention sinks: each would be silently wrong in a packed row."""
     torch.manual_seed(0)

@@ -8,8 +8,8 @@ import datasets
 import pytest
 from conftest import SHARED_DATA, write_jsonl
 
-from sage.errors import UserError
-from sage.problems import Problem, load_problems
+from sage.answering.problems import Problem, load_problems
+from sage.util.errors import UserError
 
 needs_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no benchmark files in {SHARED_DATA}")
 GSM8K = {"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5 apples.\n#### 1,005"}
@@ -17,20 +17,51 @@ GSM8K = {"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5 apples.\n#### 1,
 BENCHMARKS = {
     "gsm8k/train.jsonl": ({"prompt": "question"}, "hash", 7473, "72"),
     "math500/math500_test.jsonl": (
-        {"prompt": "problem", "problem_id": "unique_id", "group": "subject"}, "plain", 500, r"\left( 3, \frac{\pi}{2} \right)",
+        {"prompt": "problem", "problem_id": "unique_id", "group": "subject"},
+        "plain",
+        500,
+        r"\left( 3, \frac{\pi}{2} \right)",
     ),
     "math8k/math8k_train.jsonl": ({"prompt": "question", "group": "level"}, "plain", 8521, "118"),
     "math_benchmarks/aime24_test.jsonl": ({"prompt": "question", "problem_id": "id"}, "plain", 30, "204"),
     "math_benchmarks/amc23_test.jsonl": ({"prompt": "question"}, "plain", 40, "27"),
-    "math_benchmarks/college_math_test.jsonl": ({"prompt": "question", "group": "data_topic"}, "plain", 2818, "$10-4 n$"),
-    "math_benchmarks/gaokao2023en_test.jsonl": ({"prompt": "question"}, "plain", 383, r"$\{x|-2\leq x < 1\}$"),
-    "math_benchmarks/minerva_math_test.jsonl": ({"prompt": "problem", "answer": "solution"}, "boxed", 272, "1.6"),
-    "math_benchmarks/olympiadbench_test.jsonl": (
-        {"prompt": "context+question", "answer": "final_answer", "group": "subfield"}, "plain", 675, "2",
+    "math_benchmarks/college_math_test.jsonl": (
+        {"prompt": "question", "group": "data_topic"},
+        "plain",
+        2818,
+        "$10-4 n$",
     ),
-    "svamp/SVAMP.json": ({"prompt": "Body+Question", "answer": "Answer", "problem_id": "ID"}, "plain", 1000, "51"),
-    "mawps_single/mawps-single_testset.json": ({"prompt": "sQuestion", "answer": "lSolutions"}, "plain", 199, "296"),
-}  # fmt: skip
+    "math_benchmarks/gaokao2023en_test.jsonl": (
+        {"prompt": "question"},
+        "plain",
+        383,
+        r"$\{x|-2\leq x < 1\}$",
+    ),
+    "math_benchmarks/minerva_math_test.jsonl": (
+        {"prompt": "problem", "answer": "solution"},
+        "boxed",
+        272,
+        "1.6",
+    ),
+    "math_benchmarks/olympiadbench_test.jsonl": (
+        {"prompt": "context+question", "answer": "final_answer", "group": "subfield"},
+        "plain",
+        675,
+        "2",
+    ),
+    "svamp/SVAMP.json": (
+        {"prompt": "Body+Question", "answer": "Answer", "problem_id": "ID"},
+        "plain",
+        1000,
+        "51",
+    ),
+    "mawps_single/mawps-single_testset.json": (
+        {"prompt": "sQuestion", "answer": "lSolutions"},
+        "plain",
+        199,
+        "296",
+    ),
+}
 
 
 @needs_data

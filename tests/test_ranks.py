@@ -10,7 +10,7 @@ from many_runs import ENVIRONMENT
 
 SCRIPT = """
 import torch, torch.distributed as dist
-from sage import ranks
+from sage.util import ranks
 dist.init_process_group("gloo")
 kept_alive = dist.group.WORLD  # as DeepSpeed keeps it
 for i in range(300):

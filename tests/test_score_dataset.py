@@ -20,10 +20,11 @@ import torch
 from conftest import make_pairs, write_jsonl
 from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_difference, metrics
 
-from sage.errors import UserError
-from sage.pairs import load_pairs, write_rows
-from sage.progress import console
-from sage.tokenized import tokenize_pairs
+from sage.data.pairs import load_pairs
+from sage.data.source import write_rows
+from sage.data.tokens import tokenize_pairs
+from sage.util.errors import UserError
+from sage.util.progress import console
 
 slow = pytest.mark.slow
 BETA = 0.3
@@ -57,9 +58,14 @@ def other_model(tiny_model, tmp_path_factory) -> Path:
 def common(tiny_model, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("score")
     return [
-        "model=hf", f"model.path={tiny_model}", f"data.path={write_jsonl(folder / 'pairs.jsonl', rows_with_gaps())}",
-        "data.max_length=200", "micro_batch_tokens=600", f"cache_dir={folder / 'cache'}", "model.dtype=float32",
-    ]  # fmt: skip
+        "model=hf",
+        f"model.path={tiny_model}",
+        f"data.path={write_jsonl(folder / 'pairs.jsonl', rows_with_gaps())}",
+        "data.max_length=200",
+        "micro_batch_tokens=600",
+        f"cache_dir={folder / 'cache'}",
+        "model.dtype=float32",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +73,13 @@ def pairs(common, tiny_model):
     from transformers import AutoTokenizer
 
     return tokenize_pairs(
-        load_pairs(common[2].split("=")[1]), AutoTokenizer.from_pretrained(tiny_model), chat_template=True,
-        max_length=200, num_proc=1, cache_dir=common[5].split("=")[1],
-    )  # fmt: skip
+        load_pairs(common[2].split("=")[1]),
+        AutoTokenizer.from_pretrained(tiny_model),
+        chat_template=True,
+        max_length=200,
+        num_proc=1,
+        cache_dir=common[5].split("=")[1],
+    )
 
 
 def freeze_scoring(run_dir: Path, *overrides: str) -> Path:
@@ -85,8 +95,14 @@ def runs(common, other_model, tmp_path_factory) -> Path:
     one = [
         freeze_scoring(root / "plain", *common, "top=0.3"),
         freeze(root / "undisturbed", *common, *IN_SINGLES, command="score-dataset"),
-        freeze_scoring(root / "pair", *common, f"reference_model={other_model}", f"loss.beta={BETA}",
-                       "+scorer@scorers.loss=loss", "scorers.loss.margin=policy_mean"),
+        freeze_scoring(
+            root / "pair",
+            *common,
+            f"reference_model={other_model}",
+            f"loss.beta={BETA}",
+            "+scorer@scorers.loss=loss",
+            "scorers.loss.margin=policy_mean",
+        ),
         freeze(root / "trained", *training, f"data.scores={root / 'plain'}", fresh),
         freeze(root / "cached", *training),
         freeze(root / "selected", *training, *logit, f"data.scores={root / 'plain'}"),
@@ -97,12 +113,29 @@ def runs(common, other_model, tmp_path_factory) -> Path:
         freeze(root / "nothing_there", *training, f"data.scores={root / 'nowhere'}"),
         freeze(root / "no_reference", *training, "loss=simpo", f"data.scores={root / 'plain'}"),
         # Hydra deletes no key that is null.
-        freeze_scoring(root / "uniform", *common, "~scorer.margin", "scorer._target_=sage.scorers.Uniform",
-                       "scorer.mastered_above=1",
-                       *(f"~scorer.{name}" for name in ("candidates_per_pair", "score_every", "reuse", "warmup_steps",
-                         "damping", "temperature", "mastered_above", "drop_curvature", "drop_uncertainty",
-                         "drop_negative"))),
-    ]  # fmt: skip
+        freeze_scoring(
+            root / "uniform",
+            *common,
+            "~scorer.margin",
+            "scorer._target_=sage.scorers.Uniform",
+            "scorer.mastered_above=1",
+            *(
+                f"~scorer.{name}"
+                for name in (
+                    "candidates_per_pair",
+                    "score_every",
+                    "reuse",
+                    "warmup_steps",
+                    "damping",
+                    "temperature",
+                    "mastered_above",
+                    "drop_curvature",
+                    "drop_uncertainty",
+                    "drop_negative",
+                )
+            ),
+        ),
+    ]
     execute(1, one)
     two = [
         freeze_scoring(root / f"two{z}", *common, "world_size=2", f"engine=zero{z}", "top=0.3")
@@ -143,13 +176,23 @@ def test_columns_equal_plain_transformers(runs, pairs, tiny_model, other_model):
     d, uncertainty = policy[:, :, 1].sum(1), policy[:, :, 2]
     mean = policy[:, 0, 0] / tokens[:, 0] - policy[:, 1, 0] / tokens[:, 1]
     expected = {
-        "policy_chosen_logps": policy[:, 0, 0], "policy_rejected_logps": policy[:, 1, 0],
-        "reference_chosen_logps": reference[:, 0, 0], "reference_rejected_logps": reference[:, 1, 0],
-        "chosen_tokens": tokens[:, 0], "rejected_tokens": tokens[:, 1],
-        "logit_squared_norm": d, "logit_chosen_uncertainty": uncertainty[:, 0],
-        "logit_rejected_uncertainty": uncertainty[:, 1], "margin": u, "policy_mean": mean, "signal": g, "curvature": h,
-        "logit_signal": g**2 * d, "logit_curvature": h * d + g * uncertainty.sum(1), "score_loss": np.log1p(np.exp(-mean)),
-    }  # fmt: skip
+        "policy_chosen_logps": policy[:, 0, 0],
+        "policy_rejected_logps": policy[:, 1, 0],
+        "reference_chosen_logps": reference[:, 0, 0],
+        "reference_rejected_logps": reference[:, 1, 0],
+        "chosen_tokens": tokens[:, 0],
+        "rejected_tokens": tokens[:, 1],
+        "logit_squared_norm": d,
+        "logit_chosen_uncertainty": uncertainty[:, 0],
+        "logit_rejected_uncertainty": uncertainty[:, 1],
+        "margin": u,
+        "policy_mean": mean,
+        "signal": g,
+        "curvature": h,
+        "logit_signal": g**2 * d,
+        "logit_curvature": h * d + g * uncertainty.sum(1),
+        "score_loss": np.log1p(np.exp(-mean)),
+    }
     assert np.abs(u).max() > 0.1
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-4, err_msg=name)
@@ -196,8 +239,12 @@ def test_a_killed_run_goes_on_and_leaves_the_same_files(runs, common, tmp_path):
     assert 5 <= len(left) < 60 and not (run / "scores").exists()
 
     resumed = subprocess.run(
-        [sys.executable, "-m", "sage.worker", str(run)], env=ENVIRONMENT, capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-m", "sage.worker", str(run)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert f"pairs: 1/{60 - len(left)} " in resumed.stdout
     told = {"config.yaml", "summary.json"}  # they tell the time and the folder
     ours, theirs = files(run), files(runs / "undisturbed")
@@ -253,7 +300,7 @@ def test_what_does_not_fit_is_refused_by_name(runs, name, parts):
 
 def test_a_folder_begun_with_something_else_is_refused(tmp_path):
     """Protects a resumed run from a model, pairs or settings that changed under it."""
-    from sage.score_dataset import claim
+    from sage.commands.score_dataset import claim
 
     manifest = {"pairs": {"count": 60}, "policy": {"weights": "a"}}
     claim(tmp_path, manifest)
@@ -265,7 +312,7 @@ def test_a_folder_begun_with_something_else_is_refused(tmp_path):
 @slow
 def test_shards_of_two_runs_are_not_mixed(runs, pairs, tmp_path):
     """Protects training from a folder with files of another run, or with one missing."""
-    from sage.reference import Scored
+    from sage.model.reference import Scored
 
     key = json.loads((runs / "plain" / "manifest.json").read_text())["reference"]
     key.pop("path")
@@ -318,8 +365,8 @@ def test_write_rows_keeps_format_and_columns(tmp_path, form):
 @slow
 def test_the_summary_shows_quantiles_a_histogram_and_extremes(runs):
     """What a person sees: one row per stratum and one for all, bars that count every pair, the pairs asked for."""
+    from sage.commands.score_dataset import show
     from sage.config import ScoreConfig
-    from sage.score_dataset import show
 
     table = pq.read_table(runs / "plain" / "scores")
     scores = table["score"].to_numpy().copy()

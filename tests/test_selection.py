@@ -10,19 +10,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from sage.curriculum import (
-    Curriculum,
-    EasyToHard,
-    SageCurriculum,
-    Setting,
-    StaticFilter,
-    allot,
-    frontier_shares,
-)
-from sage.errors import UserError
-from sage.losses import DPO, LogitStats, PairLogps
-from sage.run import build
-from sage.samples import SampleLog
+from sage.curriculum import Curriculum, SageCurriculum, Setting, allot, frontier_shares
+from sage.losses import DPO
+from sage.model.logps import LogitStats, PairLogps
 from sage.scorers import (
     BetaDPO,
     Easiest,
@@ -38,7 +28,11 @@ from sage.scorers import (
     select,
     signal,
 )
-from sage.selection import Selection, draws, read_margins
+from sage.static_curricula import EasyToHard, StaticFilter
+from sage.training.run import build
+from sage.training.samples import SampleLog
+from sage.training.selection import Selection, draws, read_margins
+from sage.util.errors import UserError
 
 U = torch.linspace(-10, 10, 201)
 
@@ -164,9 +158,12 @@ def test_each_gate_shuts_out_what_its_name_says():
     out = {
         gate: np.flatnonzero(~Sage(**{gate: value}).admitted(stats).numpy())
         for gate, value in {
-            "mastered_above": 3.0, "drop_negative": 0.1, "drop_curvature": 0.2, "drop_uncertainty": 0.25
+            "mastered_above": 3.0,
+            "drop_negative": 0.1,
+            "drop_curvature": 0.2,
+            "drop_uncertainty": 0.25,
         }.items()
-    }  # fmt: skip
+    }
     assert out["mastered_above"].tolist() == list(range(81, 100))
     assert out["drop_negative"].tolist() == list(range(10))
     assert out["drop_curvature"].tolist() == list(range(41, 61))
@@ -380,8 +377,14 @@ class FakeRun:
         ids = np.array([f"p{i}" for i in range(12)], dtype=object)
         ones = torch.ones(12)
         self.policy = PairLogps(torch.arange(12.0) if chosen is None else chosen, torch.zeros(12), ones, ones)
-        reference = SimpleNamespace(lookup=lambda i: PairLogps(*(t[torch.from_numpy(i)] * 0 + t.new_tensor([0, 0, 1, 1][k])
-                                                              for k, t in enumerate(self.policy))))  # fmt: skip
+        reference = SimpleNamespace(
+            lookup=lambda i: PairLogps(
+                *(
+                    t[torch.from_numpy(i)] * 0 + t.new_tensor([0, 0, 1, 1][k])
+                    for k, t in enumerate(self.policy)
+                )
+            )
+        )
         forward = SimpleNamespace(
             all_stats=lambda pairs, i, logit: (
                 PairLogps(*(t[torch.from_numpy(i)] for t in self.policy)),

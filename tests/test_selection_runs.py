@@ -17,9 +17,14 @@ BATCH = 4
 SCORERS = sorted(p.stem for p in (REPO / "conf" / "scorer").glob("*.yaml"))
 CURRICULA = sorted(p.stem for p in (REPO / "conf" / "curriculum").glob("*.yaml"))
 WHOLE_METHOD = [
-    "scorer=sage", "scorer.warmup_steps=2", "scorer.margin=mixed", "curriculum=sage", "curriculum.every=5",
-    "curriculum.strata=3", "curriculum.probe=4",
-]  # fmt: skip
+    "scorer=sage",
+    "scorer.warmup_steps=2",
+    "scorer.margin=mixed",
+    "curriculum=sage",
+    "curriculum.every=5",
+    "curriculum.strata=3",
+    "curriculum.probe=4",
+]
 INTERVALS = [*WHOLE_METHOD, "scorer.score_every=4", "scorer.reuse=2", "steps=12", "save_every=6"]
 
 
@@ -30,10 +35,18 @@ def common(tiny_model, tmp_path_factory) -> list[str]:
     margins = pa.table({"pair_id": [r["pair_id"] for r in rows], "margin": [0.1 * i for i in range(60)]})
     pq.write_table(margins, folder / "margins.parquet")
     return [
-        "model=hf", f"model.path={tiny_model}", f"data.path={write_jsonl(folder / 'pairs.jsonl', rows)}",
-        "data.max_length=130", "micro_batch_tokens=520", "steps=4", f"batch_size={BATCH}", "optimizer.lr=1e-3",
-        f"cache_dir={folder / 'cache'}", "model.dtype=float32", f"+scorer.margins_from={folder / 'margins.parquet'}",
-    ]  # fmt: skip
+        "model=hf",
+        f"model.path={tiny_model}",
+        f"data.path={write_jsonl(folder / 'pairs.jsonl', rows)}",
+        "data.max_length=130",
+        "micro_batch_tokens=520",
+        "steps=4",
+        f"batch_size={BATCH}",
+        "optimizer.lr=1e-3",
+        f"cache_dir={folder / 'cache'}",
+        "model.dtype=float32",
+        f"+scorer.margins_from={folder / 'margins.parquet'}",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -43,18 +56,34 @@ def one_rank(common, tmp_path_factory) -> Path:
     given = {"rho": [other], "margin_gap": [other]}
     runs = {
         **{f"scorer_{s}": [f"scorer={s}", *[g.lstrip("+") for g in given.get(s, [])]] for s in SCORERS},
-        **{f"curriculum_{c}": [f"curriculum={c}", "curriculum.strata=3", "curriculum.probe=4"] if c == "sage"
-           else [f"curriculum={c}"] for c in CURRICULA},
+        **{
+            f"curriculum_{c}": [f"curriculum={c}", "curriculum.strata=3", "curriculum.probe=4"]
+            if c == "sage"
+            else [f"curriculum={c}"]
+            for c in CURRICULA
+        },
         "thirty": [*WHOLE_METHOD, "steps=30"],
         **{f"intervals{z}": [*INTERVALS, f"engine=zero{z}"] for z in (0, 3)},
         "online": ["scorer=sage", "scorer.warmup_steps=0", "reference=online"],
         "simpo": ["scorer=sage", "scorer.warmup_steps=0", "loss=simpo"],
         "bounded": ["scorer=loss", "steps=8", "tracking.samples=48"],
         "unlogged": ["scorer=loss", "tracking.samples=0"],
-        "dry": ["curriculum=sage", "curriculum.every=2", "curriculum.strata=3", "curriculum.probe=4", "steps=40",
-                "curriculum.mastered_above=0.02", "curriculum.margin=implicit_reward", "optimizer.lr=1e-2"],
-        "no_pass_rate": ["curriculum=static_filter", "curriculum.difficulty=pass_rate", "+data.columns.pass_rate=none"],
-    }  # fmt: skip
+        "dry": [
+            "curriculum=sage",
+            "curriculum.every=2",
+            "curriculum.strata=3",
+            "curriculum.probe=4",
+            "steps=40",
+            "curriculum.mastered_above=0.02",
+            "curriculum.margin=implicit_reward",
+            "optimizer.lr=1e-2",
+        ],
+        "no_pass_rate": [
+            "curriculum=static_filter",
+            "curriculum.difficulty=pass_rate",
+            "+data.columns.pass_rate=none",
+        ],
+    }
     runs["no_pass_rate"][-1] = f"data.path={strip_pass_rates(root, common)}"
     execute(1, [freeze(root / name, *plain, *overrides) for name, overrides in runs.items()])
     failed = {p.parent.name: p.read_text() for p in root.glob(f"*/{ERROR_FILE}")}

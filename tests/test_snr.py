@@ -12,13 +12,13 @@ import torch
 from conftest import make_pairs, write_jsonl
 from many_runs import ERROR_FILE, column, execute, freeze, largest_difference
 
-from sage import snr
 from sage.curriculum import Shuffled
-from sage.errors import UserError
-from sage.pairs import load_pairs
+from sage.data.pairs import load_pairs
+from sage.data.tokens import tokenize_pairs
 from sage.scorers import PairStats, Scorer
-from sage.tokenized import tokenize_pairs
-from sage.tracking import METRICS_FILE
+from sage.training import snr
+from sage.training.tracking import METRICS_FILE
+from sage.util.errors import UserError
 
 BATCH, BUDGET = 20, 520
 slow = pytest.mark.slow
@@ -118,10 +118,17 @@ def test_no_noise_gives_no_quotient():
 def common(tiny_model, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("snr")
     return [
-        "model=hf", f"model.path={tiny_model}", f"data.path={write_jsonl(folder / 'pairs.jsonl', make_pairs(60))}",
-        "data.max_length=130", f"micro_batch_tokens={BUDGET}", "steps=2", f"batch_size={BATCH}", "optimizer.lr=1e-3",
-        f"cache_dir={folder / 'cache'}", "model.dtype=float32",
-    ]  # fmt: skip
+        "model=hf",
+        f"model.path={tiny_model}",
+        f"data.path={write_jsonl(folder / 'pairs.jsonl', make_pairs(60))}",
+        "data.max_length=130",
+        f"micro_batch_tokens={BUDGET}",
+        "steps=2",
+        f"batch_size={BATCH}",
+        "optimizer.lr=1e-3",
+        f"cache_dir={folder / 'cache'}",
+        "model.dtype=float32",
+    ]
 
 
 SETUPS = {
@@ -139,8 +146,11 @@ each_setup = pytest.mark.parametrize("name", SETUPS)
 def runs(common, tmp_path_factory) -> Path:
     """Every setup on one rank, and ZeRO 2 with selection on two, each with and without measurements."""
     root = tmp_path_factory.mktemp("runs")
-    one = [freeze(root / f"{name}_{every}", *common, *overrides, f"snr_every={every}")
-           for name, overrides in SETUPS.items() for every in (0, 1)]  # fmt: skip
+    one = [
+        freeze(root / f"{name}_{every}", *common, *overrides, f"snr_every={every}")
+        for name, overrides in SETUPS.items()
+        for every in (0, 1)
+    ]
     both = [*SETUPS["zero2"], *SETUPS["selecting"], "world_size=2"]
     two = [freeze(root / f"two_{every}", *common, *both, f"snr_every={every}") for every in (0, 1)]
     execute(1, one)
@@ -172,9 +182,13 @@ def test_equals_per_pair_gradients(runs, common, tiny_model):
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     pairs = tokenize_pairs(
-        load_pairs(common[2].split("=")[1]), AutoTokenizer.from_pretrained(tiny_model), chat_template=True,
-        max_length=130, num_proc=1, cache_dir=common[8].split("=")[1],
-    )  # fmt: skip
+        load_pairs(common[2].split("=")[1]),
+        AutoTokenizer.from_pretrained(tiny_model),
+        chat_template=True,
+        max_length=130,
+        num_proc=1,
+        cache_dir=common[8].split("=")[1],
+    )
 
     def gradient(i: int) -> np.ndarray:
         """Policy and reference are one, so u = 0 and the gradient is -beta/2 times that of the margin."""

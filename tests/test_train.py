@@ -18,9 +18,9 @@ from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_
 
 from sage.config import OptimizerConfig
 from sage.curriculum import Shuffled
-from sage.packing import plan
-from sage.pairs import load_pairs
-from sage.tokenized import tokenize_pairs
+from sage.data.packing import plan
+from sage.data.pairs import load_pairs
+from sage.data.tokens import tokenize_pairs
 from sage.train import learning_rate
 
 STEPS, BATCH = 10, 7
@@ -37,10 +37,18 @@ def common(tiny_model, tmp_path_factory) -> list[str]:
         row["prompt"] += " Think." * (i % 6)
     folder = tmp_path_factory.mktemp("train")
     return [
-        "model=hf", f"model.path={tiny_model}", f"data.path={write_jsonl(folder / 'pairs.jsonl', rows)}",
-        "data.max_length=130", "micro_batch_tokens=260", f"steps={STEPS}", f"batch_size={BATCH}", "optimizer.lr=1e-3",
-        f"cache_dir={folder / 'cache'}", "model.dtype=float32", "optimizer.max_grad_norm=1.2",
-    ]  # fmt: skip
+        "model=hf",
+        f"model.path={tiny_model}",
+        f"data.path={write_jsonl(folder / 'pairs.jsonl', rows)}",
+        "data.max_length=130",
+        "micro_batch_tokens=260",
+        f"steps={STEPS}",
+        f"batch_size={BATCH}",
+        "optimizer.lr=1e-3",
+        f"cache_dir={folder / 'cache'}",
+        "model.dtype=float32",
+        "optimizer.max_grad_norm=1.2",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -49,16 +57,26 @@ def tokenized(common):
 
     path, model, cache = (common[i].split("=", 1)[1] for i in (2, 1, 8))
     return tokenize_pairs(
-        load_pairs(path), AutoTokenizer.from_pretrained(model), chat_template=True, max_length=130, num_proc=1,
+        load_pairs(path),
+        AutoTokenizer.from_pretrained(model),
+        chat_template=True,
+        max_length=130,
+        num_proc=1,
         cache_dir=cache,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")
 def benchmark(problem_file) -> list[str]:
     """Overrides that answer six problems at every evaluation."""
-    return ["+benchmark=gsm8k", f"benchmark.gsm8k.path={problem_file}", "benchmark_limit=6", "sampling.max_new_tokens=8",
-            "generation.batch_size=2", "generation.chunk=2"]  # fmt: skip
+    return [
+        "+benchmark=gsm8k",
+        f"benchmark.gsm8k.path={problem_file}",
+        "benchmark_limit=6",
+        "sampling.max_new_tokens=8",
+        "generation.batch_size=2",
+        "generation.chunk=2",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -69,17 +87,56 @@ def one_rank(common, benchmark, tmp_path_factory) -> Path:
         **{f"zero{z}": [f"engine=zero{z}", f"save_every={STEPS}"] for z in ZERO},
         **{f"unclipped{z}": [f"engine=zero{z}", "optimizer.max_grad_norm=0", "steps=4"] for z in ZERO},
         **{f"bf16_{z}": [f"engine=zero{z}", "model.dtype=bfloat16", "save_every=4", "steps=4"] for z in ZERO},
-        **{f"nan{z}": [f"engine=zero{z}", "optimizer.lr=1e30", "save_every=1", "optimizer.warmup_ratio=0",
-                       "optimizer.schedule=constant"] for z in ZERO},
-        **{f"nan_bf16_{z}": [f"engine=zero{z}", "optimizer.lr=1e30", "optimizer.warmup_ratio=0", "save_every=1",
-                             "model.dtype=bfloat16", "optimizer.max_grad_norm=0"] for z in ZERO},
-        **{f"offload{z}": [f"engine=zero{z}_offload", "steps=4", "optimizer.implementation=torch",
-                           "optimizer.max_grad_norm=0"] for z in ZERO[1:]},
-        **{f"offload_bf16_{z}": [f"engine=zero{z}_offload", "model.dtype=bfloat16", "steps=4",
-                                "optimizer.implementation=torch"] for z in ZERO[1:]},
+        **{
+            f"nan{z}": [
+                f"engine=zero{z}",
+                "optimizer.lr=1e30",
+                "save_every=1",
+                "optimizer.warmup_ratio=0",
+                "optimizer.schedule=constant",
+            ]
+            for z in ZERO
+        },
+        **{
+            f"nan_bf16_{z}": [
+                f"engine=zero{z}",
+                "optimizer.lr=1e30",
+                "optimizer.warmup_ratio=0",
+                "save_every=1",
+                "model.dtype=bfloat16",
+                "optimizer.max_grad_norm=0",
+            ]
+            for z in ZERO
+        },
+        **{
+            f"offload{z}": [
+                f"engine=zero{z}_offload",
+                "steps=4",
+                "optimizer.implementation=torch",
+                "optimizer.max_grad_norm=0",
+            ]
+            for z in ZERO[1:]
+        },
+        **{
+            f"offload_bf16_{z}": [
+                f"engine=zero{z}_offload",
+                "model.dtype=bfloat16",
+                "steps=4",
+                "optimizer.implementation=torch",
+            ]
+            for z in ZERO[1:]
+        },
         "large": ["micro_batch_tokens=16384"],
-        **{f"decayed{z}": [f"engine=zero{z}", "optimizer.lr=1e-12", "optimizer.weight_decay=1e10", "steps=1",
-                           "optimizer.warmup_ratio=0"] for z in ZERO},
+        **{
+            f"decayed{z}": [
+                f"engine=zero{z}",
+                "optimizer.lr=1e-12",
+                "optimizer.weight_decay=1e10",
+                "steps=1",
+                "optimizer.warmup_ratio=0",
+            ]
+            for z in ZERO
+        },
         "unshared": ["packing=unshared"],
         "padded": ["packing=padded"],
         "online": ["reference=online"],
@@ -95,11 +152,15 @@ def one_rank(common, benchmark, tmp_path_factory) -> Path:
         **{f"lora{z}": ["+model/lora=default", f"engine=zero{z}", f"save_every={STEPS}"] for z in (0, 2, 3)},
         "lora_online": ["+model/lora=default", "reference=online"],
         "lora_head": ["+model/lora=default", "model.lora.targets=[lm_head]"],
-    }  # fmt: skip
+    }
     execute(1, [freeze(root / name, *common, *overrides) for name, overrides in runs.items()])
     adapter = f"model.adapter_path={root / 'lora0' / 'final' / 'adapter'}"
-    again = [freeze(root / f"adapter_{reference}", *common, "+model/lora=default", adapter, f"reference={reference}")
-             for reference in ("cached", "online")]  # fmt: skip
+    again = [
+        freeze(
+            root / f"adapter_{reference}", *common, "+model/lora=default", adapter, f"reference={reference}"
+        )
+        for reference in ("cached", "online")
+    ]
     execute(1, again)
     failed = {p.parent.name: p.read_text() for p in root.glob(f"*/{ERROR_FILE}")}
     assert {name for name in failed if not name.startswith("nan")} == {"lora_head"}, failed
@@ -293,7 +354,7 @@ def test_bf16_keeps_float32_masters(one_rank, stage):
             if kind and node.is_floating_point():
                 found.setdefault(kind, []).append(node)
 
-    import sage.engine  # noqa: F401, lets torch.load read DeepSpeed's plain classes
+    import sage.model.engine  # noqa: F401, lets torch.load read DeepSpeed's plain classes
 
     for file in (run / "checkpoints" / "step_4").rglob("*_states.pt"):
         collect(torch.load(file, weights_only=True))
@@ -317,8 +378,10 @@ def test_offload_changes_no_number(one_rank, stage):
 
 
 @slow
-@pytest.mark.parametrize("name, like", [("online", "zero0"), ("online3", "zero3"), ("checkpointed", "zero0"),
-                                        ("lora_online", "lora0")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, like",
+    [("online", "zero0"), ("online3", "zero3"), ("checkpointed", "zero0"), ("lora_online", "lora0")],
+)
 def test_options_that_change_no_number(one_rank, name, like):
     """Reference online or cached; activations kept or recomputed."""
     difference = largest_difference(column(one_rank / name, "loss"), column(one_rank / like, "loss"))
@@ -453,7 +516,7 @@ def test_final_loads_in_plain_transformers_and_generates(one_rank, tiny_model, n
 @slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_final_weights_are_the_last_checkpoints(one_rank, stage):
-    import sage.engine  # noqa: F401
+    import sage.model.engine  # noqa: F401
 
     run = one_rank / f"zero{stage}"
     (file,) = (run / "checkpoints" / f"step_{STEPS}").rglob("mp_rank_00_model_states.pt")

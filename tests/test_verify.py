@@ -7,8 +7,8 @@ import resource
 import pytest
 from conftest import SHARED_DATA
 
-from sage.answers import find_answer
-from sage.verify import MEMORY, Verifier
+from sage.answering.answers import find_answer
+from sage.answering.verify import MEMORY, Verifier
 
 needs_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no benchmark files in {SHARED_DATA}")
 

@@ -59,10 +59,19 @@ def test_wheel_installs_and_trains_from_another_folder(tmp_path, tiny_model, pai
     assert "experiment: arithmetic, demo, gsm8k" in call(sage, "train", "--help", cwd=elsewhere)
     assert "gsm8k_demo/train.jsonl" in call(sage, "train", "--cfg", "job", "+experiment=demo", cwd=elsewhere)
     call(
-        sage, "train", "model=hf", f"model.path={tiny_model}", f"data.path={pair_file}", "steps=2", "batch_size=4",
-        "data.max_length=256", "micro_batch_tokens=1024", f"cache_dir={tmp_path / 'cache'}", "hydra.run.dir=run",
+        sage,
+        "train",
+        "model=hf",
+        f"model.path={tiny_model}",
+        f"data.path={pair_file}",
+        "steps=2",
+        "batch_size=4",
+        "data.max_length=256",
+        "micro_batch_tokens=1024",
+        f"cache_dir={tmp_path / 'cache'}",
+        "hydra.run.dir=run",
         cwd=elsewhere,
-    )  # fmt: skip
+    )
     assert json.loads((elsewhere / "run" / "summary.json").read_text())["steps"] == 2
     assert list((elsewhere / "run" / "final").glob("*.safetensors"))
     # The demo's pairs and licence travel along.

@@ -1,0 +1,193 @@
+"""Verified responses to problems, in chunks that survive a kill: what `sage build-pairs` and `sage eval` have in common.
+
+    folder/progress/chunk_N.jsonl   written whole or not at all, while work goes on
+    folder/generations.jsonl        one attempt a line, in the problems' order, once all chunks are there
+
+A chunk holds whole problems and is generated from an empty batch, so a resumed run makes the very chunks that an
+undisturbed one makes. Ranks take chunks in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sage.answering.generation import Generator, Request, Source, encode_prompts, seed_of
+from sage.answering.problems import Problem
+from sage.answering.verify import Verifier
+from sage.config import ModelConfig, SamplingConfig
+from sage.model import loading
+from sage.util import ranks
+from sage.util.files import write_text
+from sage.util.progress import console, track_counts
+
+GENERATIONS_FILE = "generations.jsonl"
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One line of generations.jsonl."""
+
+    problem_id: str
+    sample: int
+    prompt: str
+    response: str
+    tokens: int
+    finish: str  # see sage.answering.generation.Response
+    answer: str
+    extracted: str | None
+    correct: bool
+    rule: str  # which rule decided, see sage.answering.verify.Verdict
+    group: str | None
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish in ("length", "no_room")
+
+
+class Sampler:
+    """Answers problems with one policy; the model is loaded when the first response is needed."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        engine: Any,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        chat_template: bool,
+        cache_dir: str,
+    ):
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world_size > 1 and not dist.is_initialized():
+            # Ranks end far apart where one has the longer responses.
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        folder = ranks.main_first(lambda: loading.resolve_model(model, cache_dir))
+        self.source = Source(folder, model, device)
+        self.tokenizer = loading.load_tokenizer(folder, model)
+        self.engine, self.sampling, self.seed, self.chat_template = engine, sampling, seed, chat_template
+        self.generator: Generator | None = None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Sampler:
+        self.verifier = self.stack.enter_context(Verifier())
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.stack.close()
+
+    def attempts(
+        self, problems: Sequence[Problem], samples: int, prompt: str, folder: Path, name: str
+    ) -> list[Attempt]:
+        """`samples` attempts at each problem, in order; on rank 0 alone, the others get none.
+
+        Args:
+            prompt: what is asked, around {problem}.
+            folder: keeps the attempts, finished or not.
+            name: of the problems, for the progress bar.
+        """
+        final, progress = folder / GENERATIONS_FILE, folder / "progress"
+        if not final.exists():
+            progress.mkdir(parents=True, exist_ok=True)
+            prompts = [prompt.replace("{problem}", problem.prompt) for problem in problems]
+            ids = encode_prompts(self.tokenizer, prompts, self.chat_template)
+            chunks = self.chunks(ids, samples)
+            missing = [
+                (progress / f"chunk_{number}.jsonl", chunk)
+                for number, chunk in enumerate(chunks)
+                if number % self.world_size == self.rank and not (progress / f"chunk_{number}.jsonl").exists()
+            ]
+            if missing and self.generator is None:
+                self.generator = self.stack.enter_context(self.engine.open(self.source, self.sampling))
+            self.estimate([ids[i] for _, chunk in missing for i in chunk], samples, len(missing))
+            for file, chunk in track_counts(missing, name, [len(chunk) for _, chunk in missing]):
+                write_lines(file, self.chunk([(problems[i], prompts[i], ids[i]) for i in chunk], samples))
+            ranks.barrier()
+            if self.rank == 0:
+                found = [a for n in range(len(chunks)) for a in read_attempts(progress / f"chunk_{n}.jsonl")]
+                order = {problem.problem_id: place for place, problem in enumerate(problems)}
+                write_lines(final, sorted(found, key=lambda a: (order[a.problem_id], a.sample)))
+        if self.rank != 0:
+            return []
+        shutil.rmtree(progress, ignore_errors=True)
+        return read_attempts(final)
+
+    def chunks(self, ids: Sequence[Sequence[int]], samples: int) -> list[list[int]]:
+        """Indices of problems in chunks of similar prompt length, the longest first: they need the most memory."""
+        by_length = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+        size = max(self.engine.chunk // samples, 1)
+        return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+
+    def chunk(self, work: Sequence[tuple[Problem, str, list[int]]], samples: int) -> list[Attempt]:
+        assert self.generator is not None
+        asked = [(*item, sample) for item in work for sample in range(samples)]
+        requests = [
+            Request(ids, seed_of(self.seed, problem.problem_id, sample), self.sampling.max_new_tokens)
+            for problem, _, ids, sample in asked
+        ]
+        responses = dict(self.generator(requests))
+        answers = [problem.answer for problem, *_ in asked]
+        verdicts = self.verifier.verify([responses[i].text for i in range(len(asked))], answers)
+        return [
+            Attempt(
+                problem.problem_id,
+                sample,
+                prompt,
+                responses[i].text,
+                responses[i].tokens,
+                responses[i].finish,
+                problem.answer,
+                verdicts[i].extracted,
+                verdicts[i].correct,
+                verdicts[i].rule,
+                problem.group,
+            )
+            for i, (problem, prompt, _, sample) in enumerate(asked)
+        ]
+
+    def estimate(self, ids: Sequence[list[int]], samples: int, chunks: int) -> None:
+        """Say how long the work will take here at most, from a probe of a few tokens; nothing for a single chunk."""
+        if chunks < 2 or self.generator is None:
+            return
+        probe = ids[: max(self.engine.chunk // 4, 1)]
+        seconds = []
+        # The long one first: what only a first call costs is then not left out.
+        for tokens in (1 + PROBE_TOKENS, 1):
+            started = time.perf_counter()
+            list(self.generator([Request(prompt, 0, tokens) for prompt in probe]))
+            seconds.append(time.perf_counter() - started)
+        # On a busy machine the short one may take longer.
+        step = max(seconds[0] - seconds[1], seconds[0] / 4) / PROBE_TOKENS
+        longest = len(ids) * samples / len(probe) * (seconds[1] + step * (self.sampling.max_new_tokens - 1))
+        console.print(
+            f"at most {minutes(longest)} for {len(ids) * samples} responses of up to {self.sampling.max_new_tokens} tokens: "
+            f"a probe made {len(probe) / step:.0f} tokens/s"
+        )
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(seconds / 60, 1):.0f} minutes"
+
+
+def read_attempts(file: Path) -> list[Attempt]:
+    with file.open(encoding="utf-8") as lines:
+        return [Attempt(**json.loads(line)) for line in lines]
+
+
+def write_lines(file: Path, rows: Sequence[Any]) -> None:
+    """Dataclasses as JSON lines."""
+    write_text(file, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))

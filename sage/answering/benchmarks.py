@@ -1,0 +1,109 @@
+"""Accuracy on benchmarks: what `sage eval` reports, and `sage train` while a policy learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from rich.table import Table
+
+from sage.answering.attempts import Attempt, Sampler
+from sage.answering.problems import read_problems
+from sage.answering.statistics import bootstrap, by_group, majority, pass_at, wilson
+from sage.config import ProblemsConfig
+
+
+def answer(
+    sampler: Sampler, benchmarks: Mapping[str, ProblemsConfig], limit: int | None, samples: int, folder: Path
+) -> dict[str, Any]:
+    """All numbers of each benchmark, of its first `limit` problems; on rank 0 alone, the others get none.
+
+    The attempts stay in `folder`/BENCHMARK; those that an interrupted run left there are taken up.
+    """
+    results = {}
+    for name, benchmark in benchmarks.items():
+        problems = read_problems(benchmark)[:limit]
+        attempts = sampler.attempts(problems, samples, benchmark.prompt, folder / name, name)
+        if sampler.rank == 0:
+            results[name] = measure(attempts)
+    return results
+
+
+def rows_of(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
+    """The attempts at each problem, in order."""
+    rows: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        rows.setdefault(attempt.problem_id, []).append(attempt)
+    return list(rows.values())
+
+
+def measure(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """All numbers of one benchmark. With one sample a problem the interval is Wilson's, with more the bootstrap's."""
+    rows = rows_of(attempts)
+    samples = len(rows[0])
+    means = [fmean(a.correct for a in row) for row in rows]
+
+    def accuracy(values: Sequence[float]) -> dict[str, Any]:
+        interval = wilson(round(sum(values)), len(values)) if samples == 1 else bootstrap(values)
+        return {"accuracy": fmean(values), "interval": list(interval), "problems": len(values)}
+
+    def share(flags: Sequence[bool]) -> float:
+        return fmean(flags)
+
+    lengths = [a.tokens for a in attempts]
+    result = {
+        **accuracy(means),
+        "interval_by": "wilson" if samples == 1 else "bootstrap over problems",
+        "samples": samples,
+        "groups": by_group([row[0].group for row in rows], means, accuracy),
+        "tokens": {
+            "mean": fmean(lengths),
+            "median": median(lengths),
+            "longest": max(lengths),
+            "mean_right": mean_or_none([a.tokens for a in attempts if a.correct]),
+            "mean_wrong": mean_or_none([a.tokens for a in attempts if not a.correct]),
+        },
+        "truncated": share([a.finish == "length" for a in attempts]),
+        "no_room": share([a.finish == "no_room" for a in attempts]),
+        "unparsable": share([a.extracted is None for a in attempts]),
+    }
+    if samples > 1:
+        votes = [majority([a.extracted for a in row], [a.correct for a in row]) for row in rows]
+        result[f"maj@{samples}"] = {
+            "accuracy": fmean(votes),
+            "interval": list(wilson(sum(votes), len(votes))),
+        }
+        ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
+        result["pass@k"] = {
+            str(k): fmean(pass_at(k, samples, sum(a.correct for a in row)) for row in rows) for k in ks
+        }
+    return result
+
+
+def mean_or_none(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def table(results: dict[str, Any]) -> Table:
+    shown = Table(title="accuracy", title_justify="left")
+    for name in ("benchmark", "problems", "accuracy", "95% interval", "tokens", "cut off", "no answer"):
+        shown.add_column(name, justify="left" if name == "benchmark" else "right")
+    for name, r in results.items():
+        low, high = r["interval"]
+        shown.add_row(
+            name,
+            str(r["problems"]),
+            f"{r['accuracy']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{r['tokens']['mean']:.0f}",
+            f"{r['truncated']:.1%}",
+            f"{r['unparsable']:.1%}",
+        )
+        for group, g in r["groups"].items():
+            low, high = g["interval"]
+            shown.add_row(
+                f"  {group}", str(g["problems"]), f"{g['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"
+            )
+    return shown

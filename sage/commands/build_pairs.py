@@ -1,0 +1,257 @@
+"""Preference pairs from problems: sample responses, verify them, pair right with wrong.
+
+RUN_DIR/generations.jsonl   every response with its verdict
+RUN_DIR/pairs.jsonl         pair_id, prompt, chosen, rejected, pass_rate, answer, source
+RUN_DIR/manifest.json       what made them, and counts; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from sage.answering.attempts import GENERATIONS_FILE, Attempt, Sampler, write_lines
+from sage.answering.problems import Problem, read_problems
+from sage.config import BuildPairsConfig, PairingConfig, TrainConfig, load
+from sage.model import loading
+from sage.util.errors import UserError
+from sage.util.files import write_json
+from sage.util.progress import console
+
+PAIRS_FILE = "pairs.jsonl"
+MANIFEST_FILE = "manifest.json"
+PAIRS_VERSION = 1  # of what this module makes of the same attempts: a cache of older pairs is not taken
+
+
+@dataclass(frozen=True)
+class BuiltPair:
+    """One line of pairs.jsonl. `source` is where chosen comes from: own or gold."""
+
+    pair_id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    pass_rate: float
+    answer: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A response that may become one side of a pair."""
+
+    text: str
+    source: str
+    unparsable: bool = False
+    truncated: bool = False
+
+
+def build_pairs(run_dir: Path) -> None:
+    """Build, or go on building, the pairs of the frozen config in `run_dir`. Every rank calls this."""
+    cfg = load(run_dir)
+    assert isinstance(cfg, BuildPairsConfig) and cfg.data.problems is not None
+    problems = read_problems(cfg.data.problems)
+    sampler = Sampler(
+        cfg.model,
+        instantiate(cfg.generation),
+        cfg.sampling,
+        seed=cfg.seed,
+        chat_template=cfg.data.chat_template,
+        cache_dir=cfg.cache_dir,
+    )
+    with sampler:
+        attempts = sampler.attempts(
+            problems, cfg.pairing.samples, cfg.data.problems.prompt, run_dir, "responses"
+        )
+        if sampler.rank != 0:
+            return
+        golds = [gold_response(problem) for problem in problems]
+        verdicts = sampler.verifier.verify([gold or "" for gold in golds], [p.answer for p in problems])
+    golds = [gold if verdict.correct else None for gold, verdict in zip(golds, verdicts, strict=True)]
+    pairs, counts = make_pairs(problems, golds, attempts, cfg.pairing, cfg.seed)
+    write_lines(run_dir / PAIRS_FILE, pairs)
+    manifest = {
+        **recipe(cfg, sampler.source.folder, problems),
+        "counts": {
+            "problems": len(problems),
+            "responses": len(attempts),
+            "right": sum(a.correct for a in attempts),
+            "truncated": sum(a.truncated for a in attempts),
+            "unparsable": sum(a.extracted is None for a in attempts),
+            "response_tokens": sum(a.tokens for a in attempts),
+            **counts,
+        },
+        "pass_rates": dict(sorted(Counter(f"{rate:.2f}" for rate in pass_rates(attempts).values()).items())),
+    }
+    write_json(run_dir / MANIFEST_FILE, manifest)
+    console.print(f"{len(pairs)} pairs of {len(problems)} problems: {run_dir / PAIRS_FILE}")
+    for reason, count in counts.items():
+        console.print(f"  {reason.replace('_', ' ')}: {count}")
+
+
+def recipe(cfg: TrainConfig, folder: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    """All that decides which pairs come out: equal recipes make equal pairs."""
+    assert cfg.data.problems is not None
+    digest = hashlib.sha256(json.dumps([asdict(problem) for problem in problems]).encode())
+    return {
+        "version": PAIRS_VERSION,
+        "model": {
+            "path": cfg.model.path,
+            "weights": loading.fingerprint(folder, cfg.model.adapter_path),
+            "dtype": cfg.model.dtype,
+            "attention": cfg.model.attention,
+        },
+        "problems": {"path": cfg.data.problems.path, "content": digest.hexdigest()},
+        "prompt": cfg.data.problems.prompt,
+        "chat_template": cfg.data.chat_template,
+        "generation": cfg.generation,
+        "sampling": asdict(cfg.sampling),
+        "pairing": asdict(cfg.pairing),
+        "seed": cfg.seed,
+    }
+
+
+def recipe_key(cfg: TrainConfig) -> str:
+    """Names the pairs of a config that has problems: `sage train` keeps what it builds under it."""
+    assert cfg.data.problems is not None
+    folder = loading.resolve_model(cfg.model, cfg.cache_dir)
+    made_by = json.dumps(recipe(cfg, folder, read_problems(cfg.data.problems)), sort_keys=True)
+    return hashlib.sha256(made_by.encode()).hexdigest()[:24]
+
+
+def gold_response(problem: Problem) -> str | None:
+    r"""The source's solution as a response to our prompt: without GSM8K's <<calculations>>, its `#### N` in a box."""
+    if problem.solution is None:
+        return None
+    text = re.sub(r"<<[^<>]*>>", "", problem.solution).strip()
+    return re.sub(r"\n####.*\Z", lambda _: f"\nThe answer is \\boxed{{{problem.answer}}}.", text, flags=re.S)
+
+
+def pass_rates(attempts: Sequence[Attempt]) -> dict[str, float]:
+    right, total = Counter[str](), Counter[str]()
+    for attempt in attempts:
+        right[attempt.problem_id] += attempt.correct
+        total[attempt.problem_id] += 1
+    return {problem_id: right[problem_id] / count for problem_id, count in total.items()}
+
+
+def make_pairs(
+    problems: Sequence[Problem],
+    golds: Sequence[str | None],
+    attempts: Sequence[Attempt],
+    cfg: PairingConfig,
+    seed: int,
+) -> tuple[list[BuiltPair], dict[str, int]]:
+    """The pairs, in the problems' order, and how many problems, responses or pairs were left out for which reason."""
+    counts: Counter[str] = Counter()
+    by_problem: dict[str, list[Attempt]] = {problem.problem_id: [] for problem in problems}
+    for attempt in attempts:
+        by_problem[attempt.problem_id].append(attempt)
+    rates = pass_rates(attempts)
+    found: list[tuple[BuiltPair, Candidate]] = []
+    for problem, gold in zip(problems, golds, strict=True):
+        own = by_problem[problem.problem_id]
+        right = [Candidate(a.response, "own") for a in own if a.correct and not a.truncated]
+        wrong = [
+            Candidate(a.response, "own", unparsable=a.extracted is None, truncated=a.truncated)
+            for a in own
+            if not a.correct and a.response.strip()
+        ]
+        if cfg.chosen == "gold" or (cfg.chosen == "own_then_gold" and not right):
+            right = [Candidate(gold, "gold")] if gold else []
+        rejects = distinct(wrong, cfg.near_duplicate)
+        chosen = distinct(right, cfg.near_duplicate)
+        counts["duplicate_responses"] += len(wrong) - len(rejects) + len(right) - len(chosen)
+        if not chosen or not rejects:
+            counts["problems_without_right" if not chosen else "problems_without_wrong"] += 1
+            continue
+        matched = list(match(problem.problem_id, chosen, rejects, cfg, seed))
+        counts["problems_unbalanced"] += not matched
+        for number, (good, bad) in enumerate(matched):
+            row = BuiltPair(
+                f"{problem.problem_id}-{number}",
+                own[0].prompt,
+                good.text,
+                bad.text,
+                rates[problem.problem_id],
+                problem.answer,
+                good.source,
+            )
+            found.append((row, bad))
+    for reason, share in (("truncated", cfg.truncated), ("unparsable", cfg.unparsable)):
+        kept = cap(found, reason, share, seed)
+        counts[f"pairs_over_{reason}_cap"] = len(found) - len(kept)
+        found = kept
+    pairs = [pair for pair, _ in found]
+    return pairs, {"pairs": len(pairs), **Counter(f"pairs_{p.source}" for p in pairs), **counts}
+
+
+def distinct(candidates: Sequence[Candidate], near: float) -> list[Candidate]:
+    """The first of all that are alike: equal but for white space, or with word triples that overlap by `near`."""
+    kept: list[tuple[Candidate, str, set[tuple[str, ...]]]] = []
+    for candidate in candidates:
+        words = candidate.text.split()
+        text, triples = " ".join(words), {tuple(words[i : i + 3]) for i in range(max(len(words) - 2, 1))}
+        if not any(
+            text == other or len(triples & theirs) >= near * len(triples | theirs)
+            for _, other, theirs in kept
+        ):
+            kept.append((candidate, text, triples))
+    return [candidate for candidate, *_ in kept]
+
+
+def match(
+    problem_id: str, chosen: Sequence[Candidate], rejects: Sequence[Candidate], cfg: PairingConfig, seed: int
+) -> Iterator[tuple[Candidate, Candidate]]:
+    """At most `per_problem` pairs of one problem. A rejected response serves once, parsable and whole ones first; it
+    meets the least used chosen one, and among those, where lengths are balanced, the closest in length."""
+    uses: Counter[str] = Counter()
+
+    def drawn(candidate: Candidate) -> str:
+        return hashlib.sha256(f"{seed}/{problem_id}/{candidate.text}".encode()).hexdigest()
+
+    def ratio(a: Candidate, b: Candidate) -> float:
+        if cfg.max_length_ratio is None:
+            return 1.0
+        short, long = sorted((len(a.text), len(b.text)))
+        return long / short
+
+    pairs = 0
+    for bad in sorted(rejects, key=lambda c: (c.unparsable + c.truncated, drawn(c))):
+        fitting = [good for good in chosen if ratio(good, bad) <= (cfg.max_length_ratio or 1.0)]
+        if fitting and pairs < cfg.per_problem:
+            good = min(fitting, key=lambda c: (uses[c.text], ratio(c, bad), drawn(c)))
+            uses[good.text] += 1
+            pairs += 1
+            yield good, bad
+
+
+def cap(
+    found: list[tuple[BuiltPair, Candidate]], reason: str, share: float, seed: int
+) -> list[tuple[BuiltPair, Candidate]]:
+    """Drop pairs whose rejected is truncated (or unparsable), at random, until they are at most `share` of all."""
+    flagged = [pair.pair_id for pair, bad in found if getattr(bad, reason)]
+    if share == 1 or not flagged:
+        return found
+    room = int(share / (1 - share) * (len(found) - len(flagged)) + 1e-9)
+    flagged.sort(key=lambda pair_id: hashlib.sha256(f"{seed}/{pair_id}".encode()).hexdigest())
+    dropped = set(flagged[room:])
+    return [(pair, bad) for pair, bad in found if pair.pair_id not in dropped]
+
+
+def check_built(cfg: TrainConfig, folder: Path) -> None:
+    """Raise UserError where the problems gave no pair to train on."""
+    if not (folder / PAIRS_FILE).read_text(encoding="utf-8").strip():
+        counts = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["counts"]
+        raise UserError(
+            f"{cfg.model.path} made no pair of {counts['problems']} problems ({counts['right']} of {counts['responses']} "
+            f"responses were right): raise pairing.samples, or set pairing.chosen=own_then_gold; see {folder / GENERATIONS_FILE}"
+        )

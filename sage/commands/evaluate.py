@@ -1,0 +1,132 @@
+"""Accuracy on math benchmarks: sample, verify, count.
+
+RUN_DIR/BENCHMARK/generations.jsonl   every response with its extracted answer and verdict
+RUN_DIR/summary.json                  accuracies with intervals; written last
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hydra.utils import instantiate
+from rich.table import Table
+
+from sage.answering.attempts import GENERATIONS_FILE, Sampler, read_attempts
+from sage.answering.benchmarks import answer, rows_of, table
+from sage.answering.statistics import bootstrap, majority, mcnemar
+from sage.config import SUMMARY_FILE, EvalConfig, load
+from sage.model import loading
+from sage.util.errors import UserError
+from sage.util.files import write_json
+from sage.util.progress import console
+
+SHOWN = 10  # flipped problems of each kind
+
+
+def evaluate(run_dir: Path) -> None:
+    """Run, or go on with, the evaluation whose frozen config lies in `run_dir`. Every rank calls this."""
+    cfg = load(run_dir)
+    assert isinstance(cfg, EvalConfig)
+    sampler = Sampler(
+        cfg.model,
+        instantiate(cfg.generation),
+        cfg.sampling,
+        seed=cfg.seed,
+        chat_template=cfg.chat_template,
+        cache_dir=cfg.cache_dir,
+    )
+    with sampler:
+        results = answer(sampler, cfg.benchmark, cfg.limit, cfg.samples, run_dir)
+    if sampler.rank != 0:
+        return
+    summary = {
+        "model": cfg.model.path,
+        "weights": loading.fingerprint(sampler.source.folder, cfg.model.adapter_path),
+        "samples": cfg.samples,
+        "sampling": asdict(cfg.sampling),
+        "seed": cfg.seed,
+        "mean_accuracy": fmean(result["accuracy"] for result in results.values()),
+        "benchmarks": results,
+    }
+    write_json(run_dir / SUMMARY_FILE, summary)
+    console.print(table(results))
+    console.print(f"generations and verdicts: {run_dir}")
+
+
+# --- comparing two finished evaluations
+
+
+def compare(a: Path, b: Path) -> dict[str, Any]:
+    """What B gained and lost against A on the same problems, for every benchmark that both have.
+
+    Raises:
+        UserError: a directory is no finished evaluation, or their problems differ.
+    """
+    names = []
+    for run_dir in (a, b):
+        if not (run_dir / SUMMARY_FILE).is_file() or not isinstance(load(run_dir), EvalConfig):
+            raise UserError(
+                f"{run_dir} is not a finished evaluation: `sage eval` writes one, `sage resume` finishes it"
+            )
+        names.append(set(json.loads((run_dir / SUMMARY_FILE).read_text())["benchmarks"]))
+    if not (common := sorted(names[0] & names[1])):
+        raise UserError(f"{a} and {b} have no benchmark in common: {sorted(names[0])} and {sorted(names[1])}")
+    return {name: compare_attempts(a / name, b / name) for name in common}
+
+
+def compare_attempts(a: Path, b: Path) -> dict[str, Any]:
+    """Of one benchmark. With several samples a problem, right is what the majority answers."""
+    first, second = (
+        {row[0].problem_id: row for row in rows_of(read_attempts(folder / GENERATIONS_FILE))}
+        for folder in (a, b)
+    )
+    if [(i, r[0].answer) for i, r in first.items()] != [(i, r[0].answer) for i, r in second.items()]:
+        raise UserError(
+            f"{a} and {b} answer different problems: compare runs with the same benchmark and limit"
+        )
+    differences = [fmean(x.correct for x in second[i]) - fmean(x.correct for x in first[i]) for i in first]
+    right = [
+        {i: majority([x.extracted for x in row], [x.correct for x in row]) for i, row in side.items()}
+        for side in (first, second)
+    ]
+    gained = [i for i in first if right[1][i] and not right[0][i]]
+    lost = [i for i in first if right[0][i] and not right[1][i]]
+    return {
+        "problems": len(first),
+        "difference": fmean(differences),
+        "interval": list(bootstrap(differences)),
+        "mcnemar_p": mcnemar(len(lost), len(gained)),
+        "gained": gained,
+        "lost": lost,
+    }
+
+
+def print_comparison(a: Path, b: Path) -> None:
+    result = compare(a, b)
+    shown = Table(title=f"{b} against {a}", title_justify="left")
+    for name in ("benchmark", "problems", "difference", "95% interval", "gained", "lost", "McNemar p"):
+        shown.add_column(name, justify="left" if name == "benchmark" else "right")
+    for name, r in result.items():
+        low, high = r["interval"]
+        shown.add_row(
+            name,
+            str(r["problems"]),
+            f"{r['difference']:+.1%}",
+            f"{low:+.1%} to {high:+.1%}",
+            str(len(r["gained"])),
+            str(len(r["lost"])),
+            f"{r['mcnemar_p']:.3g}",
+        )
+    console.print(shown)
+    for name, r in result.items():
+        for kind in ("gained", "lost"):
+            if r[kind]:
+                more = f" and {len(r[kind]) - SHOWN} more" if len(r[kind]) > SHOWN else ""
+                console.print(f"{name}, {kind}: {', '.join(r[kind][:SHOWN])}{more}")
+    file = b / f"compared_to_{a.resolve().name}.json"
+    write_json(file, result)
+    console.print(f"all of it: {file}")

@@ -1,0 +1,295 @@
+"""Score a whole preference set, forward only: what policy and reference make of every pair, and every score of it.
+
+While the pass goes on, RUN_DIR/forward/ takes what the models said, shard by shard; a killed run goes on with the shard
+that it was at. When all are there, RUN_DIR/scores/ is written, since strata and some scores look at the whole set, and
+forward/ is removed. A file gets its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig, load
+from sage.curriculum import order_by_difficulty
+from sage.data.pairs import load_pairs
+from sage.data.source import write_rows
+from sage.data.tokens import TokenizedPairs
+from sage.losses import Loss
+from sage.model import loading
+from sage.model.engine import Frozen, init_distributed
+from sage.model.forward import PairForward
+from sage.model.policy import Policy
+from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, identity, logit_of, logps_of
+from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
+from sage.training.run import build, choose_layout, read_pairs
+from sage.training.selection import read_margins
+from sage.util.errors import UserError
+from sage.util.files import write_json, write_whole
+from sage.util.progress import console, track_counts
+from sage.util.ranks import main_first
+
+FORWARD_FOLDER = "forward"
+BINS, BAR_WIDTH = 16, 50  # of the histogram
+
+
+def score_dataset(run_dir: Path) -> None:
+    """Do, or go on with, what the frozen config in `run_dir` says. Every rank calls this."""
+    cfg = load(run_dir)
+    assert isinstance(cfg, ScoreConfig) and cfg.data.path is not None
+    loss: Loss = build("loss", cfg.loss)
+    scorers = {"score": build_scorer("scorer", cfg.scorer)}
+    scorers |= {f"score_{name}": build_scorer(f"scorers.{name}", node) for name, node in cfg.scorers.items()}
+    device = init_distributed()
+    dtype = loading.compute_dtype(cfg.model, device)
+
+    models = {"policy": cfg.model}
+    if cfg.reference_model is not None:
+        models["reference"] = ModelConfig(
+            cfg.reference_model, dtype=cfg.model.dtype, attention=cfg.model.attention, head=cfg.model.head
+        )
+    folders = {
+        name: main_first(lambda model=model: loading.resolve_model(model, cfg.cache_dir))
+        for name, model in models.items()
+    }
+    tokenizers = {name: loading.load_tokenizer(folders[name], model) for name, model in models.items()}
+    if len({json.dumps(t.get_vocab(), sort_keys=True) for t in tokenizers.values()}) > 1:
+        raise UserError(
+            f"reference_model={cfg.reference_model}: its tokens are not those of model.path={cfg.model.path}"
+        )
+    pairs = read_pairs(cfg, tokenizers["policy"], run_dir)
+    identities = {
+        name: {"path": model.path, **identity(folders[name], model, dtype)} for name, model in models.items()
+    }
+    manifest = {
+        "pairs": {"path": cfg.data.path, "count": len(pairs), "fingerprint": pairs.fingerprint},
+        "reference": identities["policy"],
+        **identities,
+        "loss": cfg.loss,
+        "scorer": cfg.scorer,
+        "scorers": cfg.scorers,
+    }
+    main_first(lambda: claim(run_dir, manifest))
+
+    forwards = []
+    for name, model in models.items():
+        module = Policy(loading.load_model(folders[name], model, dtype, cfg.seed), model.head)
+        engine = Frozen(module, cfg.engine.zero_stage == 3, dtype, device)
+        layout = choose_layout(engine, cfg.packing, cfg.data.max_length)
+        forwards.append(PairForward(engine, cfg.micro_batch_tokens, layout))
+    started = time.perf_counter()
+    done = ask(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)
+    if engine.rank == 0:
+        finish(cfg, run_dir, manifest, loss, scorers, done / (time.perf_counter() - started))
+
+
+def build_scorer(name: str, node: dict[str, Any]) -> Scorer:
+    scorer = build(name, node)
+    if not isinstance(scorer, Scorer):
+        raise UserError(f"{name}._target_={node['_target_']} gives pairs no score: choose another")
+    return scorer
+
+
+def claim(run_dir: Path, manifest: dict[str, Any]) -> None:
+    """Write what this folder's numbers depend on, or refuse where others were begun with.
+
+    Raises:
+        UserError: naming the first part that differs.
+    """
+    file = run_dir / MANIFEST_FILE
+    if not file.exists():
+        write_json(file, manifest)
+    begun = json.loads(file.read_text())
+    for part, value in manifest.items():
+        if begun.get(part) != value:
+            raise UserError(
+                f"{run_dir} was begun with another {part}: {begun.get(part)}, and now it is {value}; scores of the two must "
+                "not be mixed: choose another hydra.run.dir"
+            )
+
+
+def ask(
+    folder: Path,
+    pairs: TokenizedPairs,
+    shard_pairs: int,
+    forward: PairForward,
+    reference: PairForward | None = None,
+) -> int:
+    """Put what the models say of every pair into `folder`, `shard_pairs` a file; returns for how many it was missing.
+
+    Without a `reference` the policy is its own.
+    """
+    folder.mkdir(exist_ok=True)
+    shards = [
+        np.arange(start, min(start + shard_pairs, len(pairs))) for start in range(0, len(pairs), shard_pairs)
+    ]
+    missing = [number for number in range(len(shards)) if not shard_file(folder, number).exists()]
+    missing = forward.engine.gather(missing)[0]  # rank 0 writes them, so it knows
+    counts = [len(shards[number]) for number in missing]
+    pair_ids, pass_rates, lengths = pairs.pair_ids(), pairs.pass_rates(), pairs.lengths().astype(np.int32)
+    for number in track_counts(missing, "pairs", counts):
+        indices = shards[number]
+        logps, logit = forward.all_stats(pairs, indices, logit=True)
+        other = reference.all_logps(pairs, indices) if reference else logps
+        assert logit
+        if forward.engine.rank == 0:
+            prompt_tokens, chosen_tokens, rejected_tokens = lengths[indices].T
+            columns = {
+                "pair_id": pair_ids[indices],
+                "pass_rate": pass_rates[indices],
+                "prompt_tokens": prompt_tokens,
+                "chosen_tokens": chosen_tokens,
+                "rejected_tokens": rejected_tokens,
+                "policy_chosen_logps": logps.chosen,
+                "policy_rejected_logps": logps.rejected,
+                "reference_chosen_logps": other.chosen,
+                "reference_rejected_logps": other.rejected,
+                **{f"logit_{name}": values for name, values in logit._asdict().items()},
+            }
+            write_whole(shard_file(folder, number), partial(pq.write_table, to_table(columns)))
+    return sum(counts)
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.parquet"
+
+
+def to_table(columns: dict[str, Any]) -> pa.Table:
+    """Columns of tensors or arrays; NaN is null where the pairs had no value."""
+    return pa.table(
+        {
+            name: pa.array(
+                values.cpu().numpy() if isinstance(values, Tensor) else values,
+                from_pandas=name == "pass_rate",
+            )
+            for name, values in columns.items()
+        }
+    )
+
+
+def finish(
+    cfg: ScoreConfig,
+    run_dir: Path,
+    manifest: dict[str, Any],
+    loss: Loss,
+    scorers: dict[str, Scorer],
+    speed: float,
+) -> None:
+    """From what the models said to RUN_DIR/scores/, the best rows where `top` asks for them, and a summary."""
+    parts = sorted((run_dir / FORWARD_FOLDER).glob("*.parquet"))
+    forward = pa.concat_tables([pq.read_table(part) for part in parts])
+    stats = PairStats.of(loss, logps_of(forward, "policy"), logps_of(forward, "reference"), logit_of(forward))
+    table = derive(forward, stats, scorers, cfg.strata, cfg.seed)
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(manifest)})
+    (run_dir / SCORES_FOLDER).mkdir(exist_ok=True)
+    for number in range(len(parts)):
+        shard = table.slice(number * cfg.shard_pairs, cfg.shard_pairs)
+        write_whole(shard_file(run_dir / SCORES_FOLDER, number), partial(pq.write_table, shard))
+
+    summary = {
+        "name": cfg.name,
+        "pairs": len(table),
+        "pairs_per_second": speed,
+        "scores": str(run_dir / SCORES_FOLDER),
+    }
+    scores = table["score"].to_numpy()
+    if cfg.top is not None:
+        count = max(1, round(cfg.top * len(table)))
+        best = select(
+            torch.tensor(scores), count, cfg.seed, admitted=scorers["score"].admitted(stats)
+        ).numpy()
+        summary |= {
+            "top": str(write_top(cfg, run_dir, table["pair_id"].take(best).to_pylist())),
+            "top_pairs": len(best),
+        }
+    show(cfg, table, scores, summary)
+    write_json(run_dir / SUMMARY_FILE, summary)
+    shutil.rmtree(run_dir / FORWARD_FOLDER)
+
+
+def derive(
+    forward: pa.Table, stats: PairStats, scorers: dict[str, Scorer], strata: int, seed: int
+) -> pa.Table:
+    """What follows from the forward pass, as columns beside it. DESIGN: margin is u, signal g, curvature h.
+
+    logit_signal is g^2 D, the squared norm of the loss's gradient by the logits, and logit_curvature h D + g (U_w + U_l),
+    a bound on the trace of its Hessian. Strata are quantiles of 1 - pass rate, or of minus the reference's mean margin
+    where a pair has none; 0 is the easiest.
+    """
+    assert stats.logit
+    u = stats.margin
+    g, h = signal(u, stats.beta), curvature(u, stats.beta)
+    squared_norm, chosen_uncertainty, rejected_uncertainty = stats.logit
+    difficulty = 1 - forward["pass_rate"].to_numpy().astype(np.float64)
+    if np.isnan(difficulty).any():
+        difficulty = -mean_margin(stats.reference).numpy()
+    columns = {
+        "stratum": (order_by_difficulty(difficulty, seed) * strata // len(difficulty)).astype(np.int16),
+        "margin": u,
+        "policy_mean": mean_margin(stats.policy),
+        "signal": g,
+        "curvature": h,
+        "logit_signal": g**2 * squared_norm,
+        "logit_curvature": h * squared_norm + g * (chosen_uncertainty + rejected_uncertainty),
+    }
+    for name, scorer in scorers.items():
+        other = scorer.margins_from and read_margins(scorer.margins_from, forward["pair_id"].to_numpy())
+        columns[name] = scorer(replace(stats, other_margin=other))
+    derived = to_table(columns)
+    return pa.table(
+        [*forward.columns, *derived.columns], names=[*forward.column_names, *derived.column_names]
+    )
+
+
+def write_top(cfg: ScoreConfig, run_dir: Path, pair_ids: list[str]) -> Path:
+    """The rows of these pairs as they stand in the input, in RUN_DIR/top."""
+    data, wanted = cfg.data, set(pair_ids)
+    assert data.path is not None
+    source = load_pairs(data.path, split=data.split, columns=data.columns, limit=data.limit)
+    rows = [row for row, pair_id in zip(source["row"], source["pair_id"], strict=True) if pair_id in wanted]
+    return write_rows(data.path, rows, run_dir / "top", split=data.split)
+
+
+def show(cfg: ScoreConfig, table: pa.Table, scores: np.ndarray, summary: dict[str, Any]) -> None:
+    """The summary on the terminal: quantiles per stratum, a histogram, and the extreme pairs where `show` asks."""
+    if cfg.reference_model is None:
+        console.print(
+            "reference_model is null: policy and reference are one model, so every margin (implicit reward) is 0; "
+            "policy_mean and the logit level still tell pairs apart"
+        )
+    finite = np.isfinite(scores)
+    if broken := table["pair_id"].filter(pa.array(~finite)).to_pylist():
+        console.print(f"{len(broken)} pairs have no finite score, for example {', '.join(broken[:5])}")
+    quantiles = Table("stratum", "pairs", "lowest", "25%", "median", "75%", "highest", title="score")
+    stratum = table["stratum"].to_numpy()
+    for label, members in [*((str(k), stratum == k) for k in range(cfg.strata)), ("all", stratum >= 0)]:
+        values = scores[members & finite]
+        numbers = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]) if len(values) else []
+        quantiles.add_row(label, str(members.sum()), *(f"{number:.4g}" for number in numbers))
+    console.print(quantiles)
+    counts, edges = np.histogram(scores[finite], BINS)
+    for count, edge in zip(counts, edges, strict=False):
+        console.print(f"{edge:>10.4g} {'█' * round(BAR_WIDTH * count / max(counts.max(), 1))} {count}")
+    ranked = np.flatnonzero(finite)[np.argsort(-scores[finite], kind="stable")]
+    for title, rows in (
+        (("highest", ranked[: cfg.show]), ("lowest", ranked[::-1][: cfg.show])) if cfg.show else ()
+    ):
+        extremes = Table("pair_id", "stratum", "score", "policy_mean", "margin", title=title)
+        for row in table.take(rows).to_pylist():
+            numbers = (row[name] for name in ("score", "policy_mean", "margin"))
+            extremes.add_row(row["pair_id"], str(row["stratum"]), *(f"{number:.4g}" for number in numbers))
+        console.print(extremes)
+    for name, value in summary.items():
+        console.print(f"{name}: {value}")

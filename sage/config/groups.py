@@ -1,0 +1,186 @@
+"""The config groups that commands share: each key, its type, its default and what it means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def key(
+    default: Any, help: str, *, choices: tuple = (), low: float | None = None, high: float | None = None
+) -> Any:
+    """A config key: its default, the sentence that documents it, and the values it admits."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class LoraConfig:
+    r: int = key(16, "rank of the adapter", low=1)
+    alpha: float = key(32.0, "scale of the adapter's output is alpha / r", low=0)
+    dropout: float = key(0.0, "dropout on the adapter's input", low=0, high=1)
+    targets: list[str] = key(
+        ["all-linear"], "module names that get an adapter; all-linear = every linear but the head"
+    )
+
+
+@dataclass
+class ModelConfig:
+    path: str = key(
+        MISSING,
+        "local folder, hub name, or pkg://PACKAGE/NAME, a folder or .gguf file of an installed package",
+    )
+    revision: str | None = key(None, "commit or tag of a hub model")
+    dtype: str = key(
+        "auto",
+        "dtype of the compute; auto = bfloat16 where the device has it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    attention: str = key(
+        "sdpa", "attention where rows are padded", choices=("sdpa", "eager", "flash_attention_2")
+    )
+    head: str = key(
+        "auto",
+        "computes log-probabilities from hidden states; auto = triton for bfloat16 on CUDA, else tiled; oracle keeps all logits",
+        choices=("auto", "tiled", "triton", "oracle"),
+    )
+    gradient_checkpointing: bool = key(
+        False, "recompute activations in backward: less memory, a third more time"
+    )
+    trust_remote_code: bool = key(False, "run Python code that the model repository ships")
+    lora: LoraConfig | None = key(None, "train a LoRA adapter instead of all weights (+model/lora=default)")
+    adapter_path: str | None = key(None, "go on from this peft adapter; it is then also the reference")
+
+
+@dataclass
+class ProblemsConfig:
+    path: str = key(
+        MISSING, "problems: JSONL, JSON, Parquet, an Arrow folder, or a hub name (OWNER/NAME:SUBSET)"
+    )
+    split: str = key("test", "split of a hub dataset or an Arrow DatasetDict")
+    columns: dict[str, str] = key(
+        {}, "our name -> theirs: problem_id, prompt (A+B joins two columns), answer, solution, group"
+    )
+    answer_from: str = key(
+        "plain",
+        "how the answer stands in its column: after ####, in the last \\boxed{}, or alone",
+        choices=("hash", "boxed", "plain"),
+    )
+    limit: int | None = key(None, "use only the first N problems", low=1)
+    prompt: str = key(
+        "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        "what the policy is asked, around {problem}",
+    )
+
+
+@dataclass
+class DataConfig:
+    path: str | None = key(
+        None,
+        "training pairs: JSONL, JSON, Parquet, an Arrow folder, a hub name or pkg://; null = built from data.problems",
+    )
+    problems: ProblemsConfig | None = key(
+        None, "problems that pairs are built from, by sampling and verifying"
+    )
+    build: str = key(
+        "missing",
+        "whether `sage train` first builds the pairs of data.problems where its cache has none",
+        choices=("missing", "never"),
+    )
+    split: str = key("train", "split of a hub dataset or an Arrow DatasetDict")
+    eval_path: str | None = key(None, "held-out pairs, in any of the same forms; null = no evaluation")
+    eval_split: str = key("test", "split of the held-out pairs")
+    scores: str | None = key(
+        None,
+        "run directory of `sage score-dataset`: reference log-probabilities of the training pairs, and more",
+    )
+    limit: int | None = key(None, "use only the first N training pairs", low=1)
+    eval_limit: int | None = key(None, "use only the first N held-out pairs", low=1)
+    columns: dict[str, str] = key(
+        {}, "our column name -> theirs, e.g. {chosen: full_chosen, rejected: full_rejected}"
+    )
+    chat_template: bool = key(True, "wrap prompts and responses in the tokenizer's chat template")
+    max_length: int = key(
+        2048, "pairs whose prompt + longest response exceed this are dropped and counted", low=2
+    )
+    num_proc: int = key(1, "processes that tokenise", low=1)
+    list_dropped: bool = key(False, "write every dropped pair and its reason to RUN_DIR/dropped.jsonl")
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = key(5e-7, "peak learning rate", low=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "Adam's decay rates")
+    eps: float = key(1e-8, "Adam's epsilon", low=0)
+    weight_decay: float = key(0.0, "decoupled weight decay, of matrices alone", low=0)
+    max_grad_norm: float = key(1.0, "clip the global gradient norm to this; 0 = never", low=0)
+    schedule: str = key("cosine", "after warm-up", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = key(
+        0.1, "share of all steps over which the rate rises linearly from 0", low=0, high=1
+    )
+    min_lr_ratio: float = key(0.0, "the schedule ends at this share of the peak", low=0, high=1)
+    implementation: str = key(
+        "auto",
+        "auto = DeepSpeed's CPU or fused Adam where it builds, else torch's",
+        choices=("auto", "torch"),
+    )
+
+
+@dataclass
+class EngineConfig:
+    zero_stage: int = key(
+        0, "0 replicates; 1 shards optimizer state; 2 gradients too; 3 weights too", low=0, high=3
+    )
+    offload: bool = key(False, "keep optimizer state (and weights under stage 3) in CPU memory")
+
+
+@dataclass
+class TrackingConfig:
+    wandb: bool = key(False, "also log to Weights & Biases")
+    mode: str = key(
+        "auto",
+        "auto = online when logged in, else offline",
+        choices=("auto", "online", "offline"),
+    )
+    project: str = key("sage", "Weights & Biases project")
+    samples: int = key(
+        1_000_000, "rows kept in samples/*.parquet, the log of scored pairs; 0 = no such log", low=0
+    )
+
+
+@dataclass
+class SamplingConfig:
+    temperature: float = key(1.0, "0 = greedy", low=0)
+    top_p: float = key(1.0, "sample from the fewest likeliest tokens whose mass reaches this", low=0, high=1)
+    max_new_tokens: int = key(1024, "a response is cut off after this many tokens", low=1)
+    stop: list[str] = key([], "a response also ends before the first of these texts")
+
+
+@dataclass
+class PairingConfig:
+    samples: int = key(4, "responses sampled per problem", low=1)
+    chosen: str = key(
+        "own",
+        "where chosen comes from: right responses of the policy, the problem's solution, or the first that exists",
+        choices=("own", "gold", "own_then_gold"),
+    )
+    per_problem: int = key(1, "most pairs of one problem", low=1)
+    max_length_ratio: float | None = key(
+        None, "longer over shorter response of a pair, in characters, is at most this", low=1
+    )
+    near_duplicate: float = key(
+        0.9,
+        "responses whose word triples overlap (Jaccard) by this much are one; 1 = only equal ones",
+        low=0,
+        high=1,
+    )
+    unparsable: float = key(
+        1.0, "largest share of pairs whose rejected has no answer: 1 keeps them, 0 drops them", low=0, high=1
+    )
+    truncated: float = key(
+        1.0, "largest share of pairs whose rejected was cut off: 1 keeps them, 0 drops them", low=0, high=1
+    )

@@ -1,0 +1,42 @@
+"""Write a trained policy as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import transformers
+from torch import Tensor
+
+from sage.config import TrainConfig
+from sage.model.loading import load_model
+
+
+def export(
+    final: Path,
+    weights: dict[str, Tensor],
+    folder: str,
+    cfg: TrainConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> None:
+    """Write the policy as a Hugging Face folder, whole or not at all; an adapter is merged, and kept in adapter/ too.
+
+    Args:
+        weights: state of the Policy module on the CPU.
+        folder: the initial model, whose architecture and generation config the export takes.
+    """
+    prefix = "model."
+    state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    temporary = final.with_name(".final.tmp")
+    dtype = next(v.dtype for v in state.values() if v.is_floating_point())
+    model = load_model(folder, cfg.model, dtype, cfg.seed)
+    model.load_state_dict(state)
+    if cfg.model.lora is not None:
+        model.save_pretrained(temporary / "adapter")  # pyright: ignore
+        model = model.merge_and_unload()  # pyright: ignore
+    model.config.use_cache = True
+    model.save_pretrained(temporary)  # pyright: ignore
+    tokenizer.save_pretrained(temporary)
+    if final.exists():  # a kill fell between this export and the summary, and the run's end was run again
+        shutil.rmtree(final)
+    temporary.rename(final)

@@ -1,0 +1,146 @@
+"""From pair indices to what a rank runs: micro-batches for the loop, and whole-set forwards for everyone else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sage.data.packing import MicroBatch, collate, pair_tokens, plan
+from sage.data.tokens import TokenizedPairs
+from sage.model.engine import Engine, Frozen
+from sage.model.logps import LogitStats, PairLogps
+from sage.util.progress import track
+
+COSTS: tuple[str, ...] = (
+    "forward_pairs",
+    "backward_pairs",
+    "forward_tokens",
+    "backward_tokens",
+    "real_tokens",
+    "padded_tokens",
+    "snr_pairs",
+    "snr_tokens",
+)
+
+
+class Work(NamedTuple):
+    """One micro-batch of this rank, of n pairs."""
+
+    positions: np.ndarray  # [n] where its pairs stand among the indices that were asked for
+    indices: np.ndarray  # [n] their indices in the pair set
+    batch: MicroBatch
+    weight: float  # 1, or 0 for a pair that only keeps this rank in step with the others
+    last: bool
+
+
+class PairForward:
+    """Runs pairs through the policy in micro-batches of at most `budget` tokens, over all ranks, counting the cost.
+
+    `layout` is one of `sage.data.packing.LAYOUTS`.
+    """
+
+    def __init__(self, engine: Engine | Frozen, budget: int, layout: str):
+        self.engine, self.budget, self.layout = engine, budget, layout
+        self.reset_costs()
+
+    def reset_costs(self) -> None:
+        self.costs: dict[str, float] = dict.fromkeys(COSTS, 0.0)
+
+    def cost_metrics(self) -> dict[str, float]:
+        """What training has cost so far, over all ranks: cost/*."""
+        costs = {f"cost/{name}": self.costs[name] for name in COSTS[:4]}
+        real, padded = self.costs["real_tokens"], self.costs["padded_tokens"]
+        return {**costs, "cost/padding_fraction": 1 - real / padded if padded else 0.0}
+
+    def micro_batches(
+        self, pairs: TokenizedPairs, indices: np.ndarray, backward: bool = False
+    ) -> Iterator[Work]:
+        """This rank's share of the pairs. Every rank yields the same number of items."""
+        lengths, prefix = pairs.lengths()[indices], self.prefix(pairs)
+        plans = plan(lengths, self.budget, self.engine.world_size, self.layout, prefix)
+        self.count(lengths, plans, prefix, backward)
+        mine = plans[self.engine.rank]
+        for i, members in enumerate(mine):
+            positions = np.array(members or [0])
+            batch = collate([pairs[int(j)] for j in indices[positions]], self.layout, prefix)
+            batch = batch.to(self.engine.device)
+            yield Work(positions, indices[positions], batch, float(bool(members)), i == len(mine) - 1)
+
+    def prefix(self, pairs: TokenizedPairs) -> int:
+        """Tokens that this layout computes once a row for all prompts."""
+        return pairs.common_prefix if self.layout == "shared" else 0
+
+    def count(self, lengths: np.ndarray, plans: list[list[list[int]]], prefix: int, backward: bool) -> None:
+        """Add the cost of a plan, over all ranks: tokens as the layout runs them, padding apart."""
+        layout = "shared" if self.layout == "shared" else "unshared"
+        rows = sum(bool(members) for rank in plans for members in rank)
+        padded = real = float(pair_tokens(lengths, layout, prefix).sum()) + prefix * rows
+        if self.layout == "padded":
+            tokens = pair_tokens(lengths, "padded")
+            padded = float(sum(len(m) * tokens[m].max() for rank in plans for m in rank if m))
+        direction = "backward" if backward else "forward"
+        self.costs[f"{direction}_pairs"] += len(lengths)
+        self.costs[f"{direction}_tokens"] += real
+        self.costs["real_tokens"] += real
+        self.costs["padded_tokens"] += padded
+
+    @torch.no_grad()
+    def all_logps(
+        self,
+        pairs: TokenizedPairs,
+        indices: np.ndarray,
+        description: str | None = None,
+        model: Callable[[np.ndarray, MicroBatch], PairLogps] | None = None,
+    ) -> PairLogps:
+        """Forward only: log-probabilities of n pairs in the order of `indices`, the same on every rank, [n] each.
+
+        `description` shows a progress bar; `model` (a Reference) replaces the policy.
+        """
+        return PairLogps(
+            *self.gather(
+                pairs,
+                indices,
+                description,
+                4,
+                lambda w: model(w.indices, w.batch) if model else self.engine(w.batch),
+            )
+        )
+
+    @torch.no_grad()
+    def all_stats(
+        self, pairs: TokenizedPairs, indices: np.ndarray, description: str | None = None, logit: bool = False
+    ) -> tuple[PairLogps, LogitStats | None]:
+        """As `all_logps` of the policy, with what its next-token distributions say where `logit` asks for it."""
+        if not logit:
+            return self.all_logps(pairs, indices, description), None
+
+        def forward(work: Work) -> tuple[Tensor, ...]:
+            logps, stats = self.engine(work.batch, logit=True)
+            return (*logps, *stats)
+
+        values = self.gather(pairs, indices, description, 7, forward)
+        return PairLogps(*values[:4]), LogitStats(*values[4:])
+
+    def size(self, work: Work) -> int:
+        """Pairs that all ranks finish with this micro-batch, for the progress bar."""
+        return len(work.positions) * self.engine.world_size
+
+    def gather(
+        self,
+        pairs: TokenizedPairs,
+        indices: np.ndarray,
+        description: str | None,
+        width: int,
+        forward: Callable[[Work], tuple[Tensor, ...]],
+    ) -> Tensor:
+        """What `forward` says of every pair, `width` numbers each, from all ranks in the order of `indices`: [width, n]."""
+        out = torch.zeros(width, len(indices), device=self.engine.device)
+        for work in track(self.micro_batches(pairs, indices), description, len(indices), self.size):
+            values = torch.stack(list(forward(work)))
+            if work.weight:
+                out[:, torch.from_numpy(work.positions).to(out.device)] = values
+        return self.engine.sum_over_ranks(out)

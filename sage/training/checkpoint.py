@@ -1,0 +1,116 @@
+"""Checkpoints: written whole or not at all, restored exactly.
+
+`checkpoints/step_N/` holds the engine's state (weights, master weights, optimizer) and one sidecar, `train_state.pt`,
+with everything else that decides the future of a run. It is written under a temporary name, flushed to disk and
+renamed; a folder of the final name is complete.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sage.model.engine import Engine
+from sage.util.errors import UserError
+from sage.util.files import fsync
+
+SIDECAR = "train_state.pt"
+
+
+@dataclass
+class TrainState:
+    """What a run needs, beside the engine's state, to go on as if it had never stopped."""
+
+    data_fingerprint: str
+    world_size: int
+    step: int = 0
+    selection: dict[str, Any] = field(default_factory=dict)  # with the curriculum's and the scorer's
+    costs: dict[str, float] = field(default_factory=dict)
+    baseline: dict[str, float] = field(default_factory=dict)  # held-out metrics before the first step
+    seconds: float = 0.0  # spent in steps
+    rng: list[dict[str, Any]] = field(default_factory=list)  # one entry per rank
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of this rank's generators, as plain numbers and tensors that `weights_only` admits."""
+    name, keys, pos, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), pos, has_gauss, cached),
+        "python": (version, list(internal), gauss),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:
+    """Write checkpoints/step_N atomically, on all ranks together, and delete all but the newest `keep`."""
+    final = run_dir / "checkpoints" / f"step_{state.step}"
+    temporary = final.with_name(f".{final.name}.tmp")
+    if engine.rank == 0 and temporary.exists():  # left by a kill
+        shutil.rmtree(temporary)
+    engine.barrier()
+    temporary.mkdir(parents=True, exist_ok=True)
+    state.rng = engine.gather(rng_state())
+    engine.save(temporary)
+    engine.barrier()
+    if engine.rank == 0:
+        torch.save(asdict(state), temporary / SIDECAR)
+        for file in [*temporary.rglob("*"), temporary]:
+            fsync(file)
+        temporary.rename(final)
+        fsync(final.parent)
+        for old in list_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    engine.barrier()
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in (run_dir / "checkpoints").glob("step_*") if (p / SIDECAR).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
+    """Load a checkpoint into the engine and the generators, and return its TrainState.
+
+    Raises:
+        UserError: the checkpoint belongs to other pairs or to another number of ranks, or its files hold anything but
+            plain data, which is never executed.
+    """
+    try:
+        return _restore(engine, state, folder)
+    except (pickle.UnpicklingError, EOFError) as e:
+        raise UserError(
+            f"{folder} is damaged or not of sage's making: delete it to go on from the one before"
+        ) from e
+
+
+def _restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
+    saved = TrainState(**torch.load(folder / SIDECAR, weights_only=True))
+    if saved.world_size != state.world_size:
+        raise UserError(
+            f"{folder} was written by world_size={saved.world_size} ranks, this run has {state.world_size}"
+        )
+    if saved.data_fingerprint != state.data_fingerprint:
+        raise UserError(f"{folder}: data.path no longer holds the pairs this run began with")
+    engine.load(folder)
+    set_rng_state(saved.rng[engine.rank])
+    return saved
