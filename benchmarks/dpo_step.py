@@ -36,8 +36,8 @@ SHUFFLED, FORWARD = "shuffled.jsonl", "sage, forward only"
 LR, BETA, SEED = 1e-6, 0.1, 0
 SAGE = {
     "sage": [],
-    "sage, prompts not shared": ["packing=unshared"],
-    "sage, rows padded": ["packing=padded"],
+    "sage, prompts not shared": ["data.packing=unshared"],
+    "sage, rows padded": ["data.packing=padded"],
     "sage, all logits": ["model.head=oracle"],
 }
 

@@ -147,6 +147,8 @@ def explain(error: BaseException, word: str) -> str:
     ):
         full = re.search(r"full_key: (\S+)", text)
         key = full[1] if full else match[1]
+        if key in config.RENAMED:
+            return f"{key} was renamed: write {config.RENAMED[key]}=..."
         return (
             f"unknown config key {key!r}{nearest(key, known_keys(word))}; `sage {word} --help` lists all keys"
         )

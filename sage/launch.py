@@ -40,16 +40,16 @@ def read_inputs(cfg: RunConfig) -> None:
 def _(cfg: TrainConfig) -> None:
     data = cfg.data
     assert data.path is not None
-    load_pairs(data.path, split=data.split, columns=data.columns, limit=data.limit)
+    load_pairs(data.path, split=data.split, columns=data.columns.given(), limit=data.limit)
     if data.eval_path:
-        load_pairs(data.eval_path, split=data.eval_split, columns=data.columns, limit=data.eval_limit)
+        load_pairs(data.eval_path, split=data.eval_split, columns=data.columns.given(), limit=data.eval_limit)
     for benchmark in cfg.benchmark.values():
         read_problems(benchmark)
 
 
 @read_inputs.register
 def _(cfg: BuildPairsConfig) -> None:
-    assert cfg.data.problems is not None
+    assert cfg.data.problems.path is not None
     read_problems(cfg.data.problems)
 
 
@@ -89,7 +89,6 @@ def built_pairs(cfg: TrainConfig) -> Path:
 
     keys = {f.name: getattr(cfg, f.name) for f in fields(BuildPairsConfig)}
     plan = BuildPairsConfig(**{**keys, "command": "build-pairs"})
-    assert plan.data.problems is not None
     try:
         preflight(plan)
     except UserError as e:

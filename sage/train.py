@@ -34,7 +34,7 @@ def train(run_dir: Path) -> None:
             if not len(chosen):
                 console.print(f"stopped early, after step {state.step}: the curriculum's pool has run dry")
                 break
-            if cfg.snr_every and (state.step + 1) % cfg.snr_every == 0:
+            if cfg.tracking.snr_every and (state.step + 1) % cfg.tracking.snr_every == 0:
                 tracker.log(state.step + 1, snr.measure(run, run.selection.candidates, chosen))
             seen = torch.zeros(len(PER_PAIR), len(chosen), device=engine.device)
             for work in forward.micro_batches(run.pairs, chosen, backward=True):

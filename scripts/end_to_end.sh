@@ -15,7 +15,7 @@ step() {
 responses="sampling.max_new_tokens=128 generation.batch_size=32 generation.chunk=128"
 plan="model=smollm2 data=gsm8k data.problems.path=$train data.problems.limit=100 pairing.samples=4
     pairing.chosen=own_then_gold sampling.temperature=0.8 $responses"
-bench="benchmark=gsm8k benchmark.gsm8k.path=$test limit=50 $responses"
+bench="benchmark=gsm8k benchmark.gsm8k.path=$test benchmark_limit=50 $responses"
 
 step pairs sage build-pairs $plan hydra.run.dir="$out/pairs"
 step train sage train model=smollm2 data.path="$out/pairs/pairs.jsonl" steps=20 batch_size=4 data.max_length=384 \

@@ -57,7 +57,7 @@ def test_a_few_steps_raise_the_accuracy(tmp_path):
         "model=hf",
         f"model.path={tmp_path / 'run' / 'final'}",
         "benchmark=arithmetic",
-        "limit=200",
+        "benchmark_limit=200",
         "sampling.max_new_tokens=32",
     ]
     freeze(

@@ -204,5 +204,5 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
 def test_build_pairs_without_problems_is_refused():
     with initialize_config_module("sage.conf", version_base="1.3"):
         composed = compose("build_pairs", [])
-    with pytest.raises(UserError, match=r"\+data.problems.path=FILE"):
+    with pytest.raises(UserError, match=r"data.problems.path=FILE"):
         config.load(composed)

@@ -176,7 +176,7 @@ def test_two_benchmarks_and_their_comparison(tiny_model, problem_file, tmp_path,
         "samples=2",
         "sampling.temperature=1",
         "sampling.max_new_tokens=20",
-        "limit=8",
+        "benchmark_limit=8",
     ]
     for seed in (0, 1):
         run_dir = tmp_path / f"seed_{seed}"

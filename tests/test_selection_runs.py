@@ -66,8 +66,8 @@ def one_rank(common, tmp_path_factory) -> Path:
         **{f"intervals{z}": [*INTERVALS, f"engine=zero{z}"] for z in (0, 3)},
         "online": ["scorer=sage", "scorer.warmup_steps=0", "reference=online"],
         "simpo": ["scorer=sage", "scorer.warmup_steps=0", "loss=simpo"],
-        "bounded": ["scorer=loss", "steps=8", "tracking.samples=48"],
-        "unlogged": ["scorer=loss", "tracking.samples=0"],
+        "bounded": ["scorer=loss", "steps=8", "tracking.sample_rows=48"],
+        "unlogged": ["scorer=loss", "tracking.sample_rows=0"],
         "dry": [
             "curriculum=sage",
             "curriculum.every=2",
@@ -81,7 +81,7 @@ def one_rank(common, tmp_path_factory) -> Path:
         "no_pass_rate": [
             "curriculum=static_filter",
             "curriculum.difficulty=pass_rate",
-            "+data.columns.pass_rate=none",
+            "data.columns.pass_rate=none",
         ],
     }
     runs["no_pass_rate"][-1] = f"data.path={strip_pass_rates(root, common)}"

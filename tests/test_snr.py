@@ -102,7 +102,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, tiny_model, pair_file):
         f"data.path={pair_file}",
         "data.max_length=130",
         "steps=1",
-        "snr_every=1",
+        "tracking.snr_every=1",
     ]
     for overrides, match in ((["batch_size=1"], "batch_size of 1 pair"), (["engine=zero3"], "zero_stage=3")):
         with pytest.raises(UserError, match=match):
@@ -147,12 +147,12 @@ def runs(common, tmp_path_factory) -> Path:
     """Every setup on one rank, and ZeRO 2 with selection on two, each with and without measurements."""
     root = tmp_path_factory.mktemp("runs")
     one = [
-        freeze(root / f"{name}_{every}", *common, *overrides, f"snr_every={every}")
+        freeze(root / f"{name}_{every}", *common, *overrides, f"tracking.snr_every={every}")
         for name, overrides in SETUPS.items()
         for every in (0, 1)
     ]
     both = [*SETUPS["zero2"], *SETUPS["selecting"], "world_size=2"]
-    two = [freeze(root / f"two_{every}", *common, *both, f"snr_every={every}") for every in (0, 1)]
+    two = [freeze(root / f"two_{every}", *common, *both, f"tracking.snr_every={every}") for every in (0, 1)]
     execute(1, one)
     execute(2, two)
     failed = {p.parent.name: p.read_text() for p in root.glob(f"*/{ERROR_FILE}")}

@@ -137,8 +137,8 @@ def one_rank(common, benchmark, tmp_path_factory) -> Path:
             ]
             for z in ZERO
         },
-        "unshared": ["packing=unshared"],
-        "padded": ["packing=padded"],
+        "unshared": ["data.packing=unshared"],
+        "padded": ["data.packing=padded"],
         "online": ["reference=online"],
         "online3": ["reference=online", "engine=zero3"],
         "checkpointed": ["model.gradient_checkpointing=true"],
@@ -171,7 +171,7 @@ def one_rank(common, benchmark, tmp_path_factory) -> Path:
 def two_ranks(common, benchmark, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("two")
     runs = {
-        f"{packing}{z}": [f"packing={packing}", f"engine=zero{z}"]
+        f"{packing}{z}": [f"data.packing={packing}", f"engine=zero{z}"]
         for z in ZERO
         for packing in ("shared", "padded")
     }
@@ -238,7 +238,7 @@ def test_learning_rate():
 
 
 def test_the_micro_batches_are_several_and_uneven(tokenized):
-    """The premise of the comparisons below: under packing=padded some rank of two runs a micro-batch of only filler."""
+    """The premise of the comparisons below: under data.packing=padded some rank of two runs a micro-batch of only filler."""
     order, counts = Shuffled(len(tokenized), seed=0), []
     for _ in range(STEPS):
         counts.append(

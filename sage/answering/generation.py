@@ -63,7 +63,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], chat_template: bool) 
     """Ids of each prompt, the same as training's: up to where the assistant writes, where there is a chat template."""
     if chat_template:
         if not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template: set chat_template=false")
+            raise UserError("the tokenizer has no chat template: set data.chat_template=false")
         prompts = [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False

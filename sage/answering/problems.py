@@ -113,6 +113,7 @@ def _texts(record: dict[str, Any], name: str, columns: Mapping[str, str]) -> lis
 
 
 def read_problems(cfg: ProblemsConfig) -> list[Problem]:
+    assert cfg.path is not None
     return load_problems(
-        cfg.path, split=cfg.split, columns=cfg.columns, answer_from=cfg.answer_from, limit=cfg.limit
+        cfg.path, split=cfg.split, columns=cfg.columns.given(), answer_from=cfg.answer_from, limit=cfg.limit
     )

@@ -57,7 +57,7 @@ class Candidate:
 def build_pairs(run_dir: Path) -> None:
     """Build, or go on building, the pairs of the frozen config in `run_dir`. Every rank calls this."""
     cfg = load(run_dir)
-    assert isinstance(cfg, BuildPairsConfig) and cfg.data.problems is not None
+    assert isinstance(cfg, BuildPairsConfig) and cfg.data.problems.path is not None
     problems = read_problems(cfg.data.problems)
     sampler = Sampler(
         cfg.model,
@@ -99,7 +99,7 @@ def build_pairs(run_dir: Path) -> None:
 
 def recipe(cfg: TrainConfig, folder: str, problems: Sequence[Problem]) -> dict[str, Any]:
     """All that decides which pairs come out: equal recipes make equal pairs."""
-    assert cfg.data.problems is not None
+    assert cfg.data.problems.path is not None
     digest = hashlib.sha256(json.dumps([asdict(problem) for problem in problems]).encode())
     return {
         "version": PAIRS_VERSION,
@@ -121,7 +121,7 @@ def recipe(cfg: TrainConfig, folder: str, problems: Sequence[Problem]) -> dict[s
 
 def recipe_key(cfg: TrainConfig) -> str:
     """Names the pairs of a config that has problems: `sage train` keeps what it builds under it."""
-    assert cfg.data.problems is not None
+    assert cfg.data.problems.path is not None
     folder = loading.resolve_model(cfg.model, cfg.cache_dir)
     made_by = json.dumps(recipe(cfg, folder, read_problems(cfg.data.problems)), sort_keys=True)
     return hashlib.sha256(made_by.encode()).hexdigest()[:24]

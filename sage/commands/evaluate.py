@@ -36,11 +36,11 @@ def evaluate(run_dir: Path) -> None:
         instantiate(cfg.generation),
         cfg.sampling,
         seed=cfg.seed,
-        chat_template=cfg.chat_template,
+        chat_template=cfg.data.chat_template,
         cache_dir=cfg.cache_dir,
     )
     with sampler:
-        results = answer(sampler, cfg.benchmark, cfg.limit, cfg.samples, run_dir)
+        results = answer(sampler, cfg.benchmark, cfg.benchmark_limit, cfg.samples, run_dir)
     if sampler.rank != 0:
         return
     summary = {

@@ -87,7 +87,7 @@ def score_dataset(run_dir: Path) -> None:
     for name, model in models.items():
         module = Policy(loading.load_model(folders[name], model, dtype, cfg.seed), model.head)
         engine = Frozen(module, cfg.engine.zero_stage == 3, dtype, device)
-        layout = choose_layout(engine, cfg.packing, cfg.data.max_length)
+        layout = choose_layout(engine, cfg.data.packing, cfg.data.max_length)
         forwards.append(PairForward(engine, cfg.micro_batch_tokens, layout))
     started = time.perf_counter()
     done = ask(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)
@@ -257,7 +257,7 @@ def write_top(cfg: ScoreConfig, run_dir: Path, pair_ids: list[str]) -> Path:
     """The rows of these pairs as they stand in the input, in RUN_DIR/top."""
     data, wanted = cfg.data, set(pair_ids)
     assert data.path is not None
-    source = load_pairs(data.path, split=data.split, columns=data.columns, limit=data.limit)
+    source = load_pairs(data.path, split=data.split, columns=data.columns.given(), limit=data.limit)
     rows = [row for row, pair_id in zip(source["row"], source["pair_id"], strict=True) if pair_id in wanted]
     return write_rows(data.path, rows, run_dir / "top", split=data.split)
 

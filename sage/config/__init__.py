@@ -1,8 +1,9 @@
 """The schema of every command, its checks, and the frozen config of a run."""
 
 from sage.config.checks import check, check_target, walk
-from sage.config.frozen import CONFIG_FILE, SUMMARY_FILE, freeze, load, read_frozen
+from sage.config.frozen import CONFIG_FILE, RENAMED, SUMMARY_FILE, freeze, load, read_frozen
 from sage.config.groups import (
+    ChatConfig,
     DataConfig,
     EngineConfig,
     LoraConfig,
@@ -17,9 +18,11 @@ from sage.config.schema import SCHEMAS, BuildPairsConfig, EvalConfig, RunConfig,
 
 __all__ = [
     "CONFIG_FILE",
+    "RENAMED",
     "SCHEMAS",
     "SUMMARY_FILE",
     "BuildPairsConfig",
+    "ChatConfig",
     "DataConfig",
     "EngineConfig",
     "EvalConfig",

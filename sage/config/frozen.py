@@ -13,9 +13,19 @@ from sage.config.checks import check
 from sage.config.schema import SCHEMAS, RunConfig
 from sage.util.errors import UserError
 
-CONFIG_FILE = "config.yaml"  # of a run directory: what runs
+CONFIG_FILE = "config.yaml"  # in a run directory: the config of the run
 SUMMARY_FILE = "summary.json"  # written last: the run is finished
-# Classes that earlier versions of sage kept elsewhere: a frozen config may name the old place.
+
+# Keys that earlier versions of sage had, and where they are now. A frozen config may hold the old key; on the
+# command line it is refused with the new one.
+RENAMED = {
+    "chat_template": "data.chat_template",
+    "limit": "benchmark_limit",
+    "packing": "data.packing",
+    "snr_every": "tracking.snr_every",
+    "tracking.samples": "tracking.sample_rows",
+}
+# Classes that earlier versions kept elsewhere; a frozen config may name the old place.
 MOVED = {
     "sage.curriculum.EasyToHard": "sage.static_curricula.EasyToHard",
     "sage.curriculum.StaticFilter": "sage.static_curricula.StaticFilter",
@@ -45,13 +55,32 @@ def read_frozen(run_dir: Path) -> DictConfig:
     if not file.is_file():
         raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
     try:
-        written: Any = OmegaConf.load(file)
-        for group in ("curriculum", "generation"):
-            if (target := written.get(group, {}).get("_target_")) in MOVED:
-                written[group]["_target_"] = MOVED[target]
-        return OmegaConf.merge(OmegaConf.structured(SCHEMAS[written["command"]]), written)  # pyright: ignore
-    except (KeyError, TypeError, OmegaConfBaseException, yaml.YAMLError) as e:
+        written: Any = OmegaConf.to_container(OmegaConf.load(file))
+        schema = OmegaConf.structured(SCHEMAS[written["command"]])
+        return OmegaConf.merge(schema, up_to_date(written))  # pyright: ignore
+    except (KeyError, TypeError, AttributeError, OmegaConfBaseException, yaml.YAMLError) as e:
         raise UserError(f"{file} is not a config that sage wrote: {str(e).splitlines()[0]}") from e
+
+
+def up_to_date(written: dict[str, Any]) -> dict[str, Any]:
+    """The content of a frozen config, with the keys and classes that an earlier version named otherwise."""
+    for old, new in RENAMED.items():
+        *groups, name = old.split(".")
+        node = written
+        for group in groups:
+            node = node.get(group, {})
+        if name in node:
+            *groups, renamed = new.split(".")
+            value, target = node.pop(name), written
+            for group in groups:
+                target = target.setdefault(group, {})
+            target[renamed] = value
+    for node in written.values():
+        if isinstance(node, dict) and node.get("_target_") in MOVED:
+            node["_target_"] = MOVED[node["_target_"]]
+    if "data" in written and written["data"].get("problems", {}) is None:
+        del written["data"]["problems"]  # no problems is problems.path=null now
+    return written
 
 
 def freeze(cfg: RunConfig, run_dir: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -57,14 +57,31 @@ class ModelConfig:
 
 
 @dataclass
+class Columns:
+    """Maps our column names to those of the source. null = the source uses our name, or has no such column."""
+
+    def given(self) -> dict[str, str]:
+        """Our name -> the source's, for the columns that the user mapped."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+@dataclass
+class ProblemColumns(Columns):
+    problem_id: str | None = key(None, "the source's column of ids; without one, rows are numbered")
+    prompt: str | None = key(None, "the source's column of problem texts; A+B joins two columns")
+    answer: str | None = key(None, "the source's column of answers")
+    solution: str | None = key(None, "the source's column of solutions, which pairing.chosen=gold uses")
+    group: str | None = key(None, "the source's column of topics or levels; accuracy is also given per group")
+
+
+@dataclass
 class ProblemsConfig:
-    path: str = key(
-        MISSING, "problems: JSONL, JSON, Parquet, an Arrow folder, or a hub name (OWNER/NAME:SUBSET)"
+    path: str | None = key(
+        None,
+        "problems: JSONL, JSON, Parquet, an Arrow folder, or a hub name (OWNER/NAME:SUBSET); null = none",
     )
     split: str = key("test", "split of a hub dataset or an Arrow DatasetDict")
-    columns: dict[str, str] = key(
-        {}, "our name -> theirs: problem_id, prompt (A+B joins two columns), answer, solution, group"
-    )
+    columns: ProblemColumns = field(default_factory=ProblemColumns)
     answer_from: str = key(
         "plain",
         "how the answer stands in its column: after ####, in the last \\boxed{}, or alone",
@@ -78,14 +95,28 @@ class ProblemsConfig:
 
 
 @dataclass
-class DataConfig:
+class ChatConfig:
+    """How prompts become the text that the model reads; the same keys in every command."""
+
+    chat_template: bool = key(True, "wrap prompts and responses in the tokenizer's chat template")
+
+
+@dataclass
+class PairColumns(Columns):
+    pair_id: str | None = key(None, "the source's column of ids; without one, rows are numbered")
+    prompt: str | None = key(None, "the source's column of prompts")
+    chosen: str | None = key(None, "the source's column of better responses")
+    rejected: str | None = key(None, "the source's column of worse responses")
+    pass_rate: str | None = key(None, "the source's column of pass rates, from 0 to 1")
+
+
+@dataclass
+class DataConfig(ChatConfig):
     path: str | None = key(
         None,
         "training pairs: JSONL, JSON, Parquet, an Arrow folder, a hub name or pkg://; null = built from data.problems",
     )
-    problems: ProblemsConfig | None = key(
-        None, "problems that pairs are built from, by sampling and verifying"
-    )
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     build: str = key(
         "missing",
         "whether `sage train` first builds the pairs of data.problems where its cache has none",
@@ -100,14 +131,17 @@ class DataConfig:
     )
     limit: int | None = key(None, "use only the first N training pairs", low=1)
     eval_limit: int | None = key(None, "use only the first N held-out pairs", low=1)
-    columns: dict[str, str] = key(
-        {}, "our column name -> theirs, e.g. {chosen: full_chosen, rejected: full_rejected}"
-    )
-    chat_template: bool = key(True, "wrap prompts and responses in the tokenizer's chat template")
+    columns: PairColumns = field(default_factory=PairColumns)
     max_length: int = key(
         2048, "pairs whose prompt + longest response exceed this are dropped and counted", low=2
     )
     num_proc: int = key(1, "processes that tokenise", low=1)
+    packing: str = key(
+        "auto",
+        "shared: no padding, and text that prompts have in common is computed once; unshared: no padding; "
+        "padded: one row per response; auto = shared where the model's attention allows it, else padded",
+        choices=("auto", "shared", "unshared", "padded"),
+    )
     list_dropped: bool = key(False, "write every dropped pair and its reason to RUN_DIR/dropped.jsonl")
 
 
@@ -147,8 +181,13 @@ class TrackingConfig:
         choices=("auto", "online", "offline"),
     )
     project: str = key("sage", "Weights & Biases project")
-    samples: int = key(
+    sample_rows: int = key(
         1_000_000, "rows kept in samples/*.parquet, the log of scored pairs; 0 = no such log", low=0
+    )
+    snr_every: int = key(
+        0,
+        "steps between measurements of the updates' signal-to-noise ratio; each costs a second backward; 0 = none",
+        low=0,
     )
 
 

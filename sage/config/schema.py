@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from sage.config.checks import check_benchmarks, check_prompt, check_target
 from sage.config.groups import (
+    ChatConfig,
     DataConfig,
     EngineConfig,
     ModelConfig,
@@ -66,12 +67,6 @@ class TrainConfig(RunConfig):
     epochs: float | None = key(None, "passes over the training pairs; give this or steps", low=0)
     batch_size: int = key(32, "pairs per optimizer step, over all ranks", low=1)
     micro_batch_tokens: int = key(16384, "tokens (padding included) of one forward of one rank", low=2)
-    packing: str = key(
-        "auto",
-        "shared: no padding, each prompt computed once for both responses, and what all prompts begin with once a row; "
-        "unshared: no padding; padded: a row per response; auto = shared where the model's attention admits it, else padded",
-        choices=("auto", "shared", "unshared", "padded"),
-    )
     reference: str = key(
         "cached",
         "reference log-probabilities: computed once and kept on disk, or by a second model in every step",
@@ -85,11 +80,6 @@ class TrainConfig(RunConfig):
     save_every: int = key(0, "steps between checkpoints; 0 = none", low=0)
     keep_checkpoints: int = key(2, "newest checkpoints to keep", low=1)
     log_every: int = key(1, "steps between log lines", low=1)
-    snr_every: int = key(
-        0,
-        "steps between measurements of the updates' signal-to-noise ratio, each a second backward; 0 = none",
-        low=0,
-    )
 
     def check(self) -> None:
         self.check_forward()
@@ -104,14 +94,14 @@ class TrainConfig(RunConfig):
             )
         if self.engine.offload and self.engine.zero_stage == 0:
             raise UserError("engine.offload=true needs engine.zero_stage of 1, 2 or 3")
-        if self.snr_every and self.engine.zero_stage == 3:
+        if self.tracking.snr_every and self.engine.zero_stage == 3:
             raise UserError(
-                f"snr_every={self.snr_every} needs whole gradients, which engine.zero_stage=3 never holds: use "
-                "engine=zero2, or snr_every=0"
+                f"tracking.snr_every={self.tracking.snr_every} needs whole gradients, which engine.zero_stage=3 never holds: use "
+                "engine=zero2, or tracking.snr_every=0"
             )
-        if self.snr_every and self.batch_size == 1:
+        if self.tracking.snr_every and self.batch_size == 1:
             raise UserError(
-                f"snr_every={self.snr_every}: a batch_size of 1 pair shows no noise: raise it, or set snr_every=0"
+                f"tracking.snr_every={self.tracking.snr_every}: a batch_size of 1 pair shows no noise: raise it, or set tracking.snr_every=0"
             )
         if self.data.scores and self.reference == "online":
             raise UserError("data.scores is a reference cache, so it needs reference=cached")
@@ -120,7 +110,7 @@ class TrainConfig(RunConfig):
         """What a pass over the pairs needs, with or without training."""
         for group in ("loss", "scorer"):
             check_target(group, getattr(self, group))
-        if self.data.path is None and self.data.problems is None:
+        if self.data.path is None and self.data.problems.path is None:
             raise UserError(
                 f"data.path is not set: give experiment {self.name!r} its preference pairs with data.path=FILE "
                 "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected), or problems to build "
@@ -144,9 +134,9 @@ class BuildPairsConfig(TrainConfig):
 
     def check(self) -> None:
         check_target("generation", self.generation)
-        if self.data.problems is None:
+        if self.data.problems.path is None:
             raise UserError(
-                "data.problems is not set: choose data=gsm8k, or give problems of your own with +data.problems.path=FILE"
+                "data.problems is not set: choose data=gsm8k, or give problems of your own with data.problems.path=FILE"
             )
         check_prompt("data.problems", self.data.problems)
 
@@ -193,8 +183,8 @@ class EvalConfig(RunConfig):
     )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     samples: int = key(1, "responses per problem; accuracy is their mean", low=1)
-    limit: int | None = key(None, "use only the first N problems of each benchmark", low=1)
-    chat_template: bool = key(True, "wrap prompts in the tokenizer's chat template")
+    benchmark_limit: int | None = key(None, "use only the first N problems of each benchmark", low=1)
+    data: ChatConfig = field(default_factory=ChatConfig)
 
     def check(self) -> None:
         check_target("generation", self.generation)

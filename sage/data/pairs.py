@@ -74,7 +74,7 @@ def _names(path: str, columns: dict[str, str], present: Mapping[str, None]) -> d
         if theirs not in present and (name in columns or name in ("chosen", "rejected")):
             raise UserError(
                 f"{path}: no column {theirs!r} for {name}; it has {', '.join(present)}. Say which is {name} with "
-                f"data.columns, for example +data.columns.{name}={next(iter(present))}"
+                f"data.columns, for example data.columns.{name}={next(iter(present))}"
             )
     return {name: theirs for name, theirs in names.items() if theirs in present}
 

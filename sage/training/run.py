@@ -84,7 +84,9 @@ class Run:
         model = loading.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
         self.engine = Engine(Policy(model, cfg.model.head), cfg.engine, cfg.optimizer, self.dtype, device)
         self.forward = PairForward(
-            self.engine, cfg.micro_batch_tokens, choose_layout(self.engine, cfg.packing, cfg.data.max_length)
+            self.engine,
+            cfg.micro_batch_tokens,
+            choose_layout(self.engine, cfg.data.packing, cfg.data.max_length),
         )
         self.reference = self.scored or self.build_reference(self.pairs, "training")
         self.eval_reference = self.build_reference(self.eval_pairs, "held-out") if self.eval_pairs else None
@@ -111,7 +113,7 @@ class Run:
             run_dir,
             self.state.step,
             self.steps * setting.candidates // self.scorer.score_every,
-            cfg.tracking.samples,
+            cfg.tracking.sample_rows,
             main=self.engine.rank == 0,
         )
 
@@ -240,7 +242,7 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
 
     def work() -> TokenizedPairs:
         return tokenize_pairs(
-            load_pairs(path, split=split, columns=data.columns, limit=limit),
+            load_pairs(path, split=split, columns=data.columns.given(), limit=limit),
             tokenizer,
             chat_template=data.chat_template,
             max_length=data.max_length,
@@ -268,7 +270,7 @@ def choose_layout(engine: Engine | Frozen, packing: str, max_length: int) -> str
     if reason is None:
         return "shared" if packing == "auto" else packing
     if packing != "auto":
-        raise UserError(f"packing={packing} does not suit this model: {reason}; set packing=padded")
+        raise UserError(f"data.packing={packing} does not suit this model: {reason}; set data.packing=padded")
     console.print(f"rows are padded and prompts computed twice, since this model cannot pack: {reason}")
     return "padded"
 
