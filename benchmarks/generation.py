@@ -14,9 +14,10 @@ import time
 import torch
 from transformers import set_seed
 
-from sage.answering.generation import HF, Request, Source, encode_prompts
+from sage.answering.generation import HF, Request, Source
 from sage.answering.problems import load_problems
 from sage.config import ModelConfig, ProblemsConfig, SamplingConfig
+from sage.data.chat import ChatFormat, encode_prompts
 from sage.model import loading
 
 
@@ -39,7 +40,7 @@ def main() -> None:
         args.problems, columns={"prompt": "question"}, answer_from="hash", limit=args.prompts
     )
     prompts = [ProblemsConfig().prompt.replace("{problem}", problem.prompt) for problem in problems]
-    ids = encode_prompts(tokenizer, prompts, chat_template=True)
+    ids = encode_prompts(tokenizer, prompts, ChatFormat())
     sampling = SamplingConfig(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
     totals = {"hf": [0, 0.0], "plain": [0, 0.0]}
     with HF(batch_size=args.batch_size).open(source, sampling) as engine:

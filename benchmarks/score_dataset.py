@@ -23,6 +23,7 @@ import torch
 
 from sage.commands.score_dataset import ask
 from sage.config import ModelConfig
+from sage.data.chat import ChatFormat
 from sage.data.pairs import load_pairs
 from sage.data.tokens import tokenize_pairs
 from sage.model import loading
@@ -55,7 +56,7 @@ def main() -> None:
     pairs = tokenize_pairs(
         load_pairs(PAIRS, limit=args.pairs),
         loading.load_tokenizer(folder, cfg),
-        chat_template=True,
+        chat=ChatFormat(),
         max_length=args.max_length,
         num_proc=1,
         cache_dir=CACHE,

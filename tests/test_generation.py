@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sage.answering.generation import HF, Request, Source, encode_prompts, sample
+from sage.answering.generation import HF, Request, Source, sample
 from sage.answering.vllm import VLLM
 from sage.config import ModelConfig, SamplingConfig
+from sage.data.chat import ChatFormat, encode_prompts
 from sage.model import loading
 from sage.util.errors import UserError
 
@@ -31,7 +32,7 @@ def prompts(source) -> list[list[int]]:
     texts = [f"How many apples are {'left ' * (i % 5)}after {i} days?" for i in range(10)] + [
         "How many apples?"
     ] * 2
-    return encode_prompts(loading.load_tokenizer(source.folder, source.model), texts, chat_template=True)
+    return encode_prompts(loading.load_tokenizer(source.folder, source.model), texts, ChatFormat())
 
 
 def run(source: Source, requests: list[Request], sampling: SamplingConfig, **options) -> list:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from sage.data import tokens as tokenized
+from sage.data.chat import ChatFormat
 from sage.data.pairs import load_pairs, read_prompt
 from sage.data.source import resolve_path
 from sage.data.tokens import TokenizedPairs, tokenize_pairs
@@ -80,7 +81,7 @@ def tokenise(tmp_path):
         return tokenize_pairs(
             data,
             tokenizer,
-            chat_template=chat_template,
+            chat=ChatFormat(chat_template),
             max_length=max_length,
             num_proc=num_proc,
             cache_dir=str(tmp_path / "cache"),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from sage.curriculum import Shuffled
+from sage.data.chat import ChatFormat
 from sage.data.pairs import load_pairs
 from sage.data.tokens import tokenize_pairs
 from sage.training.metrics import PER_PAIR
@@ -101,7 +102,7 @@ def test_the_same_tokens(trl_run, tiny_model, pair_file, tmp_path):
     pairs = tokenize_pairs(
         load_pairs(str(pair_file)),
         AutoTokenizer.from_pretrained(tiny_model),
-        chat_template=False,
+        chat=ChatFormat(False),
         max_length=256,
         num_proc=1,
         cache_dir=str(tmp_path),

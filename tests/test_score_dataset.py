@@ -20,6 +20,7 @@ import torch
 from conftest import make_pairs, write_jsonl
 from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_difference, metrics
 
+from sage.data.chat import ChatFormat
 from sage.data.pairs import load_pairs
 from sage.data.source import write_rows
 from sage.data.tokens import tokenize_pairs
@@ -75,7 +76,7 @@ def pairs(common, tiny_model):
     return tokenize_pairs(
         load_pairs(common[2].split("=")[1]),
         AutoTokenizer.from_pretrained(tiny_model),
-        chat_template=True,
+        chat=ChatFormat(),
         max_length=200,
         num_proc=1,
         cache_dir=common[5].split("=")[1],

@@ -13,6 +13,7 @@ from conftest import make_pairs, write_jsonl
 from many_runs import ERROR_FILE, column, execute, freeze, largest_difference
 
 from sage.curriculum import Shuffled
+from sage.data.chat import ChatFormat
 from sage.data.pairs import load_pairs
 from sage.data.tokens import tokenize_pairs
 from sage.scorers import PairStats, Scorer
@@ -184,7 +185,7 @@ def test_equals_per_pair_gradients(runs, common, tiny_model):
     pairs = tokenize_pairs(
         load_pairs(common[2].split("=")[1]),
         AutoTokenizer.from_pretrained(tiny_model),
-        chat_template=True,
+        chat=ChatFormat(),
         max_length=130,
         num_proc=1,
         cache_dir=common[8].split("=")[1],

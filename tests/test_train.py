@@ -18,6 +18,7 @@ from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_
 
 from sage.config import OptimizerConfig
 from sage.curriculum import Shuffled
+from sage.data.chat import ChatFormat
 from sage.data.packing import plan
 from sage.data.pairs import load_pairs
 from sage.data.tokens import tokenize_pairs
@@ -59,7 +60,7 @@ def tokenized(common):
     return tokenize_pairs(
         load_pairs(path),
         AutoTokenizer.from_pretrained(model),
-        chat_template=True,
+        chat=ChatFormat(),
         max_length=130,
         num_proc=1,
         cache_dir=cache,

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sage.answering.generation import Generator, Request, Source, encode_prompts, seed_of
+from sage.answering.generation import Generator, Request, Source, seed_of
 from sage.answering.problems import Problem
 from sage.answering.verify import Verifier
 from sage.config import ModelConfig, SamplingConfig
+from sage.data.chat import ChatFormat, encode_prompts
 from sage.model import loading
 from sage.util import ranks
 from sage.util.files import write_text
@@ -67,7 +68,7 @@ class Sampler:
         sampling: SamplingConfig,
         *,
         seed: int,
-        chat_template: bool,
+        chat: ChatFormat,
         cache_dir: str,
     ):
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,7 +80,7 @@ class Sampler:
         folder = ranks.main_first(lambda: loading.resolve_model(model, cache_dir))
         self.source = Source(folder, model, device)
         self.tokenizer = loading.load_tokenizer(folder, model)
-        self.engine, self.sampling, self.seed, self.chat_template = engine, sampling, seed, chat_template
+        self.engine, self.sampling, self.seed, self.chat = engine, sampling, seed, chat
         self.generator: Generator | None = None
         self.stack = ExitStack()
 
@@ -104,7 +105,7 @@ class Sampler:
         if not final.exists():
             progress.mkdir(parents=True, exist_ok=True)
             prompts = [prompt.replace("{problem}", problem.prompt) for problem in problems]
-            ids = encode_prompts(self.tokenizer, prompts, self.chat_template)
+            ids = encode_prompts(self.tokenizer, prompts, self.chat)
             chunks = self.chunks(ids, samples)
             missing = [
                 (progress / f"chunk_{number}.jsonl", chunk)

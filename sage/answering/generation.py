@@ -59,20 +59,6 @@ def seed_of(seed: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(sha256(f"{seed}/{problem_id}/{sample}".encode()).digest()[:7], "big")
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], chat_template: bool) -> list[list[int]]:
-    """Ids of each prompt, the same as training's: up to where the assistant writes, where there is a chat template."""
-    if chat_template:
-        if not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template: set data.chat_template=false")
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-            for prompt in prompts
-        ]
-    return tokenizer(list(prompts), add_special_tokens=not chat_template)["input_ids"]
-
-
 def end_tokens(folder: str, tokenizer: Any) -> set[int]:
     """The tokenizer's end token and those of generation_config.json (chat models often end a turn with another)."""
     ends = {tokenizer.eos_token_id}

@@ -21,6 +21,7 @@ from hydra.utils import instantiate
 from sage.answering.attempts import GENERATIONS_FILE, Attempt, Sampler, write_lines
 from sage.answering.problems import Problem, read_problems
 from sage.config import BuildPairsConfig, PairingConfig, TrainConfig, load
+from sage.data.chat import ChatFormat
 from sage.model import loading
 from sage.util.errors import UserError
 from sage.util.files import write_json
@@ -64,7 +65,7 @@ def build_pairs(run_dir: Path) -> None:
         instantiate(cfg.generation),
         cfg.sampling,
         seed=cfg.seed,
-        chat_template=cfg.data.chat_template,
+        chat=ChatFormat.of(cfg.data),
         cache_dir=cfg.cache_dir,
     )
     with sampler:
@@ -111,7 +112,7 @@ def recipe(cfg: TrainConfig, folder: str, problems: Sequence[Problem]) -> dict[s
         },
         "problems": {"path": cfg.data.problems.path, "content": digest.hexdigest()},
         "prompt": cfg.data.problems.prompt,
-        "chat_template": cfg.data.chat_template,
+        "chat": asdict(ChatFormat.of(cfg.data)),
         "generation": cfg.generation,
         "sampling": asdict(cfg.sampling),
         "pairing": asdict(cfg.pairing),

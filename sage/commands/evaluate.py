@@ -19,6 +19,7 @@ from sage.answering.attempts import GENERATIONS_FILE, Sampler, read_attempts
 from sage.answering.benchmarks import answer, rows_of, table
 from sage.answering.statistics import bootstrap, majority, mcnemar
 from sage.config import SUMMARY_FILE, EvalConfig, load
+from sage.data.chat import ChatFormat
 from sage.model import loading
 from sage.util.errors import UserError
 from sage.util.files import write_json
@@ -36,7 +37,7 @@ def evaluate(run_dir: Path) -> None:
         instantiate(cfg.generation),
         cfg.sampling,
         seed=cfg.seed,
-        chat_template=cfg.data.chat_template,
+        chat=ChatFormat.of(cfg.data),
         cache_dir=cfg.cache_dir,
     )
     with sampler:

@@ -98,7 +98,13 @@ class ProblemsConfig:
 class ChatConfig:
     """How prompts become the text that the model reads; the same keys in every command."""
 
-    chat_template: bool = key(True, "wrap prompts and responses in the tokenizer's chat template")
+    chat_template: bool | str = key(
+        True,
+        "true = the tokenizer's chat template; false = plain text; else one of its named templates or a .jinja file",
+    )
+    template_arguments: dict[str, Any] = key(
+        {}, "variables for the chat template, as in +data.template_arguments.enable_thinking=false"
+    )
 
 
 @dataclass

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sage.data.chat import ChatFormat, Renderer, encode_heads
 from sage.data.pairs import COLUMNS, read_prompt
 from sage.util.errors import UserError
 from sage.util.files import write_whole
@@ -88,7 +88,7 @@ def tokenize_pairs(
     pairs: datasets.Dataset,
     tokenizer: Any,
     *,
-    chat_template: bool,
+    chat: ChatFormat,
     max_length: int,
     num_proc: int,
     cache_dir: str,
@@ -97,33 +97,36 @@ def tokenize_pairs(
 
     A pair is dropped, never cut, when prompt and longer response exceed `max_length` ("too_long"): a cut takes
     the answer away. One whose responses have the same ids teaches nothing ("same_tokens"). UserError when no
-    pair is left, or when pairs and tokenizer do not suit `chat_template`.
+    pair is left, or when pairs and tokenizer do not suit the chat format.
     """
-    if chat_template and not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template: set data.chat_template=false")
+    renderer = Renderer(tokenizer, chat)
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), so a response could not end")
-    key = _cache_key(pairs, tokenizer, chat_template, max_length)
+    key = _cache_key(pairs, tokenizer, renderer, max_length)
     file = Path(cache_dir, f"pairs-{key}.arrow").expanduser()
     if not file.exists():
-        table = _encode_all(
-            pairs, partial(_encode, tokenizer=tokenizer, chat_template=chat_template), num_proc
-        )
+        table = _encode_all(pairs, partial(_encode, renderer=renderer), num_proc)
         _write(file, *_drop(table, max_length), key)
     with pa.memory_map(str(file)) as source:
         notes = json.loads(pa.ipc.open_stream(source).schema.metadata[b"sage"])
     return TokenizedPairs(datasets.Dataset.from_file(str(file)), **notes)
 
 
-def _cache_key(pairs: datasets.Dataset, tokenizer: Any, chat_template: bool, max_length: int) -> str:
+def _cache_key(pairs: datasets.Dataset, tokenizer: Any, renderer: Renderer, max_length: int) -> str:
     """Explicit, because datasets' own hash of a function is blind to, or thrown off by, a tokenizer's state."""
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         # Padding and truncation are whatever the last call left behind.
         model = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     else:
         model = tokenizer.get_vocab()
-    template = tokenizer.chat_template if chat_template else None
-    parts = [CACHE_VERSION, model, tokenizer.special_tokens_map, template, chat_template, max_length]
+    parts = [
+        CACHE_VERSION,
+        model,
+        tokenizer.special_tokens_map,
+        renderer.template,
+        renderer.arguments,
+        max_length,
+    ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for pair in pairs:
         digest.update(json.dumps([pair[name] for name in COLUMNS]).encode())  # pyright: ignore
@@ -180,9 +183,10 @@ def _write(file: Path, table: pa.Table, dropped: dict[str, list[str]], key: str)
     write_whole(file, write)
 
 
-def _encode(batch: dict[str, list], tokenizer: Any, chat_template: bool) -> dict[str, list]:
+def _encode(batch: dict[str, list], renderer: Renderer) -> dict[str, list]:
     """Ids of a batch. A prompt's are made once, and a response's apart from it, so no token straddles them."""
-    render = partial(_render, tokenizer) if chat_template else _plain
+    tokenizer, chat_template = renderer.tokenizer, renderer.template is not None
+    render = partial(_render, renderer) if chat_template else _plain
     rows = zip(*(batch[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
     prompts, *responses = (list(texts) for texts in zip(*(render(*row) for row in rows), strict=True))
     eos = tokenizer.eos_token_id
@@ -190,10 +194,7 @@ def _encode(batch: dict[str, list], tokenizer: Any, chat_template: bool) -> dict
     if chat_template:
         # By flag, not by name: <|end|> and its like are often special without being the eos or any named token.
         ends |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # A template writes its own begin token.
-    prompt_ids = tokenizer(prompts, add_special_tokens=not chat_template)["input_ids"]
-    if not chat_template:
-        prompt_ids = [ids[:-1] if ids[-1:] == [eos] else ids for ids in prompt_ids]
+    prompt_ids = encode_heads(tokenizer, prompts, plain=not chat_template)
     response_ids = [
         [_end_once(ids, ends, tokenizer) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         for texts in responses
@@ -209,18 +210,19 @@ def _plain(pair_id: str, prompt: str, chosen: str, rejected: str) -> tuple[str, 
     return text, chosen, rejected
 
 
-def _render(tokenizer: Any, pair_id: str, prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
+def _render(
+    renderer: Renderer, pair_id: str, prompt: str, chosen: str, rejected: str
+) -> tuple[str, str, str]:
     """The prompt up to where the assistant writes, and what the template writes there for each response."""
     messages = read_prompt(prompt)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    apply = partial(tokenizer.apply_chat_template, tokenize=False)
     answers = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
     try:
-        head = apply(messages, add_generation_prompt=True)
-        full = [apply([*messages, answer]) for answer in answers]
-    except jinja2.TemplateError as error:
-        raise UserError(f"pair {pair_id}: the tokenizer's chat template refuses it: {error}") from error
+        head = renderer.prompt(messages)
+        full = [renderer.render([*messages, answer]) for answer in answers]
+    except UserError as error:
+        raise UserError(f"pair {pair_id}: {error}") from error
     if all(text.startswith(head) for text in full):
         return head, full[0][len(head) :], full[1][len(head) :]
     # Some templates open with a thought that they then omit from a finished turn.

@@ -18,6 +18,7 @@ from sage.answering.attempts import Sampler
 from sage.answering.benchmarks import answer
 from sage.config import SUMMARY_FILE, TrainConfig, load
 from sage.curriculum import Curriculum, Setting
+from sage.data.chat import ChatFormat
 from sage.data.pairs import load_pairs
 from sage.data.tokens import TokenizedPairs, tokenize_pairs
 from sage.losses import Loss
@@ -172,7 +173,7 @@ class Run:
                 instantiate(cfg.generation),
                 greedy,
                 seed=cfg.seed,
-                chat_template=cfg.data.chat_template,
+                chat=ChatFormat.of(cfg.data),
                 cache_dir=cfg.cache_dir,
             ) as sampler:
                 results = answer(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder)
@@ -244,7 +245,7 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
         return tokenize_pairs(
             load_pairs(path, split=split, columns=data.columns.given(), limit=limit),
             tokenizer,
-            chat_template=data.chat_template,
+            chat=ChatFormat.of(data),
             max_length=data.max_length,
             num_proc=data.num_proc,
             cache_dir=cfg.cache_dir,
