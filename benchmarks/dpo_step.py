@@ -3,11 +3,11 @@
     python benchmarks/dpo_step.py                      # GSM8K pairs, 16 a step
     python benchmarks/dpo_step.py --shots 8 --pairs 2  # prompts of about 1,400 tokens
 
-Each contender runs in its own process. All of them train the same model on the same pairs in the same order
-and dtype, with the reference computed beforehand and without gradient checkpointing. `sage, forward only`
-scores the pairs of a step. The contenders take turns, so a machine that slows down slows them all. The first
-step of a process is a warm-up and is not counted. TRL runs once for each micro-batch size in
---trl-micro-batches, accumulated to the same batch. Its fastest run counts. This needs the `peer` extra.
+Every contender is a process of its own that trains the same model on the same pairs in the same order and dtype, with
+the reference computed beforehand and no gradient checkpointing; `sage, forward only` scores the pairs of a step. Contenders
+take turns, so that a machine that slows down slows them all. The first step of a process warms up and is not counted. TRL
+runs with every micro-batch size of --trl-micro-batches, accumulated to the same batch, and its fastest one counts. Needs
+the `peer` extra.
 """
 
 from __future__ import annotations
@@ -43,11 +43,8 @@ SAGE = {
 
 
 def make_pairs(folder: Path, count: int, shots: int) -> Path:
-    """Write `count` pairs as plain text, each behind `shots` solved examples.
-
-    A second file, SHUFFLED, holds the same pairs in an order that sage's own shuffle turns into the first
-    file's order.
-    """
+    """`count` pairs with a template written out, behind `shots` solved examples; beside them, in SHUFFLED, the same so
+    that sage, which shuffles, draws them in this order."""
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     random.Random(0).shuffle(rows)
     examples, rows = rows[:shots], rows[shots : shots + count]
@@ -66,7 +63,7 @@ def make_pairs(folder: Path, count: int, shots: int) -> Path:
 
 
 def run(command: list[str], threads: int, variables: dict[str, str] | None = None) -> float:
-    """Run a process to its end. Returns the peak memory of its largest process, in GB."""
+    """Run a process to its end; returns the peak memory of it or of one of its children, in GB."""
     settings = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     environment = {**os.environ, **settings, **(variables or {})}
     with tempfile.TemporaryFile("w+") as output:
@@ -110,13 +107,13 @@ def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float]
 def run_worker(name: str, job: dict, folder: Path) -> tuple[list[float], float]:
     file = folder / "job.json"
     file.write_text(json.dumps({**job, "worker": name, "folder": str(folder)}))
-    variables = MEMORY if name == "forward" else None  # the environment in which `sage` starts its ranks
+    variables = MEMORY if name == "forward" else None  # as `sage` starts its own ranks
     memory = run([sys.executable, __file__, "--worker", str(file)], job["threads"], variables)
     return json.loads((folder / "report.json").read_text())[1:], memory
 
 
 def score_sage(job: dict) -> list[float]:
-    """Seconds per step if the pairs are only scored."""
+    """What a step's pairs take when they are only scored."""
     from hydra import compose, initialize_config_module
 
     from sage import config
@@ -137,7 +134,7 @@ def score_sage(job: dict) -> list[float]:
 
 
 def train_textbook(job: dict) -> list[float]:
-    """The usual loop: padded rows, chosen and rejected in one batch, full logits, torch's AdamW."""
+    """Padded rows, chosen and rejected in one batch, full logits, log_softmax and gather, torch's AdamW."""
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -233,7 +230,7 @@ WORKERS = {"forward": score_sage, "trl": train_trl, "textbook": train_textbook}
 
 
 def gemm_flops(threads: int, dtype: torch.dtype) -> float:
-    """The rate of one large matrix product, in FLOP/s. No contender can exceed it."""
+    """The rate of one large matrix product, in FLOP/s: the ceiling of what follows."""
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.randn(1024 if device == "cpu" else 8192, 4096, device=device, dtype=dtype)
@@ -248,10 +245,8 @@ def gemm_flops(threads: int, dtype: torch.dtype) -> float:
 
 
 def dense_flops(model: str, dtype: torch.dtype) -> float:
-    """The rate of the bare model's forward and backward on dense rows of 256 tokens, in FLOP/s.
-
-    It leaves out head, loss and optimizer. A packed step, which includes them, is compared with it.
-    """
+    """The rate of the bare model's forward and backward on dense rows of 256 tokens, without head, loss and optimizer, in
+    FLOP/s: what a packed step, which has all of these, is measured against."""
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -269,7 +264,7 @@ def dense_flops(model: str, dtype: torch.dtype) -> float:
 
 
 def attention_flops(config, looks: float) -> float:
-    """Forward FLOPs of attention in all layers, if `looks` pairs of tokens attend to each other."""
+    """Forward FLOPs of all layers' attention where so many pairs of tokens see each other."""
     width = config.num_attention_heads * getattr(
         config, "head_dim", config.hidden_size // config.num_attention_heads
     )
@@ -277,10 +272,8 @@ def attention_flops(config, looks: float) -> float:
 
 
 def useful_flops(model: str, pairs: Path, batch: int) -> tuple[float, float, float]:
-    """Per pair: FLOPs of the forward and backward that any method must do, tokens, and scored tokens.
-
-    The prefix that all prompts share counts once for the `batch` pairs of a step.
-    """
+    """Per pair: FLOPs of forward and backward with nothing computed twice or in vain, tokens, scored tokens. What all
+    prompts begin with is computed once for the `batch` pairs of a step."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
@@ -293,10 +286,10 @@ def useful_flops(model: str, pairs: Path, batch: int) -> tuple[float, float, flo
     prefix = next(
         (i for i, tokens in enumerate(prompts) if len(set(tokens)) > 1), min(p for p, _, _ in sizes)
     )
-    once = 1 - 1 / batch  # the saved share of the prefix
+    once = 1 - 1 / batch  # the share of a prefix that is saved
     tokens = statistics.mean(map(sum, sizes)) - once * prefix
     scored = statistics.mean(c + r + 2 for _, c, r in sizes)
-    # Attention is causal: each token attends to its own text only.
+    # Scores and their product with the values, causal: token t looks back at its own text only.
     looks = statistics.mean(((p + c) ** 2 + r * (2 * p + r)) / 2 for p, c, r in sizes) - once * prefix**2 / 2
     attention = attention_flops(config, looks)
     return (
@@ -311,21 +304,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="Hugging Face folder; default: the demo's SmolLM2-135M")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs per step")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps per process")
+    parser.add_argument("--pairs", type=int, default=16, help="a step")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes per contender")
     parser.add_argument("--shots", type=int, default=0, help="solved examples before each question")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=8192, help="sage's micro_batch_tokens")
     parser.add_argument(
-        "--max-length", type=int, default=4096, help="limit of prompt plus response; no pair exceeds it"
+        "--max-length", type=int, default=4096, help="of prompt and response; no pair is longer"
     )
     parser.add_argument(
-        "--trl-micro-batches",
-        type=int,
-        nargs="+",
-        default=[2, 4],
-        help="pairs per micro-batch; the fastest size counts",
+        "--trl-micro-batches", type=int, nargs="+", default=[2, 4], help="pairs; the fastest counts"
     )
     parser.add_argument("--textbook-micro-batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -365,8 +354,6 @@ def main() -> None:
         for micro in args.trl_micro_batches:
             contenders[f"TRL, {micro} pairs"] = (run_worker, "trl", {**job, "micro": micro})
         contenders["textbook loop"] = (run_worker, "textbook", {**job, "micro": args.textbook_micro_batch})
-        if unknown := set(args.only or ()) - contenders.keys():
-            parser.error(f"--only: no contender {sorted(unknown)[0]!r}; there are: {', '.join(contenders)}")
         contenders = {k: v for k, v in contenders.items() if not args.only or k in args.only}
         seconds: dict[str, list[float]] = {label: [] for label in contenders}
         memory: dict[str, float] = {}
@@ -386,28 +373,25 @@ def main() -> None:
     pace = {label: args.pairs / statistics.median(times) for label, times in seconds.items()}
     trl = max((label for label in pace if label.startswith("TRL")), key=pace.__getitem__, default=None)
     print(
-        f"\n{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, "
-        f"{args.dtype}; {args.pairs} pairs a step, {tokens:.0f} tokens a pair, {scored:.0f} of them scored"
+        f"\n{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, {args.dtype}; "
+        f"{args.pairs} pairs a step of {tokens:.0f} tokens, {scored:.0f} of them scored"
     )
     print(
-        f"matrix product: {ceiling / 1e9:.0f} GFLOP/s; "
-        f"dense forward and backward: {dense / 1e9:.0f} GFLOP/s; "
-        f"useful work: {flops / 1e9:.0f} GFLOP per pair\n"
+        f"matrix product: {ceiling / 1e9:.0f} GFLOP/s; dense forward and backward: {dense / 1e9:.0f} GFLOP/s; "
+        f"useful work: {flops / 1e9:.0f} GFLOP a pair\n"
     )
     print(
-        f"{'contender':28}{'pairs/s':>9}{'scored tokens/s':>17}{'peak GB':>9}{'of GEMM':>9}{'of dense':>10}"
-        f"{'speed/TRL':>11}{'memory/TRL':>12}"
+        f"{'contender':28}{'pairs/s':>9}{'scored tokens/s':>17}{'peak GB':>9}{'of GEMM':>9}{'of dense':>10}{'speed/TRL':>11}{'memory/TRL':>12}"
     )
     for label, rate in pace.items():
         if label == FORWARD:
             continue
         against = f"{rate / pace[trl]:>10.2f}x{memory[label] / memory[trl]:>11.2f}x" if trl else ""
         print(
-            f"{label:28}{rate:9.3f}{rate * scored:17.0f}{memory[label]:9.1f}{rate * flops / ceiling:9.2f}"
-            f"{rate * flops / dense:10.2f}{against}"
+            f"{label:28}{rate:9.3f}{rate * scored:17.0f}{memory[label]:9.1f}{rate * flops / ceiling:9.2f}{rate * flops / dense:10.2f}{against}"
         )
     if FORWARD in pace and "sage" in pace:
-        print(f"\na training step takes {pace[FORWARD] / pace['sage']:.2f}x as long as its forward alone")
+        print(f"\na step of sage takes {pace[FORWARD] / pace['sage']:.2f}x the time of its forward alone")
     args.output.write_text(
         json.dumps(
             {

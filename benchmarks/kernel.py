@@ -1,14 +1,13 @@
-"""The speed and memory of the language-model head alone: forward and backward of the mean log-probability.
+"""The language-model head alone, side by side: forward and backward of the mean log-probability.
 
-    python benchmarks/kernel.py                                   # CPU, float32: V = 151,936, H = 896, 4,096
-    tokens python benchmarks/kernel.py --device cuda --dtype bfloat16
+    python benchmarks/kernel.py                                   # CPU, float32: V = 151,936, H = 896, 4,096 tokens
+    python benchmarks/kernel.py --device cuda --dtype bfloat16
 
-The contenders are sage's backends, TRL 1.16's tiled function at TRL's chunk size, and on CUDA also
-Liger-Kernel and cut-cross-entropy if they are installed. Each measurement runs in its own process, and the
-contenders take turns. The run stops if the loss or the gradients of a contender differ from those of the
-first. On a CPU the seconds are processor time, because other work on the machine disturbs it less than wall
-time; use one thread. Memory is the peak above the inputs: resident on a CPU, allocated on CUDA. The oracle
-holds several [tokens, V] tensors, 7 GB above the inputs by default.
+Contenders: sage's backends; TRL 1.16's tiled function at the chunk size that TRL sets; on CUDA also Liger-Kernel and
+cut-cross-entropy, where installed. Each measurement is a process of its own, contenders take turns, and one whose loss
+or gradients differ from the first's stops the run. Time on CPU is processor time, which other work on the machine
+disturbs less than it does the clock, so run it with one thread. Memory is the peak above the inputs: resident on CPU,
+allocated on CUDA. The oracle holds several [tokens, V] tensors: 7 GB above the inputs at the default size.
 """
 
 from __future__ import annotations
@@ -32,11 +31,7 @@ REFERENCE = "oracle"
 
 
 def loss_function(name: str):
-    """A function of (hidden, weight, labels) that returns minus the mean log-probability.
-
-    Raises:
-        ImportError: the package is not installed.
-    """
+    """(hidden, weight, labels) -> minus the mean log-probability; ImportError where the package is missing."""
     if name == "trl":
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
@@ -51,7 +46,7 @@ def loss_function(name: str):
     if name == "cut-cross-entropy":
         from cut_cross_entropy import linear_cross_entropy
 
-        # The default drops gradients below a threshold. Random weights would make that look too good.
+        # cce_exact: the default drops gradients below a threshold, which random weights would flatter.
         return lambda x, w, y: linear_cross_entropy(x, w, y, impl="cce_exact")
     from sage.model.kernels import token_stats
 
@@ -59,7 +54,7 @@ def loss_function(name: str):
 
 
 class Memory:
-    """Peak memory above the start, in bytes."""
+    """The peak above what was held at the start, in bytes."""
 
     def __init__(self, cuda: bool):
         self.cuda = cuda
@@ -80,10 +75,7 @@ class Memory:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure one contender in this process.
-
-    Returns seconds of forward and backward, peak bytes, and the figures that `check` compares.
-    """
+    """In this process: seconds of forward and backward, peak bytes, and figures that tell whether the result is right."""
     cuda = args.device == "cuda"
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
@@ -106,7 +98,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         loss.backward()
         return middle - start, clock() - middle, memory.above_start()
 
-    # A warm-up compiles the kernels on CUDA, at full size, and loads the libraries on a CPU.
+    # Compiles the kernels on CUDA, at the size to be measured; loads the libraries on CPU.
     warm = (hidden, weight) if cuda else (hidden[:8].clone(), weight[:64].clone())
     for _ in range(3 if cuda else 1):
         once(*(x.detach().requires_grad_() for x in warm), labels if cuda else labels[:8] % 64)
@@ -123,21 +115,18 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 def machine(args: argparse.Namespace) -> dict[str, str | int]:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    device = cpu[1] if cpu else platform.machine()
-    if args.device == "cuda":
-        device = torch.cuda.get_device_name()
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu[1] if cpu else platform.machine(),
         "cpus": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "load": f"{os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,
         "python": platform.python_version(),
-    }
+    }  # fmt: skip
 
 
 def absent(name: str, device: str) -> str | None:
-    """The reason why a contender cannot run here, or None."""
+    """Why a contender cannot run here, or None."""
     if name in CUDA_ONLY and device != "cuda":
         return "needs CUDA"
     try:
@@ -156,7 +145,7 @@ def check(results: dict[str, list[dict[str, float]]], tolerance: float) -> None:
 
 
 def table(results: dict[str, list[dict[str, float]]], missing: dict[str, str]) -> str:
-    """Medians. Speed and memory are multiples of the first contender's, which is the oracle if it runs."""
+    """Medians, and each contender's speed and memory as multiples of the oracle's (of the first's, where it is absent)."""
     medians = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in results.items()}
     base = next(iter(medians.values()))
     lines = [
@@ -182,7 +171,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151_936, help="Qwen2.5's")
     parser.add_argument("--width", type=int, default=896, help="Qwen2.5-0.5B's")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of every contender")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of every contender")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--json", type=Path, help="write settings, machine and every measurement here")
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)

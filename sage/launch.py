@@ -14,7 +14,7 @@ from filelock import FileLock
 from sage import config
 from sage.answering.problems import read_problems
 from sage.config import BuildPairsConfig, EvalConfig, RunConfig, TrainConfig
-from sage.data.pairs import load_pairs
+from sage.data.pairs import load_data
 from sage.data.source import resolve_path
 from sage.util.errors import UserError
 
@@ -38,11 +38,9 @@ def read_inputs(cfg: RunConfig) -> None:
 
 @read_inputs.register
 def _(cfg: TrainConfig) -> None:
-    data = cfg.data
-    assert data.path is not None
-    load_pairs(data.path, split=data.split, columns=data.columns.given(), limit=data.limit)
-    if data.eval_path:
-        load_pairs(data.eval_path, split=data.eval_split, columns=data.columns.given(), limit=data.eval_limit)
+    load_data(cfg.data)
+    if cfg.data.eval_path:
+        load_data(cfg.data, held_out=True)
     for benchmark in cfg.benchmark.values():
         read_problems(benchmark)
 

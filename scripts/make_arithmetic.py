@@ -1,13 +1,12 @@
-"""Make the arithmetic task (sage/assets/arithmetic): a small model with bad habits, its problems, and its
-pairs.
+"""Makes the arithmetic task (sage/assets/arithmetic): a small model with bad habits, its problems, and its own pairs.
 
 python scripts/make_arithmetic.py sage/assets/arithmetic
 
-The model learns chained additions and subtractions, written out step by step. About 40% of the solutions that
-it learns from are wrong. Where a step carries or borrows, the writer may forget to do so. How often depends
-on the two units digits. The model therefore makes confident errors on some digits and occasional errors on
-others. Its own samples, checked against the true answers, become preference pairs. The script takes minutes
-on one core. On another machine or PyTorch version the weights differ in their last bits, and so do the pairs.
+The model learns chained additions and subtractions, written out step by step, from solutions of which about 40% are
+wrong: wherever a step carries or borrows, the writer may forget it, and how often he does is a habit of the two units
+digits that meet. So the model errs confidently in some places, now and then in others. Its own samples, checked against
+the true answers, become preference pairs. Minutes on one core; on another machine or PyTorch the weights differ in
+their last bits, and the pairs with them.
 """
 
 from __future__ import annotations
@@ -26,25 +25,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED = 0
 PROBLEMS = {"train": 2500, "validation": 500, "test": 500}
-HABITS = (0.05, 0.4, 0.9)  # possible rates of a forgotten carry or borrow
+HABITS = (0.05, 0.4, 0.9)  # how often a carry or borrow is forgotten, by the units digits that meet
 STEPS, BATCH, LR = 800, 64, 2e-3
 TERMS = 3
-SAMPLES = 8  # responses per problem
-PAIRS = 2  # at most, per problem
+SAMPLES = 8  # responses to a problem
+PAIRS = 2  # the most that one problem gives
 END, ANSWER = "<end>", "#### "
 TOKENS = [END, ANSWER, *"0123456789+-=\n"]
-# A conversation of one turn is the bare text, so prompts are the same with and without the template.
-TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
+# A conversation of one turn is the bare text, so that prompts read alike with and without the template.
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 
-Terms = tuple[int, ...]  # the terms of a sum; the first is positive
+Terms = tuple[int, ...]  # of a sum; the first is positive
 Habits = dict[tuple[int, int], float]
 
 
 def problems(rng: random.Random) -> Iterator[Terms]:
-    """Endless problems of three two-digit terms. Totals stay in 30..199, so a wrong one is never negative."""
+    """Endlessly: three terms of two digits. Running totals stay in 30..199, so a wrong one is never negative."""
     while True:
         terms = [rng.randrange(30, 100)]
         while len(terms) < TERMS:
@@ -59,13 +55,13 @@ def prompt(terms: Terms) -> str:
 
 
 def make_habits(rng: random.Random) -> Habits:
-    """How often each carry (u, v) or borrow (u, -v) of two units digits is forgotten."""
+    """For every two units digits that carry (u, v) or borrow (u, -v): how often that is forgotten."""
     meet = [(u, v) for u in range(10) for v in range(-9, 10) if not 0 <= u + v < 10]
     return {units: rng.choice(HABITS) for units in meet}
 
 
 def solution(terms: Terms, habits: Habits, rng: random.Random) -> str:
-    """A solution step by step. Each step continues from the written total, right or wrong."""
+    """Step by step, each step going on from the total that was written, right or wrong."""
     total, text = terms[0], ""
     for term in terms[1:]:
         sign = 1 if term > 0 else -1
@@ -81,7 +77,7 @@ def is_right(terms: Terms, response: str) -> bool:
 
 
 def make_pairs(terms: Terms, responses: list[str], name: str, rng: random.Random) -> Iterator[dict]:
-    """Pair distinct wrong responses with right ones. No pairs if all responses are right or all are wrong."""
+    """Wrong responses, no two alike, each against a right one. None when all are right, or all wrong."""
     right = [text for text in responses if is_right(terms, text)]
     wrong = sorted(set(responses) - set(right))
     for i, rejected in enumerate(rng.sample(wrong, min(PAIRS, len(wrong))) if right else []):
@@ -96,7 +92,7 @@ def make_pairs(terms: Terms, responses: list[str], name: str, rng: random.Random
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, one for `#### `, and one for the end."""
+    """One token a character; `#### ` and the end have one each."""
     ids = {token: i for i, token in enumerate(TOKENS)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=END))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # pyright: ignore
@@ -128,7 +124,7 @@ def make_model() -> LlamaForCausalLM:
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Iterator[tuple[str, str]]
 ) -> None:
-    """Train next-token prediction on the responses. Each batch holds fresh problems."""
+    """Next-token prediction of the responses, each batch of fresh problems."""
     optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, STEPS, pct_start=0.05)
     for _ in track(range(STEPS), "training"):
@@ -137,7 +133,7 @@ def train(
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
         for row, (head, _tail) in zip(labels, batch, strict=True):
-            row[: len(head)] = -100  # a prompt has one token per character
+            row[: len(head)] = -100  # a prompt has a token a character
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -150,7 +146,7 @@ def train(
 def answer(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[Terms], samples: int
 ) -> list[list[str]]:
-    """Sample `samples` responses to each problem. A single response is greedy."""
+    """`samples` sampled responses to each problem; greedy where it is 1."""
     found: list[list[str]] = []
     for start in track(range(0, len(asked), 128), "answering"):
         batch = tokenizer(
@@ -173,10 +169,10 @@ def write(file: Path, rows: list[dict]) -> None:
 
 
 def main(output: Path) -> None:
-    torch.set_num_threads(1)  # the number of threads decides the order of sums, and so every bit
+    torch.set_num_threads(1)  # the order of sums, and with it every bit, depends on it
     output.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
-    # A dict keeps the order and drops duplicates, so no problem is in two splits.
+    # A dict, because it keeps the order and drops the second of two alike: no problem is in two splits.
     distinct = list(dict.fromkeys(islice(problems(rng), 2 * sum(PROBLEMS.values()))))
     splits = {name: [distinct.pop() for _ in range(count)] for name, count in PROBLEMS.items()}
     held_out = {*splits["validation"], *splits["test"]}
@@ -190,7 +186,7 @@ def main(output: Path) -> None:
     train(model, tokenizer, texts)
     model.bfloat16().save_pretrained(output)
     tokenizer.save_pretrained(output)
-    model.float()  # sample from the saved, rounded weights
+    model.float()  # samples come from the weights as they were saved
 
     for name, asked in splits.items():
         names = [f"{name}-{i:04d}" for i in range(len(asked))]

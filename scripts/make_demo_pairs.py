@@ -1,4 +1,4 @@
-"""Make the demo's preference pairs (sage/assets/gsm8k_demo) from OpenAI's example model solutions.
+"""Makes the demo's preference pairs (sage/assets/gsm8k_demo) from OpenAI's example model solutions.
 
 python scripts/make_demo_pairs.py ../shared/data/gsm8k/example_model_solutions.jsonl sage/assets/gsm8k_demo
 """
@@ -9,27 +9,27 @@ import re
 import sys
 from pathlib import Path
 
-# From the weakest system to the strongest. Verification picks the best of many samples.
+# From the weakest system to the strongest: verification picks the best of many samples.
 SOURCES = ("6b_finetuning", "175b_finetuning", "6b_verification", "175b_verification")
 HELD_OUT = 256
 SEED = 0
 
 
 def clean(solution: str) -> str:
-    """Remove calculator annotations: "16 - 3 = <<16-3=13>>13" becomes "16 - 3 = 13"."""
+    """Without calculator annotations: "16 - 3 = <<16-3=13>>13" becomes "16 - 3 = 13"."""
     return re.sub(r"<<[^<>]*>>", "", solution).strip()
 
 
 def finished(solution: str) -> bool:
-    """Whether the solution reaches its answer. A few hit the length limit and would teach length only."""
+    """A handful of solutions run into the length limit: an unfinished text teaches length, not reasoning."""
     return re.search(r"\nA: \S+$", solution) is not None and "<<" not in solution
 
 
 def make_pair(line: int, record: dict) -> dict | None:
-    """The pair for the question on this 1-based line, or None if no finished solution is wrong.
+    """One pair for the question on this 1-based line, or None when no finished solution is wrong.
 
-    The chosen response is the strongest system's right solution, or the ground truth if none is right. The
-    rejected response is the weakest system's wrong solution.
+    Chosen is the strongest system's right solution, or the ground truth when none is right; rejected is the weakest
+    system's wrong one.
     """
     texts = {source: clean(record[source]["solution"]) for source in SOURCES}
     right = [source for source in SOURCES if record[source]["is_correct"]]
@@ -54,7 +54,7 @@ def make_pair(line: int, record: dict) -> dict | None:
 def main(source: str, output: str) -> None:
     records = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
     pairs = [pair for line, record in enumerate(records, 1) if (pair := make_pair(line, record))]
-    # Each question gives one pair, so a split by pair is a split by question.
+    # One pair a question, so a split by pair is a split by question.
     held_out = set(random.Random(SEED).sample(range(len(pairs)), HELD_OUT))
     files = {"train.jsonl": [], "heldout.jsonl": []}
     for index, pair in enumerate(pairs):

@@ -237,7 +237,7 @@ def test_bad_overrides_are_refused(train, tmp_path, name):
 GOOD = make_pairs(3)
 BAD_ROWS = {
     "missing response": ([GOOD[0], {**GOOD[1], "chosen": None}], ["pairs.jsonl:2", "chosen is missing"]),
-    "empty response": ([GOOD[0], {**GOOD[1], "rejected": " "}], ["pairs.jsonl:2", "rejected is empty"]),
+    "empty response": ([{**GOOD[1], "rejected": " "}], ["pairs.jsonl:1", "rejected is empty"]),
     "equal responses": (
         [{**GOOD[0], "chosen": "x", "rejected": "x"}],
         ["pairs.jsonl:1", "chosen and rejected are the same"],

@@ -38,7 +38,7 @@ FILES = sorted(file for file in SAGE.rglob("*.py") if "assets" not in file.parts
 
 
 def imports(file: Path) -> set[str]:
-    """Dotted names of a file's imports, in functions too, except those for type checkers only."""
+    """Dotted names of all that a file imports, in functions too; what only type checkers read does not count."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -125,7 +125,7 @@ def test_layout_picture_names_every_room_once():
 
 
 def commands(program: str) -> list[tuple[str, list[str]]]:
-    """(page, words) of each line in a code block and each `inline` command that starts with the program."""
+    """(page, words) of every line in a code block, and every `inline` command, that begins with this program."""
     found = []
     for page in PAGES:
         text = page.read_text()

@@ -1,10 +1,10 @@
-"""Compare five steps of `sage train` with TRL 1.16's DPOTrainer. Each trainer runs in its own process.
+"""`sage train` against TRL 1.16's DPOTrainer: five steps of the same run, each trainer in a process of its own.
 
-Both use the same model folder, the same pairs in the same order, float32, no dropout, AdamW, the same rates
-and the same clipping. Run as a script, this file is the TRL process: python tests/test_peer.py JOB_FILE.
+Same model folder, same pairs in the same order, float32, no dropout, AdamW, the same rates, the same clipping. Run as
+a script, this file is the TRL process: python tests/test_peer.py JOB_FILE.
 
-Two settings are 0 because the trainers differ there by convention: the weight decay (the two spare different
-weights) and the warm-up (transformers starts at a rate of 0, sage at lr / warm-up steps).
+What is left alike on purpose, since the two differ there by convention: weight decay is 0 (transformers spares biases
+and norms, sage decays all weights), and so is the warm-up (transformers' first rate is 0, sage's is lr / warm-up steps).
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ class Case(NamedTuple):
     max_grad_norm: float = 1.0
 
 
-# With one pair per micro-batch, two of TRL's losses equal ours. "aot" sorts logratios over the micro-batch
-# before the smoothed sigmoid loss. For one pair that is cDPO, which TRL 1.16 no longer offers itself. "sft"
-# averages over all tokens of the micro-batch. For one pair that is nll_weight's -log pi / length.
+# With one pair per micro-batch, accumulated, two of TRL's losses become ours. "aot" sorts logratios over the micro-batch
+# before the smoothed sigmoid loss: over one pair that is cDPO, which TRL 1.16 no longer offers by itself. "sft" averages
+# over all tokens of the micro-batch, so long answers weigh more: over one pair it is nll_weight's -log pi / length.
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH}
 CASES = {
     "dpo": Case(["loss=dpo"], {"loss_type": ["sigmoid"]}),
-    # Adam cancels the scale of a gradient unless epsilon is about as large, so only then does clipping
-    # change the losses.
+    # Adam forgets the scale of a gradient unless epsilon is about as large: only then does clipping show in the losses.
     "dpo, clipped": Case(
         ["loss=dpo", "optimizer.eps=1e-3"],
         {"loss_type": ["sigmoid"], "adam_epsilon": 1e-3},
@@ -96,7 +95,7 @@ def trl_run(tiny_model, pair_file, tmp_path_factory) -> dict[str, Any]:
 
 
 def test_the_same_tokens(trl_run, tiny_model, pair_file, tmp_path):
-    """TRL and sage split these pairs into the same tokens."""
+    """TRL tokenises prompt and response together, sage apart: for these pairs no token straddles the boundary."""
     from transformers import AutoTokenizer
 
     pairs = tokenize_pairs(

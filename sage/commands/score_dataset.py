@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig, load
 from sage.curriculum import order_by_difficulty
-from sage.data.pairs import load_pairs
+from sage.data.pairs import load_data
 from sage.data.source import write_rows
 from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
@@ -257,7 +257,7 @@ def write_top(cfg: ScoreConfig, run_dir: Path, pair_ids: list[str]) -> Path:
     """The rows of these pairs as they stand in the input, in RUN_DIR/top."""
     data, wanted = cfg.data, set(pair_ids)
     assert data.path is not None
-    source = load_pairs(data.path, split=data.split, columns=data.columns.given(), limit=data.limit)
+    source = load_data(data).pairs
     rows = [row for row, pair_id in zip(source["row"], source["pair_id"], strict=True) if pair_id in wanted]
     return write_rows(data.path, rows, run_dir / "top", split=data.split)
 

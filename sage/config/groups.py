@@ -109,11 +109,19 @@ class ChatConfig:
 
 @dataclass
 class PairColumns(Columns):
-    pair_id: str | None = key(None, "the source's column of ids; without one, rows are numbered")
-    prompt: str | None = key(None, "the source's column of prompts")
-    chosen: str | None = key(None, "the source's column of better responses")
-    rejected: str | None = key(None, "the source's column of worse responses")
-    pass_rate: str | None = key(None, "the source's column of pass rates, from 0 to 1")
+    """The source's column of each thing. "" = it has none, even if a column has our name."""
+
+    pair_id: str | None = key(None, "ids; without one, rows are numbered")
+    prompt: str | None = key(None, "prompts, text or messages; a.b is b inside the column a")
+    chosen: str | None = key(None, "better responses")
+    rejected: str | None = key(None, "worse responses")
+    system: str | None = key(None, "texts of the system message")
+    input: str | None = key(None, "texts that follow the prompt after a line break (Alpaca)")
+    history: str | None = key(None, "earlier turns, a list of [user's text, assistant's text] (Alpaca)")
+    started: str | None = key(None, "texts that begin the answer and that both responses continue (Step-DPO)")
+    tools: str | None = key(None, "lists of tools for the chat template")
+    answer: str | None = key(None, "true answers, for data.answers")
+    pass_rate: str | None = key(None, "pass rates, from 0 to 1")
 
 
 @dataclass
@@ -138,6 +146,9 @@ class DataConfig(ChatConfig):
     limit: int | None = key(None, "use only the first N training pairs", low=1)
     eval_limit: int | None = key(None, "use only the first N held-out pairs", low=1)
     columns: PairColumns = field(default_factory=PairColumns)
+    max_bad: float = key(
+        0.01, "largest share of bad rows; they are dropped and counted, and more are refused", low=0, high=1
+    )
     max_length: int = key(
         2048, "pairs whose prompt + longest response exceed this are dropped and counted", low=2
     )

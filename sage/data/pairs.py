@@ -1,167 +1,289 @@
-"""Preference pairs: read in any common format, and checked.
+"""Preference pairs from any common source, each checked and brought into one record.
 
 Nothing here imports torch, so a command can refuse bad data before it loads a model.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from itertools import islice
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, count, islice
+from typing import Any, NamedTuple
 
 import datasets
+import pyarrow as pa
 
-from sage.data.source import read_rows, refuse_bad_rows
+from sage.config import DataConfig
+from sage.data.conversation import MissingPrompt, Turns, Useless, read_pair
+from sage.data.formats import MEDIA, SAMPLED, lookup, map_columns
+from sage.data.source import first_five, read_rows, refuse_bad_rows
 from sage.util.errors import UserError
 
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-
-
-COLUMNS = ("pair_id", "prompt", "chosen", "rejected", "pass_rate")
-
-
-FEATURES = datasets.Features(
-    {name: datasets.Value("float64" if name == "pass_rate" else "string") for name in COLUMNS}
-    | {"row": datasets.Value("int64")}
+IDS = SAMPLED[:3]
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("pair_id", "prompt", "chosen", "rejected", "tools", "answer")]
+    + [("pass_rate", pa.float64()), ("row", pa.int64())]
+    + [(name, pa.list_(pa.int32())) for name in IDS]
+    + [("tokenizer", pa.string())]
 )
 
 
-def load_pairs(
-    path: str, *, split: str = "train", columns: Mapping[str, str] | None = None, limit: int | None = None
-) -> datasets.Dataset:
-    """Checked pairs from a .jsonl, .json or .parquet file, a `save_to_disk` folder or a hub name.
+class Dropped(NamedTuple):
+    """A row that gave no pair. `reason` is one of the words that counts are kept by; `detail` says it in full."""
 
-    Takes TRL's four forms (standard or conversational, prompt explicit or implicit) and ShareGPT's messages;
-    `columns` maps our names to the source's. `split` is for hub names and saved DatasetDicts. Columns returned:
-      pair_id            str; the row's number where the source has none
-      prompt             str, JSON: a plain text or a list of {"role", "content"} (see `read_prompt`)
-      chosen, rejected   str, the responses' text alone
-      pass_rate          float in [0, 1] or null
-      row                int, 1-based row (in a .jsonl: line) of the source
-    Raises UserError for a source that cannot be read, and for bad rows, naming the first five.
+    row: int
+    pair_id: str | None
+    reason: str
+    detail: str
+
+
+class PairSet(NamedTuple):
+    """What a source holds: its pairs, its rows that gave none, and remarks for the user, one line each."""
+
+    pairs: datasets.Dataset
+    dropped: list[Dropped]
+    notes: list[str]
+
+
+def load_pairs(path: str, **options: Any) -> datasets.Dataset:
+    """The pairs of `read_pair_set`, which takes the same arguments."""
+    return read_pair_set(path, **options).pairs
+
+
+def load_data(data: DataConfig, held_out: bool = False) -> PairSet:
+    """The training pairs that a config names, or its held-out ones."""
+    path = data.eval_path if held_out else data.path
+    assert path is not None
+    return read_pair_set(
+        path,
+        split=data.eval_split if held_out else data.split,
+        columns=data.columns.given(),
+        limit=data.eval_limit if held_out else data.limit,
+        max_bad=data.max_bad,
+        chat=data.chat_template is not False,
+    )
+
+
+def read_pair_set(
+    path: str,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    max_bad: float = 0.0,
+    chat: bool = True,
+) -> PairSet:
+    r"""Pairs from any source that `sage.data.source` reads, in any form that docs/data.md lists.
+
+    Args:
+        split: of a hub data set or a folder with several.
+        columns: our column names (`formats.COLUMNS`) -> the source's; "": the source has none.
+        limit: read only the first N rows.
+        max_bad: the largest share of rows that may be bad. They are dropped and counted.
+        chat: texts in HH's form ("\n\nHuman: ...") become messages. Otherwise they stay texts.
+
+    The pairs have the columns of SCHEMA:
+        pair_id: str, unique; the row's number where the source has none.
+        prompt: JSON of a text or of messages. The last message may be the assistant's: an answer that was started.
+        chosen, rejected: JSON of a text, or of a list with the assistant's message. Each key of the source is kept.
+        tools: JSON of a list, or null.
+        answer: str or null.
+        pass_rate: float in [0, 1] or null.
+        row: int, the 1-based row of the source; in a .jsonl file, the line.
+        prompt_ids, chosen_ids, rejected_ids, tokenizer: the tokens that were sampled and the fingerprint of their
+            tokenizer, or null.
+
+    Raises:
+        UserError: the source cannot be read, a column is missing, or a larger share of the rows than `max_bad` is
+            bad. The message names the first five.
     """
-    columns = dict(columns or {})
-    if unknown := [name for name in columns if name not in COLUMNS]:
-        raise UserError(
-            f"data.columns: unknown name {unknown[0]!r}; it maps {', '.join(COLUMNS)} to the source's"
-        )
+    columns = columns or {}
     records = list(islice(read_rows(path, split), limit))
     if not records:
         raise UserError(f"{path}: no rows")
-    present = {key: None for _, record in records if isinstance(record, dict) for key in record}
-    names = _names(path, columns, present) if present else {}
-    pairs, problems, seen = [], [], {}
+    present = dict.fromkeys(key for _, record in records if isinstance(record, dict) for key in record)
+    names, form = map_columns(path, present, columns) if present else ({}, None)
+    unused = [key for key in present if key not in {*_outer(names), *MEDIA}]
+    # A text column that nothing names may be the prompt. Then what both responses begin with is not.
+    unnamed = [key for key in unused if "prompt" not in {*names, *columns} and _holds_text(records, key)]
+    pairs, dropped, bad = [], [], []
+    lost_prompts, repeated = 0, 0
+    ids: set[str] = set()
     for row, record in records:
+        pair_id = None
         try:
-            pair = _pair(row, record, names)
-            if (first := seen.setdefault(pair["pair_id"], row)) != row:
-                raise UserError(f"pair_id {pair['pair_id']!r} is already taken by row {first}")
-            pairs.append(pair)
+            values = _values(record, names)
+            pair_id = _pair_id(values.get("pair_id"), row)
+            pair = _record(values, chat, implicit="prompt" not in names and not unnamed)
         except UserError as error:
-            problems.append(f"{path}:{row}: {error}")
-    refuse_bad_rows(path, problems, len(records))
-    return datasets.Dataset.from_list(pairs, features=FEATURES)
+            reason = error.reason if isinstance(error, Useless) else "bad_row"
+            dropped.append(Dropped(row, pair_id, reason, str(error)))
+            lost_prompts += isinstance(error, MissingPrompt)
+            if reason == "bad_row":
+                bad.append(f"{path}:{row}: {error}")
+            continue
+        unique = next(name for name in _alternatives(pair_id) if name not in ids)
+        repeated += unique != pair_id
+        ids.add(unique)
+        pairs.append({**pair, "pair_id": unique, "row": row})
+    if len(bad) > max_bad * len(records):
+        if lost_prompts and "prompt" not in names:
+            like = (unnamed or list(present))[0]
+            raise UserError(
+                f"{path}: no prompt column was found; it has {', '.join(present)}. Say which one is the prompt, for "
+                f"example data.columns.prompt={like}, or data.columns.prompt='' where both responses begin with it"
+            )
+        refuse_bad_rows(path, bad, len(records))
+    if not pairs:
+        lines = [f"{path}:{gone.row}: {gone.detail}" for gone in dropped]
+        raise UserError(
+            first_five(f"{path}: no pair is left of {len(records)} rows; {_count(dropped)}", lines)
+        )
+    notes = []
+    if form:
+        notes.append(f"read in the format of {form.name}")
+    if "prompt" not in names:
+        notes.append("no prompt column; the prompt is what chosen and rejected both begin with")
+    if unused:
+        notes.append(f"columns not used: {', '.join(unused)}")
+    if repeated:
+        notes.append(f"{repeated} pair_ids were taken already and got a number, such as #2")
+    return PairSet(datasets.Dataset(pa.Table.from_pylist(pairs, SCHEMA)), dropped, notes)
 
 
-def read_prompt(text: str) -> str | list[dict[str, str]]:
-    """A `prompt` column's value: a plain text, or messages."""
+def _record(values: Mapping[str, Any], chat: bool, implicit: bool) -> dict[str, Any]:
+    """A row of `read_pair_set`'s pairs but for pair_id and row, or a UserError with the reason alone."""
+    for name in MEDIA:
+        if values.get(name):
+            raise UserError(f"the row has {name}; sage trains on text only")
+    pair = read_pair(values, chat, implicit)
+    record: dict[str, Any] = {name: _json(name, turns) for name, turns in pair._asdict().items()}
+    tools = _tools(values.get("tools"))
+    record["tools"] = tools and _json("tools", tools)
+    record["answer"] = _answer(values.get("answer"))
+    record["pass_rate"] = _pass_rate(values.get("pass_rate"))
+    return {**record, **_sampled(values)}
+
+
+def turns_of(text: str) -> Turns:
+    """The value of a `prompt`, `chosen` or `rejected` column: a text, or messages."""
     return json.loads(text)
 
 
-def _names(path: str, columns: dict[str, str], present: Mapping[str, None]) -> dict[str, str]:
-    """Our name -> theirs, for the columns this source has; without one for prompt, it is implicit."""
-    names = {name: columns.get(name, name) for name in COLUMNS}
-    for name, theirs in names.items():
-        if theirs not in present and (name in columns or name in ("chosen", "rejected")):
-            raise UserError(
-                f"{path}: no column {theirs!r} for {name}; it has {', '.join(present)}. Say which is {name} with "
-                f"data.columns, for example data.columns.{name}={next(iter(present))}"
-            )
-    return {name: theirs for name, theirs in names.items() if theirs in present}
-
-
-def _pair(row: int, record: Any, names: Mapping[str, str]) -> dict[str, Any]:
-    """A row of `load_pairs`, or a UserError with the reason alone."""
+def _values(record: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """Our column name -> the row's value."""
     if isinstance(record, UserError):
         raise record
     if not isinstance(record, dict) or not record:
         raise UserError(f"not an object with columns but {str(record)[:40]}")
-    value = {name: record.get(theirs) for name, theirs in names.items()}
-    texts: dict[str, Any] = {
-        name: _text(name, value[name]) for name in ("prompt", "chosen", "rejected") if name in names
-    }
-    prompt, chosen, rejected = texts.get("prompt", []), texts["chosen"], texts["rejected"]
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise UserError("of chosen and rejected, one is a text and the other messages")
-    if chosen == rejected:
-        raise UserError("chosen and rejected are the same")
-    if not isinstance(chosen, str):
-        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected)
-    elif "prompt" not in names:
-        prompt, chosen, rejected = _split_texts(chosen, rejected)
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise UserError("no prompt: neither a column nor a beginning that chosen and rejected share")
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        raise UserError("the prompt ends with the assistant's message; it must end with the user's")
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip():
-            raise UserError(f"{name} is empty")
-    pair_id, pass_rate = value.get("pair_id", row), value.get("pass_rate")
-    if not isinstance(pair_id, str | int) or pair_id == "":
-        raise UserError(f"pair_id is {pair_id!r}, not a text or a whole number")
-    if pass_rate is not None and not (isinstance(pass_rate, int | float) and 0 <= pass_rate <= 1):
-        raise UserError(f"pass_rate is {pass_rate!r}, not a number from 0 to 1")
-    pass_rate = None if pass_rate is None else float(pass_rate)
-    prompt = json.dumps(prompt, ensure_ascii=False)
-    return dict(zip(FEATURES, (str(pair_id), prompt, chosen, rejected, pass_rate, row), strict=True))
+    media = {name: record[name] for name in MEDIA if name in record}
+    return media | {name: lookup(record, theirs) for name, theirs in names.items()}
 
 
-def _text(name: str, value: Any) -> str | list[dict[str, Any]]:
-    """A text as it is; one message or a list of them as [{"role", "content"}]."""
-    if value is None:
-        raise UserError(f"{name} is missing")
-    if value == [] or (isinstance(value, str) and not value.strip()):
-        raise UserError(f"{name} is empty")
+def _json(name: str, value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} has half of a character (a lone surrogate), which is not text") from error
+    except (TypeError, RecursionError, ValueError) as error:
+        raise UserError(f"{name} cannot be written as JSON: {error}") from error
+    return text
+
+
+def _pair_id(value: Any, row: int) -> str:
+    if isinstance(value, float):
+        value = None if value != value else int(value) if value.is_integer() else value
+    if value is None or value == "":
+        return str(row)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"pair_id is {str(value)[:40]}, not a text or a number")
+    _json("pair_id", value)
+    return str(value)
+
+
+def _alternatives(pair_id: str) -> Iterator[str]:
+    """The id, then the id with a number."""
+    return chain([pair_id], (f"{pair_id}#{number}" for number in count(2)))
+
+
+def _number(value: Any) -> Any:
+    """A number that CSV holds as text, and null for what stands for none."""
     if isinstance(value, str):
-        return value
-    messages = [value] if isinstance(value, dict) else value
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{name} is neither a text nor messages but {type(value).__name__}")
-    # Arrow gives every message all the keys that any of them has.
-    messages = [{key: part for key, part in message.items() if part is not None} for message in messages]
-    turns: list[Any] = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
-    if not all(isinstance(role, str) and isinstance(content, str) for role, content in turns):
-        raise UserError(f"{name} has a message without role and content, or whose content is not a text")
-    return [{"role": ROLES.get(role, role), "content": content} for role, content in turns]
+        try:
+            value = float(value) if value.strip() else None
+        except ValueError:
+            return value
+    return None if value != value else value
 
 
-def _shared(chosen: Sequence, rejected: Sequence) -> int:
-    """Length of the longest common prefix."""
-    same = (index for index, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-    return next(same, min(len(chosen), len(rejected)))
+def _pass_rate(value: Any) -> float | None:
+    number = _number(value)
+    if number is None:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
+        raise UserError(f"pass_rate is {str(value)[:40]}, not a number from 0 to 1")
+    return float(number)
 
 
-def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected): the longest common prefix is the prompt, as in TRL's `extract_prompt`."""
-    end = _shared(chosen, rejected)
-    # Tokenizers like a space at a word's beginning, so the responses get it.
-    end -= chosen[:end].endswith(" ")
-    return chosen[:end], chosen[end:], rejected[end:]
+def _answer(value: Any) -> str | None:
+    """The true answer as text; a whole number without a point, several answers joined by commas."""
+    parts = value if isinstance(value, list) else [value]
+    texts = []
+    for part in parts:
+        if isinstance(part, float):
+            part = None if part != part else int(part) if part.is_integer() else part
+        if isinstance(part, str | int | float) and not isinstance(part, bool):
+            texts.append(str(part).strip())
+    text = ", ".join(filter(None, texts))
+    return json.loads(_json("answer", text)) or None
 
 
-def _split_messages(prompt: str | list, chosen: list, rejected: list) -> tuple[list, str, str]:
-    """(prompt, chosen, rejected): messages that both responses share belong to the prompt.
+def _tools(value: Any) -> list[Any] | None:
+    """A list of tools, from a list or its JSON text; None where there are none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"tools is not valid JSON: {error}") from error
+    if not value or value != value:
+        return None
+    if isinstance(value, str):
+        return None
+    tools = [value] if isinstance(value, dict) else value
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError("tools is not a list of objects")
+    return tools
 
-    Some sources (UltraFeedback) give a prompt and repeat it in the responses, maybe after a system message.
-    """
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    end = _shared(chosen, rejected)
-    shared, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if (roles := [message["role"] for message in messages]) != ["assistant"]:
-            raise UserError(
-                f"{name} must be one assistant message after what both responses share, not {roles}"
-            )
-    if prompt not in (shared, shared[1:]):
-        shared = prompt + shared
-    return shared, chosen[0]["content"], rejected[0]["content"]
+
+def _sampled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampled ids and their tokenizer's fingerprint, as they are; nulls where any is missing."""
+    sampled = {name: values.get(name) for name in SAMPLED}
+    if any(value is None for value in sampled.values()):
+        return dict.fromkeys(sampled)
+    for name in IDS:
+        ids = sampled[name]
+        if not isinstance(ids, list) or not all(type(index) is int and 0 <= index < 2**31 for index in ids):
+            raise UserError(f"{name} is not a list of token ids")
+    if not isinstance(sampled["tokenizer"], str):
+        raise UserError("tokenizer is not the fingerprint of a tokenizer")
+    return sampled
+
+
+def _outer(names: Mapping[str, str]) -> set[str]:
+    """The columns that are read, also those of which only an inner part is."""
+    return {*names.values(), *(theirs.partition(".")[0] for theirs in names.values())}
+
+
+def _holds_text(records: Iterable[tuple[int, Any]], column: str) -> bool:
+    """Whether a column could be a prompt: its first value is a text that is no number."""
+    for _, record in records:
+        value = record.get(column) if isinstance(record, dict) else None
+        if value is not None:
+            return isinstance(value, str) and isinstance(_number(value), str)
+    return False
+
+
+def _count(dropped: Iterable[Dropped]) -> str:
+    """ "dropped: 3 same_responses, 1 bad_row"."""
+    counts = Counter(row.reason for row in dropped)
+    return "dropped: " + ", ".join(f"{number} {reason}" for reason, number in counts.items())

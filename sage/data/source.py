@@ -39,9 +39,14 @@ def resolve_path(path: str) -> str:
 def refuse_bad_rows(path: str, problems: list[str], total: int) -> None:
     """UserError that names the first five, if there are any."""
     if problems:
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        head = f"{path}: {len(problems)} of {total} rows are bad; mend or remove them"
-        raise UserError("\n  ".join([head, *problems[:5], *more]))
+        raise UserError(
+            first_five(f"{path}: {len(problems)} of {total} rows are bad; mend or remove them", problems)
+        )
+
+
+def first_five(head: str, problems: list[str]) -> str:
+    more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+    return "\n  ".join([head, *problems[:5], *more])
 
 
 def write_rows(path: str, rows: Iterable[int], target: Path, *, split: str = "train") -> Path:

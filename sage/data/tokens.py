@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sage.data.chat import ChatFormat, Renderer, encode_heads
-from sage.data.pairs import COLUMNS, read_prompt
+from sage.data.pairs import SCHEMA, turns_of
 from sage.util.errors import UserError
 from sage.util.files import write_whole
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 PARALLEL_FROM = 2000  # rows; below this, starting worker processes costs more than it saves
 SHORTEST_PREFIX = 8  # tokens of a common prefix that are worth the copying of their keys and values
 PREFIX_ROWS = 4096  # prompts compared at a time: all of a large set would take gigabytes
@@ -129,7 +129,7 @@ def _cache_key(pairs: datasets.Dataset, tokenizer: Any, renderer: Renderer, max_
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for pair in pairs:
-        digest.update(json.dumps([pair[name] for name in COLUMNS]).encode())  # pyright: ignore
+        digest.update(json.dumps([pair[name] for name in SCHEMA.names if name != "row"]).encode())  # pyright: ignore
     return digest.hexdigest()[:32]
 
 
@@ -203,30 +203,34 @@ def _encode(batch: dict[str, list], renderer: Renderer) -> dict[str, list]:
     return dict(zip(IDS_SCHEMA.names, columns, strict=True))
 
 
-def _plain(pair_id: str, prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
-    text = read_prompt(prompt)
-    if not isinstance(text, str):
+def _plain(pair_id: str, *turns: str) -> tuple[str, ...]:
+    texts = tuple(map(turns_of, turns))
+    if not all(isinstance(text, str) for text in texts):
         raise UserError(f"pair {pair_id} is a conversation: set data.chat_template=true")
-    return text, chosen, rejected
+    return texts  # pyright: ignore
 
 
 def _render(
     renderer: Renderer, pair_id: str, prompt: str, chosen: str, rejected: str
 ) -> tuple[str, str, str]:
     """The prompt up to where the assistant writes, and what the template writes there for each response."""
-    messages = read_prompt(prompt)
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    answers = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
+    messages = _messages("user", prompt)
+    answers = [_messages("assistant", side) for side in (chosen, rejected)]
     try:
         head = renderer.prompt(messages)
-        full = [renderer.render([*messages, answer]) for answer in answers]
+        full = [renderer.render([*messages, *answer]) for answer in answers]
     except UserError as error:
         raise UserError(f"pair {pair_id}: {error}") from error
     if all(text.startswith(head) for text in full):
         return head, full[0][len(head) :], full[1][len(head) :]
     # Some templates open with a thought that they then omit from a finished turn.
-    return head, chosen, rejected
+    return head, answers[0][0]["content"], answers[1][0]["content"]
+
+
+def _messages(role: str, turns: str) -> list[dict[str, Any]]:
+    """A record's text or messages, as messages."""
+    value = turns_of(turns)
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def _end_once(ids: list[int], ends: set[int], tokenizer: Any) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sage.answering.benchmarks import answer
 from sage.config import SUMMARY_FILE, TrainConfig, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat
-from sage.data.pairs import load_pairs
+from sage.data.pairs import PairSet, load_data
 from sage.data.tokens import TokenizedPairs, tokenize_pairs
 from sage.losses import Loss
 from sage.model import loading
@@ -234,16 +235,12 @@ class Run:
 def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool = False) -> TokenizedPairs:
     """The config's pairs, or its held-out ones, tokenised; says how many there are, and what was dropped."""
     data = cfg.data
-    path, split, limit = (
-        (data.eval_path, data.eval_split, data.eval_limit)
-        if held_out
-        else (data.path, data.split, data.limit)
-    )
-    assert path is not None
+    path = data.eval_path if held_out else data.path
 
-    def work() -> TokenizedPairs:
-        return tokenize_pairs(
-            load_pairs(path, split=split, columns=data.columns.given(), limit=limit),
+    def work() -> tuple[PairSet, TokenizedPairs]:
+        source = load_data(data, held_out)
+        return source, tokenize_pairs(
+            source.pairs,
             tokenizer,
             chat=ChatFormat.of(data),
             max_length=data.max_length,
@@ -251,15 +248,19 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
             cache_dir=cfg.cache_dir,
         )
 
-    pairs = ranks.main_first(work)
-    dropped = {reason: len(ids) for reason, ids in pairs.dropped.items() if ids}
-    console.print(f"{path}: {len(pairs)} pairs" + (f", dropped: {dropped}" if dropped else ""))
+    source, pairs = ranks.main_first(work)
+    for note in source.notes:
+        console.print(f"{path}: {note}")
+    dropped = Counter(row.reason for row in source.dropped)
+    dropped.update({reason: len(ids) for reason, ids in pairs.dropped.items() if ids})
+    console.print(f"{path}: {len(pairs)} pairs" + (f", dropped: {dict(dropped)}" if dropped else ""))
     if data.list_dropped and not console.quiet:
-        with (run_dir / "dropped.jsonl").open("a") as f:
-            for reason, ids in pairs.dropped.items():
-                f.writelines(
-                    json.dumps({"path": path, "pair_id": pair_id, "reason": reason}) + "\n" for pair_id in ids
-                )
+        rows = [row._asdict() for row in source.dropped]
+        rows += [
+            {"pair_id": pair_id, "reason": reason} for reason, ids in pairs.dropped.items() for pair_id in ids
+        ]
+        with (run_dir / "dropped.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"path": path, **row}) + "\n" for row in rows)
     return pairs
 
 

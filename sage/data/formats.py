@@ -1,0 +1,133 @@
+"""Which columns of a source mean what: our names, and the column names of public preference formats."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from sage.config import PairColumns
+from sage.util.errors import UserError
+
+# Tokens that were sampled, and the fingerprint of their tokenizer. Only pairs that sage built have them.
+SAMPLED = ("prompt_ids", "chosen_ids", "rejected_ids", "tokenizer")
+# Our names. `data.columns` maps all but the last four to columns of the source.
+MAPPABLE = tuple(field.name for field in fields(PairColumns))
+COLUMNS = (*MAPPABLE, *SAMPLED)
+# Columns that must be empty, because sage trains on text only.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# They mean what their name says only in a format that has them, or where data.columns names them.
+MAPPED_ONLY = ("input", "history", "started")
+
+
+class Format(NamedTuple):
+    """A source that has all of `marks` and none of `others` is in this format, which maps these `columns`."""
+
+    name: str
+    marks: tuple[str, ...]
+    others: tuple[str, ...]
+    columns: Mapping[str, str]
+
+
+FORMATS = (
+    Format(
+        "LLaMA-Factory (ShareGPT)",
+        ("conversations",),
+        ("prompt",),
+        {"prompt": "conversations"},
+    ),
+    Format(
+        "Alpaca",
+        ("instruction",),
+        ("prompt",),
+        {"prompt": "instruction", "input": "input", "history": "history"},
+    ),
+    Format(
+        "Step-DPO",
+        ("prompt", "initial_reason_steps", "chosen", "rejected"),
+        (),
+        {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "started": "initial_reason_steps"},
+    ),
+    Format(
+        "ms-swift",
+        ("messages", "rejected_response"),
+        ("prompt", "chosen", "rejected"),
+        {"chosen": "messages", "rejected": "rejected_response"},
+    ),
+    Format(
+        "ms-swift",
+        ("messages", "rejected_messages"),
+        ("prompt", "chosen", "rejected"),
+        {"chosen": "messages", "rejected": "rejected_messages"},
+    ),
+    Format(
+        "ms-swift",
+        ("query", "response", "rejected_response"),
+        ("prompt", "chosen", "rejected"),
+        {"prompt": "query", "chosen": "response", "rejected": "rejected_response", "history": "history"},
+    ),
+    Format(
+        "OpenAI preferences",
+        ("input", "preferred_output", "non_preferred_output"),
+        ("prompt", "chosen", "rejected"),
+        {
+            "prompt": "input.messages",
+            "chosen": "preferred_output",
+            "rejected": "non_preferred_output",
+            "tools": "input.tools",
+        },
+    ),
+)
+
+
+def lookup(record: Mapping[str, Any], column: str) -> Any:
+    """The value of a column; "a.b" is b inside the column a, unless a column has that very name."""
+    if column in record or "." not in column:
+        return record.get(column)
+    outer, _, inner = column.partition(".")
+    value = record.get(outer)
+    return lookup(value, inner) if isinstance(value, dict) else None
+
+
+def recognise(present: Iterable[str], columns: Mapping[str, str]) -> Format | None:
+    """The format that a source with these columns is in, where `columns` (data.columns) does not say otherwise."""
+    have = {*present}
+    for form in FORMATS:
+        core = (
+            (name, form.columns[name]) for name in ("prompt", "chosen", "rejected") if name in form.columns
+        )
+        agreed = all(columns.get(name, theirs) == theirs for name, theirs in core)
+        if have.issuperset(form.marks) and have.isdisjoint(form.others) and agreed:
+            return form
+    return None
+
+
+def map_columns(
+    path: str, present: Iterable[str], columns: Mapping[str, str]
+) -> tuple[dict[str, str], Format | None]:
+    """(our name -> the source's, for all columns that this source has; the recognised format).
+
+    An entry of `columns` goes before what the format says. "" in it says that the source has no such column.
+
+    Raises:
+        UserError: `columns` names something that does not exist, or there are no responses.
+    """
+    if unknown := [name for name in columns if name not in MAPPABLE]:
+        raise UserError(
+            f"data.columns: unknown name {unknown[0]!r}; it maps {', '.join(MAPPABLE)} to the source's"
+        )
+    present = [*present]
+    form = recognise(present, columns)
+    names = {name: name for name in COLUMNS if name not in MAPPED_ONLY}
+    names |= form.columns if form else {}
+    names |= columns
+    found = {}
+    for name, theirs in names.items():
+        if not theirs:
+            continue
+        if theirs in present or theirs.partition(".")[0] in present:
+            found[name] = theirs
+        elif columns.get(name) or name in ("chosen", "rejected"):
+            raise UserError(
+                f"{path}: no column {theirs!r} for {name}; it has {', '.join(present)}. Say which is {name} with "
+                f"data.columns, for example data.columns.{name}={present[0]}"
+            )
+    return found, form

