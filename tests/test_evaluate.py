@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_module
 from whole_runs import files
 
 from sage import config
+from sage.answering.accuracy import measure
 from sage.answering.attempts import Attempt, read_attempts, write_lines
-from sage.answering.benchmarks import measure
 from sage.answering.problems import read_problems
 from sage.answering.statistics import bootstrap, majority, mcnemar, pass_at, wilson
 from sage.commands.evaluate import compare, compare_attempts, evaluate, print_comparison
@@ -42,7 +42,6 @@ def composed(*overrides: str) -> config.EvalConfig:
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the benchmarks' files are not here")
 @pytest.mark.parametrize("name", BENCHMARKS)
-@pytest.mark.filterwarnings("ignore:.*empty answer")
 def test_benchmarks_read_their_local_files(name):
     """Every problem of the real files, but for the few whose answer the source left empty."""
     path, size = BENCHMARKS[name]

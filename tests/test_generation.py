@@ -1,4 +1,5 @@
-"""The hf engine gives what transformers' own `generate` gives; sampling follows its distribution; vLLM is asked rightly."""
+"""generation=hf gives what transformers' own `generate` gives, sampling follows its distribution, and vLLM gets the same
+requests."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sage.answering.generation import HF, Request, Source, sample
+from sage.answering.generation import HF, Source
+from sage.answering.responses import Request, decode, sample
 from sage.answering.vllm import VLLM
 from sage.config import ModelConfig, SamplingConfig
 from sage.data.chat import ChatFormat, encode_prompts
@@ -23,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def source(tiny_model) -> Source:
-    return Source(str(tiny_model), ModelConfig(path=str(tiny_model), dtype="float32"), CPU)
+    return Source(str(tiny_model), ModelConfig(path=str(tiny_model), dtype="float32"), CPU, {1})
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +39,21 @@ def prompts(source) -> list[list[int]]:
 
 def run(source: Source, requests: list[Request], sampling: SamplingConfig, **options) -> list:
     with HF(**options).open(source, sampling) as generate:
+        generate.prepare([request.prompt_ids for request in requests])
         responses = dict(generate(requests))
     return [responses[i] for i in range(len(requests))]
 
 
-def naive(source: Source, ids: list[int], tokens: int) -> tuple[str, int, str]:
-    """(text, tokens, finish) of transformers' greedy `generate`, one prompt at a time."""
+def naive(source: Source, ids: list[int], tokens: int) -> tuple[str, list[int], str]:
+    """(text, ids, finish) of transformers' greedy `generate`, one prompt at a time."""
     tokenizer = loading.load_tokenizer(source.folder, source.model)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     made = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[
         0, len(ids) :
     ]
+    made = made.tolist()
     finish = "end" if made[-1] == tokenizer.eos_token_id else "length"
-    return tokenizer.decode(made, skip_special_tokens=True), len(made), finish
+    return tokenizer.decode(made[:-1] if finish == "end" else made), made, finish
 
 
 @pytest.mark.parametrize(
@@ -65,12 +69,20 @@ def test_greedy_responses_equal_plain_generate(source, prompts, options):
     ]
 
 
-def test_an_end_token_ends_a_response(source, prompts, tiny_model, monkeypatch):
-    """A model that always says its end token answers with nothing, in one token."""
-    monkeypatch.setattr("sage.answering.generation.end_tokens", lambda *_: set(range(320)))
-    assert {tuple(r)[1:] for r in run(source, [Request(ids, 0, 9) for ids in prompts], SamplingConfig())} == {
-        (1, "end")
-    }
+def test_an_end_token_ends_a_response(source, prompts):
+    """A model whose every token is an end token answers with an empty text, and its ids hold the one it sampled."""
+    got = run(
+        source._replace(ends=set(range(320))), [Request(ids, 0, 9) for ids in prompts], SamplingConfig()
+    )
+    assert {(r.text, len(r.ids), r.finish) for r in got} == {("", 1, "end")}
+
+
+def test_special_tokens_that_end_nothing_stay_in_the_text(source):
+    """Some tokenizers have <think> as a special token; a text without it would lose where the thought begins."""
+    tokenizer = loading.load_tokenizer(source.folder, source.model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    text = "<think>She sells 3.</think>The answer is 12."
+    assert decode(tokenizer, tokenizer(text)["input_ids"]) == text
 
 
 def test_sampled_responses_equal_a_naive_loop_in_any_batch(source, prompts):
@@ -86,10 +98,10 @@ def test_sampled_responses_equal_a_naive_loop_in_any_batch(source, prompts):
         while len(tokens) < 12 and tokens[-1:] != [tokenizer.eos_token_id]:
             logits = model(torch.tensor([request.prompt_ids + tokens])).logits[:, -1]
             tokens += sample(logits, torch.tensor(uniforms[len(tokens) : len(tokens) + 1]), 1.0, 0.9).tolist()
-        expected.append((tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)))
+        expected.append(tokens)
     for batch_size in (1, 2, 5):
         got = run(source, requests, sampling, batch_size=batch_size)
-        assert [tuple(r)[:2] for r in got] == expected
+        assert [r.ids for r in got] == expected
     assert run(source, requests[::-1], sampling)[::-1] == got
     assert run(source, [r._replace(seed=r.seed + 99) for r in requests], sampling) != got
 
@@ -101,7 +113,8 @@ def test_stop_texts_end_a_response_and_are_cut_off(source, prompts):
     for whole, stopped in zip(plain, run(source, requests, SamplingConfig(stop=[stop])), strict=True):
         assert stopped.text == whole.text.split(stop)[0]
         assert (stopped.finish == "stop") == (stop in whole.text)
-        assert stopped.tokens < whole.tokens or stop not in whole.text
+        assert len(stopped.ids) < len(whole.ids) or stop not in whole.text
+        assert stopped.ids == whole.ids[: len(stopped.ids)]
 
 
 def test_a_prompt_that_fills_the_context_gets_no_response(source, prompts):
@@ -109,14 +122,13 @@ def test_a_prompt_that_fills_the_context_gets_no_response(source, prompts):
     first, second = run(
         source, [Request(long, 0, 9), Request(long[:250], 0, 9)], SamplingConfig(temperature=0.0)
     )
-    assert first == ("", 0, "no_room")
-    assert second.tokens <= 6
+    assert first == ("", [], "no_room")
+    assert len(second.ids) <= 6
 
 
 def test_eager_attention_gives_the_same_responses(source, prompts):
-    """Eager attention takes a boolean mask for numbers; ours is additive."""
     requests = [Request(ids, 3, 12) for ids in prompts]
-    eager = Source(source.folder, ModelConfig(path=source.folder, dtype="float32", attention="eager"), CPU)
+    eager = source._replace(model=ModelConfig(path=source.folder, dtype="float32", attention="eager"))
     assert run(eager, requests, SamplingConfig()) == run(source, requests, SamplingConfig())
 
 
@@ -157,9 +169,11 @@ class LLM:
     def generate(self, prompts, parameters, use_tqdm):
         outs = []
         for prompt, p in zip(prompts, parameters):
-            text = f"{p.seed} {p.max_tokens} {p.temperature} {p.top_p} {p.stop_token_ids}"
-            reason = ("length", None) if p.seed == 1 else ("stop", "#" if p.seed == 2 else None)
-            outs.append(N(outputs=[N(text=text, token_ids=prompt["prompt_token_ids"], finish_reason=reason[0], stop_reason=reason[1])]))
+            assert (p.temperature, p.top_p, p.stop, p.stop_token_ids) == (0.5, 0.8, ["#"], [1])
+            ids = [len(prompt["prompt_token_ids"]), 30 + p.seed, 40 + p.max_tokens]
+            reason = {1: ("length", None), 2: ("stop", "#"), 4: ("stop", None)}[p.seed]
+            ids += {1: [], 2: [4], 4: [1]}[p.seed]
+            outs.append(N(outputs=[N(token_ids=tuple(ids), finish_reason=reason[0], stop_reason=reason[1])]))
         return outs
 """
 
@@ -170,13 +184,16 @@ def test_vllm_gets_the_same_requests_and_stop_rules(source, tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     requests = [Request([4] * 5, 1, 9), Request([4] * 15, 2, 9), Request([4] * 20, 3, 9), Request([4], 4, 9)]
     sampling = SamplingConfig(temperature=0.5, top_p=0.8, stop=["#"])
+    tokenizer = loading.load_tokenizer(source.folder, source.model)
+    assert tokenizer.decode([4]) == "#"
     with VLLM(tensor_parallel=2, memory_fraction=0.5).open(source, sampling) as generate:
+        generate.prepare([request.prompt_ids for request in requests])
         got = [response for _, response in sorted(generate(requests))]
     assert got == [
-        ("1 9 0.5 0.8 [1]", 5, "length"),
-        ("2 5 0.5 0.8 [1]", 15, "stop"),
-        ("", 0, "no_room"),
-        ("4 9 0.5 0.8 [1]", 1, "end"),
+        (tokenizer.decode([5, 31, 49]), [5, 31, 49], "length"),
+        (tokenizer.decode([15, 32, 45]), [15, 32, 45, 4], "stop"),
+        ("", [], "no_room"),
+        (tokenizer.decode([1, 34, 49]), [1, 34, 49, 1], "end"),
     ]
 
 

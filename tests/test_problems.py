@@ -65,7 +65,6 @@ BENCHMARKS = {
 
 
 @needs_data
-@pytest.mark.filterwarnings("ignore:.*empty answer")
 @pytest.mark.parametrize("file", BENCHMARKS)
 def test_real_benchmark_files(file):
     """Every benchmark's own shape loads, whole, with the answer that its first row has."""
@@ -127,13 +126,31 @@ def test_answer_without_its_mark_is_refused(tmp_path):
         load_problems(str(file), answer_from="hash")
 
 
-def test_empty_answers_are_left_out_aloud(tmp_path):
+def test_empty_answers_are_left_out_aloud(tmp_path, capsys):
     """A row that nothing can be verified against is dropped and named; a file of such rows is refused."""
-    file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "?", "answer": ""}, {"prompt": "?", "answer": "1"}])
-    with pytest.warns(UserWarning, match="1 of 2 rows have an empty answer and are left out: 1"):
-        assert [p.problem_id for p in load_problems(str(file))] == ["2"]
+    rows = [
+        {"prompt": "?", "answer": ""},
+        {"prompt": "?", "answer": "1"},
+        {"prompt": "?", "answer": float("nan")},
+    ]
+    file = write_jsonl(tmp_path / "p.jsonl", rows)
+    assert [p.problem_id for p in load_problems(str(file))] == ["2"]
+    assert "2 of 3 rows have an empty answer and are left out: 1, 3" in capsys.readouterr().out
     with pytest.raises(UserError, match="no row has an answer"):
         load_problems(str(file), limit=1)
+
+
+def test_a_bad_row_among_hundreds_is_left_out_aloud(tmp_path, capsys):
+    """Public files have a few rows without a mark, and cannot be mended by hand; too many mean a wrong setting."""
+    rows = [{"prompt": "?", "answer": rf"It is \boxed{{{i}}}."} for i in range(198)]
+    rows += [{"prompt": "?", "answer": "It is [2]."}, {"prompt": "\ud800", "answer": r"\boxed{1}"}]
+    file = write_jsonl(tmp_path / "p.jsonl", rows)
+    assert len(load_problems(str(file), answer_from="boxed")) == 198
+    out = capsys.readouterr().out
+    assert "2 of 200 rows are bad and are left out" in out and "p.jsonl:199: no boxed answer" in out
+    write_jsonl(file, [*rows, {"prompt": "?"}])
+    with pytest.raises(UserError, match=r"(?s)3 of 201 rows are bad.*p\.jsonl:199.*p\.jsonl:200"):
+        load_problems(str(file), answer_from="boxed")
 
 
 def test_settings_are_checked(tmp_path):

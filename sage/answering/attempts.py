@@ -1,10 +1,12 @@
-"""Verified responses to problems, in chunks that survive a kill: what `sage build-pairs` and `sage eval` have in common.
+"""Verified responses to problems, saved in chunks so that a killed run can resume. Used by build-pairs, eval
+and train.
 
-    folder/progress/chunk_N.jsonl   written whole or not at all, while work goes on
-    folder/generations.jsonl        one attempt a line, in the problems' order, once all chunks are there
+    folder/progress/chunk_N.jsonl   written whole or not at all, during the work
+    folder/generations.jsonl        one attempt a line, in the problems' order, written when all chunks are
+    there
 
-A chunk holds whole problems and is generated from an empty batch, so a resumed run makes the very chunks that an
-undisturbed one makes. Ranks take chunks in turn.
+A chunk holds whole problems and is generated from an empty batch, so a resumed run makes the same chunks as
+an undisturbed one. Ranks take chunks in turn.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sage.answering.generation import Generator, Request, Source, seed_of
+from sage.answering.generation import Source
 from sage.answering.problems import Problem
+from sage.answering.responses import Generator, Request, seed_of
 from sage.answering.verify import Verifier
 from sage.config import ModelConfig, SamplingConfig
-from sage.data.chat import ChatFormat, encode_prompts
+from sage.data.chat import ChatFormat, encode_prompts, response_ends
 from sage.model import loading
 from sage.util import ranks
 from sage.util.files import write_text
@@ -39,19 +42,25 @@ PROBE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Attempt:
-    """One line of generations.jsonl."""
+    """One response to one problem, verified: a line of generations.jsonl.
+
+    `prompt` is the text before the chat template, `prompt_ids` what the model read. `response_ids` are all
+    sampled tokens, with the end token if there is one. Files of earlier versions have no ids.
+    """
 
     problem_id: str
     sample: int
     prompt: str
     response: str
     tokens: int
-    finish: str  # see sage.answering.generation.Response
+    finish: str  # see sage.answering.responses.Response
     answer: str
     extracted: str | None
     correct: bool
-    rule: str  # which rule decided, see sage.answering.verify.Verdict
+    rule: str  # the rule that decided, see sage.answering.verify.Verdict
     group: str | None
+    prompt_ids: list[int] | None = None
+    response_ids: list[int] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -59,12 +68,17 @@ class Attempt:
 
 
 class Sampler:
-    """Answers problems with one policy; the model is loaded when the first response is needed."""
+    """Answers problems with one policy. The model is loaded when the first response is needed.
+
+    Args:
+        backend: sage.answering.generation.HF or sage.answering.vllm.VLLM.
+        seed: every response draws from a seed made of this one, the problem's id and the sample's number.
+    """
 
     def __init__(
         self,
         model: ModelConfig,
-        engine: Any,
+        backend: Any,
         sampling: SamplingConfig,
         *,
         seed: int,
@@ -73,14 +87,14 @@ class Sampler:
     ):
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size > 1 and not dist.is_initialized():
-            # Ranks end far apart where one has the longer responses.
+            # A rank with longer responses ends much later than the others.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         folder = ranks.main_first(lambda: loading.resolve_model(model, cache_dir))
-        self.source = Source(folder, model, device)
         self.tokenizer = loading.load_tokenizer(folder, model)
-        self.engine, self.sampling, self.seed, self.chat = engine, sampling, seed, chat
+        self.source = Source(folder, model, device, response_ends(self.tokenizer, chat))
+        self.backend, self.sampling, self.seed, self.chat = backend, sampling, seed, chat
         self.generator: Generator | None = None
         self.stack = ExitStack()
 
@@ -94,12 +108,13 @@ class Sampler:
     def attempts(
         self, problems: Sequence[Problem], samples: int, prompt: str, folder: Path, name: str
     ) -> list[Attempt]:
-        """`samples` attempts at each problem, in order; on rank 0 alone, the others get none.
+        """`samples` attempts at each problem, in order. Only rank 0 gets them; the other ranks get an empty
+        list.
 
         Args:
-            prompt: what is asked, around {problem}.
-            folder: keeps the attempts, finished or not.
-            name: of the problems, for the progress bar.
+            prompt: the text of a prompt, with {problem} in it.
+            folder: where the attempts are kept. An interrupted run's attempts in it are used.
+            name: a name for the progress bar.
         """
         final, progress = folder / GENERATIONS_FILE, folder / "progress"
         if not final.exists():
@@ -112,8 +127,11 @@ class Sampler:
                 for number, chunk in enumerate(chunks)
                 if number % self.world_size == self.rank and not (progress / f"chunk_{number}.jsonl").exists()
             ]
-            if missing and self.generator is None:
-                self.generator = self.stack.enter_context(self.engine.open(self.source, self.sampling))
+            if missing:
+                if self.generator is None:
+                    self.generator = self.stack.enter_context(self.backend.open(self.source, self.sampling))
+                # On all prompts, so that a resumed run comes to the same decision.
+                self.generator.prepare(ids)
             self.estimate([ids[i] for _, chunk in missing for i in chunk], samples, len(missing))
             for file, chunk in track_counts(missing, name, [len(chunk) for _, chunk in missing]):
                 write_lines(file, self.chunk([(problems[i], prompts[i], ids[i]) for i in chunk], samples))
@@ -128,55 +146,61 @@ class Sampler:
         return read_attempts(final)
 
     def chunks(self, ids: Sequence[Sequence[int]], samples: int) -> list[list[int]]:
-        """Indices of problems in chunks of similar prompt length, the longest first: they need the most memory."""
+        """Indices of problems in chunks of similar prompt length. The longest come first: they need the most
+        memory.
+        """
         by_length = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-        size = max(self.engine.chunk // samples, 1)
+        size = max(self.backend.chunk // samples, 1)
         return [by_length[start : start + size] for start in range(0, len(by_length), size)]
 
     def chunk(self, work: Sequence[tuple[Problem, str, list[int]]], samples: int) -> list[Attempt]:
         assert self.generator is not None
-        asked = [(*item, sample) for item in work for sample in range(samples)]
+        samples_of = [(*item, sample) for item in work for sample in range(samples)]
         requests = [
             Request(ids, seed_of(self.seed, problem.problem_id, sample), self.sampling.max_new_tokens)
-            for problem, _, ids, sample in asked
+            for problem, _, ids, sample in samples_of
         ]
-        responses = dict(self.generator(requests))
-        answers = [problem.answer for problem, *_ in asked]
-        verdicts = self.verifier.verify([responses[i].text for i in range(len(asked))], answers)
+        found = dict(self.generator(requests))
+        responses = [found[i] for i in range(len(requests))]
+        verdicts = self.verifier.verify([r.text for r in responses], [item[0].answer for item in samples_of])
         return [
             Attempt(
-                problem.problem_id,
-                sample,
-                prompt,
-                responses[i].text,
-                responses[i].tokens,
-                responses[i].finish,
-                problem.answer,
-                verdicts[i].extracted,
-                verdicts[i].correct,
-                verdicts[i].rule,
-                problem.group,
+                problem_id=problem.problem_id,
+                sample=sample,
+                prompt=prompt,
+                response=response.text,
+                tokens=len(response.ids),
+                finish=response.finish,
+                answer=problem.answer,
+                extracted=verdict.extracted,
+                correct=verdict.correct,
+                rule=verdict.rule,
+                group=problem.group,
+                prompt_ids=ids,
+                response_ids=response.ids,
             )
-            for i, (problem, prompt, _, sample) in enumerate(asked)
+            for (problem, prompt, ids, sample), response, verdict in zip(
+                samples_of, responses, verdicts, strict=True
+            )
         ]
 
     def estimate(self, ids: Sequence[list[int]], samples: int, chunks: int) -> None:
-        """Say how long the work will take here at most, from a probe of a few tokens; nothing for a single chunk."""
+        """Print how long the work will take at most, estimated from a few tokens. Nothing for a single chunk."""
         if chunks < 2 or self.generator is None:
             return
-        probe = ids[: max(self.engine.chunk // 4, 1)]
+        probe = ids[: max(self.backend.chunk // 4, 1)]
         seconds = []
-        # The long one first: what only a first call costs is then not left out.
+        # The long probe runs first, so that it pays for whatever only a first call costs.
         for tokens in (1 + PROBE_TOKENS, 1):
             started = time.perf_counter()
             list(self.generator([Request(prompt, 0, tokens) for prompt in probe]))
             seconds.append(time.perf_counter() - started)
-        # On a busy machine the short one may take longer.
+        # On a busy machine the short probe may take longer than the long one.
         step = max(seconds[0] - seconds[1], seconds[0] / 4) / PROBE_TOKENS
         longest = len(ids) * samples / len(probe) * (seconds[1] + step * (self.sampling.max_new_tokens - 1))
         console.print(
-            f"at most {minutes(longest)} for {len(ids) * samples} responses of up to {self.sampling.max_new_tokens} tokens: "
-            f"a probe made {len(probe) / step:.0f} tokens/s"
+            f"at most {minutes(longest)} for {len(ids) * samples} responses of up to "
+            f"{self.sampling.max_new_tokens} tokens: a probe made {len(probe) / step:.0f} tokens/s"
         )
 
 
@@ -185,6 +209,7 @@ def minutes(seconds: float) -> str:
 
 
 def read_attempts(file: Path) -> list[Attempt]:
+    """The attempts in a generations.jsonl, with or without ids."""
     with file.open(encoding="utf-8") as lines:
         return [Attempt(**json.loads(line)) for line in lines]
 

@@ -1,6 +1,8 @@
-r"""Problems with a known answer, from benchmark files: GSM8K's `#### N`, MATH's `\boxed{}`, plain answers."""
+r"""Problems with a known answer, read from benchmark files: GSM8K's `#### N`, MATH's `\boxed{}`, plain
+answers.
+"""
 
-import warnings
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -8,10 +10,12 @@ from typing import Any
 
 from sage.answering.answers import boxed, hashed
 from sage.config import ProblemsConfig
-from sage.data.source import read_rows, refuse_bad_rows
+from sage.data.source import first_five, read_rows, refuse_bad_rows
 from sage.util.errors import UserError
+from sage.util.progress import console
 
 COLUMNS = ("problem_id", "prompt", "answer", "solution", "group")
+MAX_BAD = 0.01  # share of bad rows that are left out; public files have a few, and cannot be mended by hand
 ANSWERS: dict[str, Callable[[str], str | None]] = {"hash": hashed, "boxed": boxed, "plain": str}
 
 
@@ -20,7 +24,7 @@ class Problem:
     problem_id: str
     prompt: str
     answer: str
-    solution: str | None  # the source's own, with its marker
+    solution: str | None  # the source's own text, with the mark of its answer
     group: str | None  # level or subject, for a breakdown
 
 
@@ -34,12 +38,21 @@ def load_problems(
 ) -> list[Problem]:
     """Problems from a .jsonl, .json or .parquet file, a `save_to_disk` folder or a hub name.
 
-    `columns` maps our names (COLUMNS) to the source's; a prompt may be several, joined by "+" ("Body+Question").
-    Without problem_id it is the row's number. `answer_from` says how the answer stands in its column: "hash" (after
-    `####`), "boxed" (in the last box) or "plain"; where it is found in a solution, that column is the solution too.
-    A number becomes text (27.0: "27"), a list its elements joined by commas. Rows whose answer is empty, which public
-    benchmarks have, are left out with a warning. Raises UserError for a source that cannot be read, and for rows
-    with a column missing, an empty prompt or an answer without its mark, naming the first five.
+    A number becomes text (27.0: "27"), and the elements of a list are joined by commas. Rows with an empty
+    answer, which public benchmarks have, are left out with a message. So are bad rows, up to a share of
+    MAX_BAD. A row is bad if a column is missing, its prompt is empty, its id is taken, or its answer has no
+    mark.
+
+    Args:
+        columns: our names (COLUMNS) -> the source's. A prompt may join several columns ("Body+Question").
+            Without a problem_id, the row's number is the id.
+        answer_from: where the answer stands in its column: "hash" (after `####`), "boxed" (in the last box)
+            or "plain". With the first two, the column is a solution, and becomes the problem's solution too.
+        limit: rows to read.
+
+    Raises:
+        UserError: the source cannot be read, too many rows are bad (the first five are named), or none is
+            left.
     """
     columns = dict(columns or {})
     if unknown := [name for name in columns if name not in COLUMNS]:
@@ -62,33 +75,36 @@ def load_problems(
                 problems.append(problem)
         except UserError as error:
             bad.append(f"{path}:{row}: {error}")
-    refuse_bad_rows(path, bad, len(rows))
+    if len(bad) > MAX_BAD * len(rows):
+        refuse_bad_rows(path, bad, len(rows))
     if not problems:
         raise UserError(f"{path}: no row has an answer in {columns.get('answer', 'answer')!r}")
     if unanswered:
-        warnings.warn(
-            f"{path}: {len(unanswered)} of {len(rows)} rows have an empty answer and are left out: "
-            f"{', '.join(map(str, unanswered[:5]))}{', ...' if len(unanswered) > 5 else ''}",
-            stacklevel=2,
+        left_out = ", ".join(map(str, unanswered[:5])) + (", ..." if len(unanswered) > 5 else "")
+        console.print(
+            f"{path}: {len(unanswered)} of {len(rows)} rows have an empty answer and are left out: {left_out}"
         )
+    if bad:
+        head = f"{path}: {len(bad)} of {len(rows)} rows are bad and are left out"
+        console.print(first_five(head, bad), markup=False)
     return problems
 
 
 def _problem(row: int, record: Any, columns: Mapping[str, str], answer_from: str) -> Problem | None:
-    """A row's problem, None where its answer is empty, or a UserError with the reason alone."""
+    """A row's problem, or None if its answer is empty. Raises UserError with the reason alone."""
     if isinstance(record, UserError):
         raise record
     if not isinstance(record, dict):
         raise UserError(f"not an object with columns but {str(record)[:40]}")
     prompt = " ".join(_texts(record, "prompt", columns)).strip()
-    told = ", ".join(_texts(record, "answer", columns)).strip()
+    text = ", ".join(_texts(record, "answer", columns)).strip()
     if not prompt:
         raise UserError("prompt is empty")
-    if not told:
+    if not text:
         return None
-    if not (answer := ANSWERS[answer_from](told)):
-        raise UserError(f"no {answer_from} answer in a text that ends {told[-40:]!r}")
-    # Of several solutions, which OlympiadBench has, the first.
+    if not (answer := ANSWERS[answer_from](text)):
+        raise UserError(f"no {answer_from} answer in a text that ends {text[-40:]!r}")
+    # OlympiadBench has several solutions; the first is taken.
     problem_id, solution, group = (
         next(iter(_texts(record, name, columns)), None) for name in ("problem_id", "solution", "group")
     )
@@ -96,17 +112,19 @@ def _problem(row: int, record: Any, columns: Mapping[str, str], answer_from: str
 
 
 def _texts(record: dict[str, Any], name: str, columns: Mapping[str, str]) -> list[str]:
-    """The texts that a record has for one of our names; none for a column that may be left out."""
+    """The texts that a record has for one of our names; empty if an optional column is absent."""
     texts: list[str] = []
     for column in columns.get(name, name).split("+"):
         if column not in record and (name in columns or name in ("prompt", "answer")):
             raise UserError(f"no column {column!r} for {name}; it has {', '.join(record)}")
         value = record.get(column)
         for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, float) and part.is_integer():
-                part = int(part)
+            if isinstance(part, float):
+                part = None if math.isnan(part) else int(part) if part.is_integer() else part
             if isinstance(part, str | int | float):
                 texts.append(str(part).strip())
+                if any("\ud800" <= c <= "\udfff" for c in texts[-1]):
+                    raise UserError(f"{name} has half of a surrogate pair, which is no text")
             elif part is not None:
                 raise UserError(f"{name} is neither a text nor a number but {type(part).__name__}")
     return texts

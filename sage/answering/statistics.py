@@ -32,12 +32,16 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pass_at(k: int, samples: int, right: int) -> float:
-    """Chance that one of k samples, drawn without replacement, is right: unbiased (Chen et al. 2021, arXiv 2107.03374)."""
+    """Chance that one of k samples, drawn without replacement, is right: unbiased (Chen et al. 2021, arXiv
+    2107.03374).
+    """
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
 def majority(answers: Sequence[str | None], right: Sequence[bool]) -> bool:
-    """Is the most frequent answer right? The first of several as frequent; attempts without an answer do not vote."""
+    """Is the most frequent answer right? The first of several as frequent; attempts without an answer do not
+    vote.
+    """
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return False

@@ -1,4 +1,4 @@
-"""Responses from vLLM, in a process of its own."""
+"""Responses from vLLM, in a process of its own: the `generation=vllm` option."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
 
-from sage.answering.generation import Generator, Request, Response, Source, cut, end_tokens
+from sage.answering.generation import Source
+from sage.answering.responses import NO_ROOM, Request, Response, response_of
 from sage.config import SamplingConfig
 from sage.model import loading
 from sage.util.errors import UserError
@@ -30,10 +31,11 @@ class VLLM:
     chunk: int = 2048
 
     @contextmanager
-    def open(self, source: Source, sampling: SamplingConfig) -> Iterator[Generator]:
+    def open(self, source: Source, sampling: SamplingConfig) -> Iterator[VLLMGenerator]:
         if find_spec("vllm") is None:
             raise UserError(
-                "generation=vllm needs vLLM and a GPU that it supports: pip install 'sage-align[vllm]', or use generation=hf"
+                "generation=vllm needs vLLM and a GPU that it supports: pip install 'sage-align[vllm]', or use "
+                "generation=hf"
             )
         tokenizer = loading.load_tokenizer(source.folder, source.model)
         options = {
@@ -43,14 +45,30 @@ class VLLM:
             "gpu_memory_utilization": self.memory_fraction,
             "trust_remote_code": source.model.trust_remote_code,
         }
-        ends = sorted(end_tokens(source.folder, tokenizer))
         # Spawned, because CUDA cannot be used in a fork.
         with ProcessPoolExecutor(1, get_context("spawn"), vllm_start, (options,)) as process:
+            yield VLLMGenerator(process, tokenizer, source.ends, sampling)
 
-            def generate(requests: Sequence[Request]) -> Iterator[tuple[int, Response]]:
-                yield from enumerate(process.submit(vllm_generate, list(requests), sampling, ends).result())
 
-            yield generate
+class VLLMGenerator:
+    """A Generator that sends its requests to vLLM's process."""
+
+    def __init__(
+        self, process: ProcessPoolExecutor, tokenizer: Any, ends: set[int], sampling: SamplingConfig
+    ):
+        self.process, self.tokenizer, self.ends, self.sampling = process, tokenizer, ends, sampling
+
+    def prepare(self, prompts: Sequence[list[int]]) -> None:
+        """Nothing: vLLM has its own tests of the models that it supports."""
+
+    def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[int, Response]]:
+        job = self.process.submit(vllm_generate, list(requests), self.sampling, sorted(self.ends))
+        for index, made in enumerate(job.result()):
+            if made is None:
+                yield index, NO_ROOM
+            else:
+                ids, finish = made
+                yield index, response_of(self.tokenizer, ids, finish, self.ends, self.sampling.stop)
 
 
 def vllm_start(options: dict[str, Any]) -> None:
@@ -60,12 +78,16 @@ def vllm_start(options: dict[str, Any]) -> None:
     llm = vllm.LLM(**options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def vllm_generate(requests: list[Request], sampling: SamplingConfig, ends: list[int]) -> list[Response]:
-    """Runs in vLLM's process. Stop texts are cut here, as for the other engine."""
+def vllm_generate(
+    requests: list[Request], sampling: SamplingConfig, ends: list[int]
+) -> list[tuple[list[int], str] | None]:
+    """(sampled ids, finish) of each request, or None where the prompt fills the context. Runs in vLLM's
+    process.
+    """
     from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
 
     context = llm.llm_engine.model_config.max_model_len  # pyright: ignore[reportUndefinedVariable]
-    responses = [Response("", 0, "no_room")] * len(requests)
+    made: list[tuple[list[int], str] | None] = [None] * len(requests)
     fitting = [index for index, request in enumerate(requests) if len(request.prompt_ids) < context]
     prompts = [{"prompt_token_ids": requests[index].prompt_ids} for index in fitting]
     parameters = [
@@ -81,9 +103,9 @@ def vllm_generate(requests: list[Request], sampling: SamplingConfig, ends: list[
     ]
     outputs = llm.generate(prompts, parameters, use_tqdm=False)  # pyright: ignore[reportUndefinedVariable]
     for index, output in zip(fitting, outputs, strict=True):
-        made = output.outputs[0]
-        finish = "length" if made.finish_reason == "length" else "end"
-        if isinstance(made.stop_reason, str):
+        response = output.outputs[0]
+        finish = "length" if response.finish_reason == "length" else "end"
+        if isinstance(response.stop_reason, str):
             finish = "stop"
-        responses[index] = Response(cut(made.text, sampling.stop), len(made.token_ids), finish)
-    return responses
+        made[index] = list(response.token_ids), finish
+    return made

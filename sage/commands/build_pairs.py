@@ -1,8 +1,8 @@
-"""Preference pairs from problems: sample responses, verify them, pair right with wrong.
+"""Build preference pairs from problems: sample responses, verify them, and pair right ones with wrong ones.
 
 RUN_DIR/generations.jsonl   every response with its verdict
-RUN_DIR/pairs.jsonl         pair_id, prompt, chosen, rejected, pass_rate, answer, source
-RUN_DIR/manifest.json       what made them, and counts; written last
+RUN_DIR/pairs.jsonl         one BuiltPair a line
+RUN_DIR/manifest.json       the recipe and counts; written last
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from sage.answering.attempts import GENERATIONS_FILE, Attempt, Sampler, write_lines
 from sage.answering.problems import Problem, read_problems
 from sage.config import BuildPairsConfig, PairingConfig, TrainConfig, load
-from sage.data.chat import ChatFormat
+from sage.data.chat import ChatFormat, encode_prompts, response_ends, tokenizer_fingerprint
 from sage.model import loading
 from sage.util.errors import UserError
 from sage.util.files import write_json
@@ -29,12 +29,20 @@ from sage.util.progress import console
 
 PAIRS_FILE = "pairs.jsonl"
 MANIFEST_FILE = "manifest.json"
-PAIRS_VERSION = 1  # of what this module makes of the same attempts: a cache of older pairs is not taken
+# Raise it when a change of prompts, sampling, verification or pairing changes the pairs: cached ones are then
+# rebuilt.
+PAIRS_VERSION = 2
 
 
 @dataclass(frozen=True)
 class BuiltPair:
-    """One line of pairs.jsonl. `source` is where chosen comes from: own or gold."""
+    """One line of pairs.jsonl.
+
+    `source` says where chosen comes from: own or gold. The ids are those that the policy read and sampled,
+    and `tokenizer` is the fingerprint of the tokenizer that they belong to. A response has no ids if it is
+    the problem's own solution, or if a stop text ended it: its text is then cut, and no ids spell exactly
+    that.
+    """
 
     pair_id: str
     prompt: str
@@ -43,6 +51,10 @@ class BuiltPair:
     pass_rate: float
     answer: str
     source: str
+    prompt_ids: list[int] | None
+    chosen_ids: list[int] | None
+    rejected_ids: list[int] | None
+    tokenizer: str
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,13 @@ class Candidate:
 
     text: str
     source: str
+    ids: list[int] | None = None
     unparsable: bool = False
     truncated: bool = False
 
 
 def build_pairs(run_dir: Path) -> None:
-    """Build, or go on building, the pairs of the frozen config in `run_dir`. Every rank calls this."""
+    """Build the pairs of the frozen config in `run_dir`, or resume an interrupted run. Every rank calls this."""
     cfg = load(run_dir)
     assert isinstance(cfg, BuildPairsConfig) and cfg.data.problems.path is not None
     problems = read_problems(cfg.data.problems)
@@ -77,10 +90,11 @@ def build_pairs(run_dir: Path) -> None:
         golds = [gold_response(problem) for problem in problems]
         verdicts = sampler.verifier.verify([gold or "" for gold in golds], [p.answer for p in problems])
     golds = [gold if verdict.correct else None for gold, verdict in zip(golds, verdicts, strict=True)]
-    pairs, counts = make_pairs(problems, golds, attempts, cfg.pairing, cfg.seed)
+    fingerprint = tokenizer_fingerprint(sampler.tokenizer)
+    pairs, counts = make_pairs(problems, golds, attempts, cfg.pairing, cfg.seed, fingerprint)
     write_lines(run_dir / PAIRS_FILE, pairs)
     manifest = {
-        **recipe(cfg, sampler.source.folder, problems),
+        **recipe(cfg, sampler.source.folder, sampler.tokenizer, problems),
         "counts": {
             "problems": len(problems),
             "responses": len(attempts),
@@ -98,10 +112,14 @@ def build_pairs(run_dir: Path) -> None:
         console.print(f"  {reason.replace('_', ' ')}: {count}")
 
 
-def recipe(cfg: TrainConfig, folder: str, problems: Sequence[Problem]) -> dict[str, Any]:
-    """All that decides which pairs come out: equal recipes make equal pairs."""
-    assert cfg.data.problems.path is not None
-    digest = hashlib.sha256(json.dumps([asdict(problem) for problem in problems]).encode())
+def recipe(cfg: TrainConfig, folder: str, tokenizer: Any, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Everything that decides the content of the pairs: equal recipes give equal pairs.
+
+    The ids of the prompts stand for tokenizer, chat template and template arguments; the end tokens stand for
+    the generation config.
+    """
+    prompts = [cfg.data.problems.prompt.replace("{problem}", problem.prompt) for problem in problems]
+    chat = ChatFormat.of(cfg.data)
     return {
         "version": PAIRS_VERSION,
         "model": {
@@ -110,9 +128,15 @@ def recipe(cfg: TrainConfig, folder: str, problems: Sequence[Problem]) -> dict[s
             "dtype": cfg.model.dtype,
             "attention": cfg.model.attention,
         },
-        "problems": {"path": cfg.data.problems.path, "content": digest.hexdigest()},
+        "problems": {
+            "path": cfg.data.problems.path,
+            "content": digest([asdict(problem) for problem in problems]),
+        },
         "prompt": cfg.data.problems.prompt,
-        "chat": asdict(ChatFormat.of(cfg.data)),
+        "prompt_ids": digest(encode_prompts(tokenizer, prompts, chat)),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "ends": sorted(response_ends(tokenizer, chat)),
+        "chat": asdict(chat),
         "generation": cfg.generation,
         "sampling": asdict(cfg.sampling),
         "pairing": asdict(cfg.pairing),
@@ -120,16 +144,21 @@ def recipe(cfg: TrainConfig, folder: str, problems: Sequence[Problem]) -> dict[s
     }
 
 
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def recipe_key(cfg: TrainConfig) -> str:
-    """Names the pairs of a config that has problems: `sage train` keeps what it builds under it."""
-    assert cfg.data.problems.path is not None
+    """The cache key of the pairs that `sage train` builds from this config's problems."""
     folder = loading.resolve_model(cfg.model, cfg.cache_dir)
-    made_by = json.dumps(recipe(cfg, folder, read_problems(cfg.data.problems)), sort_keys=True)
-    return hashlib.sha256(made_by.encode()).hexdigest()[:24]
+    tokenizer = loading.load_tokenizer(folder, cfg.model)
+    return digest(recipe(cfg, folder, tokenizer, read_problems(cfg.data.problems)))[:24]
 
 
 def gold_response(problem: Problem) -> str | None:
-    r"""The source's solution as a response to our prompt: without GSM8K's <<calculations>>, its `#### N` in a box."""
+    r"""The source's solution as a response to our prompt: no GSM8K <<calculations>>, and `#### N` becomes a
+    box.
+    """
     if problem.solution is None:
         return None
     text = re.sub(r"<<[^<>]*>>", "", problem.solution).strip()
@@ -150,8 +179,14 @@ def make_pairs(
     attempts: Sequence[Attempt],
     cfg: PairingConfig,
     seed: int,
+    tokenizer: str,
 ) -> tuple[list[BuiltPair], dict[str, int]]:
-    """The pairs, in the problems' order, and how many problems, responses or pairs were left out for which reason."""
+    """The pairs, in the problems' order, and counts of problems, responses and pairs left out, by reason.
+
+    Args:
+        golds: a verified response made from each problem's solution, or None.
+        tokenizer: fingerprint of the tokenizer of the attempts' ids.
+    """
     counts: Counter[str] = Counter()
     by_problem: dict[str, list[Attempt]] = {problem.problem_id: [] for problem in problems}
     for attempt in attempts:
@@ -160,9 +195,9 @@ def make_pairs(
     found: list[tuple[BuiltPair, Candidate]] = []
     for problem, gold in zip(problems, golds, strict=True):
         own = by_problem[problem.problem_id]
-        right = [Candidate(a.response, "own") for a in own if a.correct and not a.truncated]
+        right = [Candidate(a.response, "own", sampled_ids(a)) for a in own if a.correct and not a.truncated]
         wrong = [
-            Candidate(a.response, "own", unparsable=a.extracted is None, truncated=a.truncated)
+            Candidate(a.response, "own", sampled_ids(a), a.extracted is None, a.truncated)
             for a in own
             if not a.correct and a.response.strip()
         ]
@@ -185,6 +220,10 @@ def make_pairs(
                 rates[problem.problem_id],
                 problem.answer,
                 good.source,
+                own[0].prompt_ids,
+                good.ids,
+                bad.ids,
+                tokenizer,
             )
             found.append((row, bad))
     for reason, share in (("truncated", cfg.truncated), ("unparsable", cfg.unparsable)):
@@ -195,8 +234,16 @@ def make_pairs(
     return pairs, {"pairs": len(pairs), **Counter(f"pairs_{p.source}" for p in pairs), **counts}
 
 
+def sampled_ids(attempt: Attempt) -> list[int] | None:
+    return None if attempt.finish == "stop" else attempt.response_ids
+
+
 def distinct(candidates: Sequence[Candidate], near: float) -> list[Candidate]:
-    """The first of all that are alike: equal but for white space, or with word triples that overlap by `near`."""
+    """The candidates without near duplicates; the first of each kind stays.
+
+    Two are duplicates if they differ only in white space, or if their word triples overlap by `near`
+    (Jaccard).
+    """
     kept: list[tuple[Candidate, str, set[tuple[str, ...]]]] = []
     for candidate in candidates:
         words = candidate.text.split()
@@ -212,8 +259,11 @@ def distinct(candidates: Sequence[Candidate], near: float) -> list[Candidate]:
 def match(
     problem_id: str, chosen: Sequence[Candidate], rejects: Sequence[Candidate], cfg: PairingConfig, seed: int
 ) -> Iterator[tuple[Candidate, Candidate]]:
-    """At most `per_problem` pairs of one problem. A rejected response serves once, parsable and whole ones first; it
-    meets the least used chosen one, and among those, where lengths are balanced, the closest in length."""
+    """At most `per_problem` pairs of one problem.
+
+    Each rejected response is used at most once; parsable and complete ones come first. It is paired with the
+    chosen response that is used least so far. If lengths are balanced, the closest in length wins a tie.
+    """
     uses: Counter[str] = Counter()
 
     def drawn(candidate: Candidate) -> str:
@@ -238,7 +288,9 @@ def match(
 def cap(
     found: list[tuple[BuiltPair, Candidate]], reason: str, share: float, seed: int
 ) -> list[tuple[BuiltPair, Candidate]]:
-    """Drop pairs whose rejected is truncated (or unparsable), at random, until they are at most `share` of all."""
+    """Drop pairs with a truncated (or unparsable) rejected response, at random, until at most `share` of all
+    are such.
+    """
     flagged = [pair.pair_id for pair, bad in found if getattr(bad, reason)]
     if share == 1 or not flagged:
         return found
@@ -249,10 +301,11 @@ def cap(
 
 
 def check_built(cfg: TrainConfig, folder: Path) -> None:
-    """Raise UserError where the problems gave no pair to train on."""
+    """Raise UserError if the problems gave no pair to train on."""
     if not (folder / PAIRS_FILE).read_text(encoding="utf-8").strip():
         counts = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["counts"]
         raise UserError(
-            f"{cfg.model.path} made no pair of {counts['problems']} problems ({counts['right']} of {counts['responses']} "
-            f"responses were right): raise pairing.samples, or set pairing.chosen=own_then_gold; see {folder / GENERATIONS_FILE}"
+            f"{cfg.model.path} made no pair from {counts['problems']} problems ({counts['right']} of "
+            f"{counts['responses']} responses were right): raise pairing.samples, or set "
+            f"pairing.chosen=own_then_gold; see {folder / GENERATIONS_FILE}"
         )

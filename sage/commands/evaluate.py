@@ -15,8 +15,8 @@ from typing import Any
 from hydra.utils import instantiate
 from rich.table import Table
 
+from sage.answering.accuracy import by_problem, run_benchmarks, table
 from sage.answering.attempts import GENERATIONS_FILE, Sampler, read_attempts
-from sage.answering.benchmarks import answer, rows_of, table
 from sage.answering.statistics import bootstrap, majority, mcnemar
 from sage.config import SUMMARY_FILE, EvalConfig, load
 from sage.data.chat import ChatFormat
@@ -41,7 +41,7 @@ def evaluate(run_dir: Path) -> None:
         cache_dir=cfg.cache_dir,
     )
     with sampler:
-        results = answer(sampler, cfg.benchmark, cfg.benchmark_limit, cfg.samples, run_dir)
+        results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, cfg.samples, run_dir)
     if sampler.rank != 0:
         return
     summary = {
@@ -82,7 +82,7 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
 def compare_attempts(a: Path, b: Path) -> dict[str, Any]:
     """Of one benchmark. With several samples a problem, right is what the majority answers."""
     first, second = (
-        {row[0].problem_id: row for row in rows_of(read_attempts(folder / GENERATIONS_FILE))}
+        {row[0].problem_id: row for row in by_problem(read_attempts(folder / GENERATIONS_FILE))}
         for folder in (a, b)
     )
     if [(i, r[0].answer) for i, r in first.items()] != [(i, r[0].answer) for i, r in second.items()]:

@@ -256,12 +256,18 @@ def _tools(value: Any) -> list[Any] | None:
 
 
 def _sampled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampled ids and their tokenizer's fingerprint, as they are; nulls where any is missing."""
+    """The sampled ids and their tokenizer's fingerprint, as they are.
+
+    One response may have none, because it is a problem's own solution. Without a prompt's ids or a fingerprint,
+    all are null.
+    """
     sampled = {name: values.get(name) for name in SAMPLED}
-    if any(value is None for value in sampled.values()):
+    if sampled["prompt_ids"] is None or sampled["tokenizer"] is None:
         return dict.fromkeys(sampled)
     for name in IDS:
         ids = sampled[name]
+        if ids is None:
+            continue
         if not isinstance(ids, list) or not all(type(index) is int and 0 <= index < 2**31 for index in ids):
             raise UserError(f"{name} is not a list of token ids")
     if not isinstance(sampled["tokenizer"], str):

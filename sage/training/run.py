@@ -15,8 +15,8 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from sage.answering.accuracy import run_benchmarks
 from sage.answering.attempts import Sampler
-from sage.answering.benchmarks import answer
 from sage.config import SUMMARY_FILE, TrainConfig, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat
@@ -177,7 +177,7 @@ class Run:
                 chat=ChatFormat.of(cfg.data),
                 cache_dir=cfg.cache_dir,
             ) as sampler:
-                results = answer(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder)
+                results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder)
         ranks.barrier()
         if self.engine.rank == 0:
             shutil.rmtree(exported)

@@ -1,4 +1,4 @@
-"""Accuracy on benchmarks: what `sage eval` reports, and `sage train` while a policy learns."""
+"""Accuracy on benchmarks, for `sage eval` and for the evaluations of `sage train`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sage.answering.statistics import bootstrap, by_group, majority, pass_at, wi
 from sage.config import ProblemsConfig
 
 
-def answer(
+def run_benchmarks(
     sampler: Sampler, benchmarks: Mapping[str, ProblemsConfig], limit: int | None, samples: int, folder: Path
 ) -> dict[str, Any]:
-    """All numbers of each benchmark, of its first `limit` problems; on rank 0 alone, the others get none.
+    """Answer the first `limit` problems of each benchmark, and measure. Only rank 0 gets results.
 
-    The attempts stay in `folder`/BENCHMARK; those that an interrupted run left there are taken up.
+    The attempts are kept in `folder`/BENCHMARK. What an interrupted run left there is used.
     """
     results = {}
     for name, benchmark in benchmarks.items():
@@ -31,7 +31,7 @@ def answer(
     return results
 
 
-def rows_of(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
+def by_problem(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
     """The attempts at each problem, in order."""
     rows: dict[str, list[Attempt]] = {}
     for attempt in attempts:
@@ -40,17 +40,16 @@ def rows_of(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
 
 
 def measure(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """All numbers of one benchmark. With one sample a problem the interval is Wilson's, with more the bootstrap's."""
-    rows = rows_of(attempts)
+    """The results of one benchmark. The interval is Wilson's with one sample per problem, a bootstrap with
+    more.
+    """
+    rows = by_problem(attempts)
     samples = len(rows[0])
     means = [fmean(a.correct for a in row) for row in rows]
 
     def accuracy(values: Sequence[float]) -> dict[str, Any]:
         interval = wilson(round(sum(values)), len(values)) if samples == 1 else bootstrap(values)
         return {"accuracy": fmean(values), "interval": list(interval), "problems": len(values)}
-
-    def share(flags: Sequence[bool]) -> float:
-        return fmean(flags)
 
     lengths = [a.tokens for a in attempts]
     result = {
@@ -65,9 +64,9 @@ def measure(attempts: Sequence[Attempt]) -> dict[str, Any]:
             "mean_right": mean_or_none([a.tokens for a in attempts if a.correct]),
             "mean_wrong": mean_or_none([a.tokens for a in attempts if not a.correct]),
         },
-        "truncated": share([a.finish == "length" for a in attempts]),
-        "no_room": share([a.finish == "no_room" for a in attempts]),
-        "unparsable": share([a.extracted is None for a in attempts]),
+        "truncated": fmean(a.finish == "length" for a in attempts),
+        "no_room": fmean(a.finish == "no_room" for a in attempts),
+        "unparsable": fmean(a.extracted is None for a in attempts),
     }
     if samples > 1:
         votes = [majority([a.extracted for a in row], [a.correct for a in row]) for row in rows]
