@@ -1,0 +1,201 @@
+"""One self-contained HTML page: tables, curves over four axes, and what selection did."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from sage.reporting import choices, compare, pictures
+from sage.reporting.groups import Group, group, main_metric, mean_curve
+from sage.reporting.runs import AXES, Evaluation, Run
+from sage.reporting.tables import Table, latex, markdown
+
+# The curves, in the page's order, where a run has them.
+CURVES = (
+    "loss",
+    "rewards/margins",
+    "policy_margins",
+    "rewards/accuracies",
+    "policy_accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "grad_norm",
+)
+POINTS = 240  # of a curve in a picture; many curves get fewer each, so that the page stays small
+MANY_POINTS = 4000  # of all curves of a picture
+DETAILED = 8  # runs whose selection is shown
+
+
+def report(
+    runs: Sequence[Run], evaluations: Sequence[Evaluation], metric: str | None, target: float | None
+) -> tuple[str, list[Table]]:
+    """The page as HTML, and its tables.
+
+    Args:
+        metric: compares settings; None takes the first of benchmark accuracy, held-out accuracy and loss.
+        target: a value of the metric, see `compare.comparison`.
+    """
+    groups = group(runs)
+    metric = metric or main_metric(runs)
+    tables: list[Table] = []
+    if runs:
+        tables += [compare.settings(groups), compare.overview(groups, metric)]
+        names = {name for run in runs for name in run.metrics}
+        ends = [n for n in (*compare.FACTS, *(f"eval/{f}" for f in compare.FACTS)) if n in names]
+        tables.append(compare.endings(groups, ends))
+    if len(groups) > 1 and metric:
+        tables += [compare.comparison(groups, metric, target), compare.wins(groups, metric)]
+    tables += [t for t in (compare.benchmarks(groups), compare.evaluations(evaluations)) if t]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sage.reporting", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    colors = pictures.palette(len(groups))
+    html = environment.get_template("page.html").render(
+        made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        version=importlib.metadata.version("sage-align"),
+        title=", ".join(dict.fromkeys(run.config["name"] for run in runs)) or "evaluations",
+        tables=[(t, markdown(t), latex(t)) for t in tables],
+        legend=list(zip((f"{g.key}: {g.label}" for g in groups), colors, strict=True))
+        if len(groups) > 1
+        else [],
+        axes=AXES,
+        sections=curves(groups, colors),
+        details=[detail(run) for run in runs if run.samples is not None][:DETAILED],
+        notes=notes(runs),
+        extras=[(run.path.name, file.stem, file.read_text()) for run in runs for file in run.extras],
+    )
+    return html, tables
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What a reader should know before believing the numbers."""
+    found = []
+    for status in ("interrupted", "running"):
+        if names := [str(run.path) for run in runs if run.status == status]:
+            found.append(f"{len(names)} of {len(runs)} runs: {status}: {', '.join(names[:5])}")
+    if damaged := sum(run.damaged_lines for run in runs):
+        found.append(f"{damaged} lines of metrics could not be read and are left out")
+    broken = sorted(
+        {
+            name
+            for run in runs
+            for name, s in run.metrics.items()
+            if len(s.values) and not np.isfinite(s.values).all()
+        }
+    )
+    if broken:
+        found.append(f"not finite in places, and left out there: {', '.join(broken[:8])}")
+    if not any("time/seconds" in run.metrics for run in runs if run.metrics):
+        found.append("seconds are added up from the logged steps")
+    return found
+
+
+def curves(groups: Sequence[Group], colors: Sequence[str]) -> list[tuple[str, list[dict[str, str]]]]:
+    """(heading, pictures) where a picture is one SVG for each axis."""
+    names = {name for g in groups for run in g.runs for name in run.metrics}
+    benchmark = sorted(n for n in names if n.startswith("benchmark/") and n.endswith("/accuracy"))
+    snr = [n for n in ("snr/selected", "snr/uniform", "snr/ratio") if n in names]
+    shown = {
+        "Accuracy on problems": benchmark,
+        "Held-out pairs": [f"eval/{n}" for n in CURVES if f"eval/{n}" in names],
+        "Training pairs": [n for n in CURVES if n in names],
+        "Selection": sorted(n for n in names if n.startswith("selection/")),
+        "Signal-to-noise ratio of updates": snr,
+        "Numbers that the run added": sorted(n for n in names if n.startswith("extra/")),
+    }
+    points = max(40, min(POINTS, MANY_POINTS // max(len(groups), 1)))
+    sections = []
+    for heading, metrics in shown.items():
+        figures = [figure for n in metrics if (figure := over_axes(groups, colors, n, points))]
+        if figures:
+            sections.append((heading, figures))
+    return sections
+
+
+def over_axes(groups: Sequence[Group], colors: Sequence[str], metric: str, points: int) -> dict[str, str]:
+    figures = {}
+    for axis, text in AXES.items():
+        found = []
+        for g, color in zip(groups, colors, strict=True):
+            if curve := mean_curve(g.runs, metric, axis, points):
+                if len(g.runs) == 1:
+                    curve = own_interval(g.runs[0], metric, axis) or curve
+                found.append(pictures.Curve(color, *curve))
+        if picture := pictures.lines(metric, found, text):
+            figures[axis] = picture
+    return figures
+
+
+def own_interval(run: Run, metric: str, axis: str) -> tuple[np.ndarray, ...] | None:
+    """The curve of a benchmark's accuracy with the interval over problems that the run itself wrote."""
+    stem = metric.removesuffix("accuracy")
+    if not metric.startswith("benchmark/") or f"{stem}low" not in run.metrics:
+        return None
+    series = [run.metrics[f"{stem}{end}"] for end in ("accuracy", "low", "high")]
+    if len({len(s.steps) for s in series}) > 1:
+        return None
+    return run.at(axis, series[0].steps), *(s.values for s in series)
+
+
+def detail(run: Run) -> dict[str, Any]:
+    """What selection did in one run."""
+    figures: list[str | None] = [strata(run, "competence"), strata(run, "quota"), pool(run)]
+    table = choices.scored(run)
+    if table is not None:
+        shares = choices.shares(table)
+        for name, parts in (("candidates", shares.candidates), ("selected pairs", shares.selected)):
+            figures.append(
+                pictures.areas(f"kinds of {name}", shares.steps, parts, choices.KINDS, AXES["step"])
+            )
+        selected = table["selected"].to_numpy(zero_copy_only=False)
+        for name, values in (
+            ("score", table["score"].to_numpy().astype(float)),
+            ("margin ranked by", choices.ranking_margin(table)),
+        ):
+            split = {"candidates": values, "selected": values[selected]}
+            figures.append(pictures.histograms(f"{name}: all steps", split, name))
+    most, least, counts = choices.often(run)
+    return {
+        "path": str(run.path),
+        "figures": [figure for figure in figures if figure],
+        "most": most,
+        "least": least,
+        "counts": counts,
+    }
+
+
+def strata(run: Run, what: str) -> str | None:
+    """Competence or quota of every stratum over steps."""
+    names = sorted(n for n in run.metrics if n.startswith(f"curriculum/{what}_"))
+    found = []
+    for name, color in zip(names, pictures.palette(len(names)), strict=True):
+        x, y = run.metrics[name].finite
+        found.append(pictures.Curve(color, x, y, y, y))
+    return pictures.lines(f"{what} by stratum, easiest first in blue", found, AXES["step"]) if found else None
+
+
+def pool(run: Run) -> str | None:
+    """Sizes of the pool and of the retired pairs over steps."""
+    names = [n for n in ("curriculum/pool_size", "curriculum/retired") if n in run.metrics]
+    found = []
+    for name, color in zip(names, pictures.palette(2), strict=False):
+        x, y = run.metrics[name]
+        found.append(pictures.Curve(color, x, y, y, y))
+    return (
+        pictures.lines("pairs in the pool (blue), retired (orange)", found, AXES["step"]) if found else None
+    )
+
+
+def write(html: str, file: Path) -> None:
+    from sage.util.files import write_text
+
+    write_text(file, html)

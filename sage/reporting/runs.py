@@ -1,0 +1,218 @@
+"""Read what a run left: its config, its metrics, the log of scored pairs, and whether it has finished."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from sage.config import CONFIG_FILE, SUMMARY_FILE, read_frozen
+from sage.training.samples import FOLDER as SAMPLES_FOLDER
+from sage.training.tracking import METRICS_FILE
+from sage.util.errors import UserError
+
+BACKWARD = 3  # forward units that a trained pair costs: one forward, and a backward worth two
+# The axes over which a metric is drawn: name -> label.
+AXES = {
+    "step": "optimizer steps",
+    "pairs": "trained pairs",
+    "cost": "cost (forward passes of a pair)",
+    "seconds": "seconds in steps",
+}
+
+
+class Series(NamedTuple):
+    """One metric of one run: [n] steps, rising, and [n] finite or NaN values."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def finite(self) -> Series:
+        keep = np.isfinite(self.values)
+        return Series(self.steps[keep], self.values[keep])
+
+
+@dataclass
+class Run:
+    """A training run, finished or not."""
+
+    path: Path
+    config: dict[str, Any]  # dotted key -> value
+    metrics: dict[str, Series]
+    summary: dict[str, Any] | None
+    status: str  # finished, running or interrupted
+    damaged_lines: int = 0
+    extras: list[Path] = field(default_factory=list)  # tables that a hook of the run wrote
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def steps(self) -> int:
+        """The last step that was logged."""
+        return max((int(s.steps[-1]) for s in self.metrics.values()), default=0)
+
+    @cached_property
+    def clocks(self) -> dict[str, Series]:
+        """Each axis of AXES as a function of the step, from the training log; it starts at 0."""
+        loss = self.metrics.get("loss")
+        if loss is None:
+            return {}
+        steps = np.concatenate([[0], loss.steps])
+
+        def total(name: str, factor: float = 1.0) -> np.ndarray:
+            series = self.metrics.get(name)
+            if series is None:
+                return np.zeros(len(steps))
+            return factor * np.interp(steps, [0, *series.steps], [0.0, *series.values])
+
+        pairs = total("cost/backward_pairs")
+        seconds = total("time/seconds")
+        if "time/seconds" not in self.metrics and "time/step_seconds" in self.metrics:
+            # Only logged steps say how long they took. Steps in between count like the next logged one.
+            per_step = self.metrics["time/step_seconds"].values
+            seconds = np.concatenate([[0.0], np.cumsum(per_step * np.diff(steps))])
+        costs = total("cost/forward_pairs") + BACKWARD * pairs
+        axes = {"step": steps.astype(float), "pairs": pairs, "cost": costs, "seconds": seconds}
+        return {name: Series(steps, values) for name, values in axes.items()}
+
+    def at(self, axis: str, steps: np.ndarray) -> np.ndarray:
+        """The position on an axis of AXES of each of these steps."""
+        if axis == "step" or axis not in self.clocks:
+            return steps.astype(float)
+        clock = self.clocks[axis]
+        return np.interp(steps, clock.steps, clock.values)
+
+    @cached_property
+    def samples(self) -> pa.Table | None:
+        """The log of scored and trained pairs, or None where the run kept none."""
+        files = sorted((self.path / SAMPLES_FOLDER).glob("*.parquet"))
+        tables = []
+        for file in files:
+            try:
+                tables.append(pq.read_table(file))
+            except (OSError, pa.ArrowInvalid) as e:
+                raise UserError(f"{file} cannot be read: {e}; delete it to leave its pairs out") from e
+        return pa.concat_tables(tables, promote_options="default") if tables else None
+
+
+class Evaluation(NamedTuple):
+    """A finished `sage eval`."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+def find(paths: Sequence[str]) -> tuple[list[Run], list[Evaluation]]:
+    """All training runs and finished evaluations at or below these paths.
+
+    Raises:
+        UserError: a path holds neither, or a run cannot be read.
+    """
+    runs: list[Run] = []
+    evaluations: list[Evaluation] = []
+    for name in paths:
+        root = Path(name).expanduser()
+        folders = list(dict.fromkeys(walk(root)))
+        found = 0
+        for folder in folders:
+            part = read(folder)
+            if isinstance(part, Run):
+                runs.append(part)
+                found += 1
+            elif isinstance(part, Evaluation):
+                evaluations.append(part)
+                found += 1
+        if not found:
+            raise UserError(
+                f"{name}: no training run and no finished evaluation here; "
+                f"a run directory holds {CONFIG_FILE} and {METRICS_FILE}"
+            )
+    unique = {run.path.resolve(): run for run in runs}
+    return list(unique.values()), list({e.path.resolve(): e for e in evaluations}.values())
+
+
+def walk(root: Path, depth: int = 4) -> Iterator[Path]:
+    """Run directories at or below a folder; a sweep holds one per job."""
+    if (root / CONFIG_FILE).is_file():
+        yield root
+    elif depth and root.is_dir():
+        for folder in sorted(root.iterdir(), key=natural):
+            if folder.is_dir() and not folder.name.startswith("."):
+                yield from walk(folder, depth - 1)
+
+
+def natural(path: Path) -> tuple[int, int | str]:
+    return (0, int(path.name)) if path.name.isdigit() else (1, path.name)
+
+
+def read(folder: Path) -> Run | Evaluation | None:
+    """What a run directory holds, or None for a command that has nothing to report, like build-pairs."""
+    cfg = read_frozen(folder)
+    command = cfg.command
+    summary_file = folder / SUMMARY_FILE
+    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else None
+    if command == "eval":
+        return Evaluation(folder, summary) if summary else None
+    if command != "train":
+        return None
+    metrics, damaged = read_metrics(folder / METRICS_FILE)
+    config = dict(flatten(OmegaConf.to_container(cfg)))
+    status = "finished" if summary else "running" if held(folder) else "interrupted"
+    return Run(folder, config, metrics, summary, status, damaged, sorted((folder / "report").glob("*.csv")))
+
+
+def held(folder: Path) -> bool:
+    """Whether rank 0 of this run is alive: it holds a lock as long as it lives."""
+    file = folder / ".rank0.lock"
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
+def read_metrics(file: Path) -> tuple[dict[str, Series], int]:
+    """Every metric of a metrics.jsonl, and how many lines could not be read. The last line of a step wins."""
+    found: dict[str, dict[int, float]] = {}
+    damaged = 0
+    if file.is_file():
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                    step = int(row.pop("step"))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    damaged += 1  # a kill cut it short, or it is being written now
+                    continue
+                for name, value in row.items():
+                    number = value if isinstance(value, int | float) else math.nan
+                    found.setdefault(name, {})[step] = float(number)
+    series = {}
+    for name, values in found.items():
+        steps = np.array(sorted(values), np.int64)
+        series[name] = Series(steps, np.array([values[step] for step in steps.tolist()]))
+    return series, damaged
+
+
+def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; a list is a leaf."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from flatten(value, f"{prefix}{key}.")
+    else:
+        yield prefix.rstrip("."), node

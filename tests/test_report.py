@@ -1,0 +1,260 @@
+"""`sage report`: its numbers are those of the runs, its page opens anywhere, and no run is too odd for it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_pairs, write_jsonl
+from many_runs import freeze
+from scipy import stats
+
+from sage.commands import report
+from sage.reporting.groups import group, interval, mean_curve, thin
+from sage.reporting.runs import find, read_metrics
+from sage.util.errors import UserError
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+STEPS, BATCH = 20, 4
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_pairs(30))
+
+
+def write_run(folder: Path, pairs: Path, *overrides: str, steps: int = STEPS, finished: bool = True) -> Path:
+    """A run directory with the files that a real run leaves; its numbers are drawn from its seed."""
+    base = ["model=hf", "model.path=nowhere", f"data.path={pairs}", "steps=20", f"batch_size={BATCH}"]
+    freeze(folder, *base, *overrides)
+    seed = int(next((o.split("=")[1] for o in overrides if o.startswith("seed=")), 0))
+    scored = "scorer=sage" in overrides
+    rng = np.random.default_rng((seed, scored))
+    lines: list[dict] = [{"step": 0, "eval/loss": 0.7, "eval/policy_accuracies": 0.5}]
+    for step in range(1, steps + 1):
+        lines.append(
+            {
+                "step": step,
+                "loss": 0.7 - 0.01 * step + 0.02 * rng.random(),
+                "rewards/margins": 0.1 * step * rng.random(),
+                "cost/forward_pairs": 3.0 * BATCH * step if scored else 0.0,
+                "cost/backward_pairs": float(BATCH * step),
+                "time/step_seconds": 0.5,
+            }
+        )
+        if step % 5 == 0:
+            accuracy = 0.5 + 0.01 * step + 0.05 * rng.random() + 0.1 * scored
+            lines.append({"step": step, "eval/loss": 0.6, "eval/policy_accuracies": accuracy})
+            lines.append(
+                {
+                    "step": step,
+                    "benchmark/sums/accuracy": accuracy / 2,
+                    "benchmark/sums/low": accuracy / 2 - 0.1,
+                    "benchmark/sums/high": accuracy / 2 + 0.1,
+                }
+            )
+    write_jsonl(folder / "metrics.jsonl", lines)
+    if scored:
+        write_samples(folder / "samples", rng, steps)
+    if finished:
+        (folder / "summary.json").write_text("{}")
+    return folder
+
+
+def write_samples(folder: Path, rng: np.random.Generator, steps: int) -> None:
+    rows = []
+    for step in range(1, steps + 1):
+        margins = rng.normal(size=12)
+        best = np.argsort(margins)[:BATCH]
+        for i, pair in enumerate(rng.permutation(30)[:12].tolist()):
+            rows.append(
+                {
+                    "step": step,
+                    "pair_id": f"p{pair}",
+                    "stratum": pair % 4,
+                    "margin": margins[i],
+                    "signal": 0.1,
+                    "curvature": 0.1,
+                    "score": -margins[i],
+                    "selected": bool(i in best),
+                }
+            )
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "00000001.parquet")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory, pairs) -> Path:
+    """Two settings on three seeds, as `-m` lays them out."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for number in range(6):
+        setting = ["scorer=sage"] if number % 2 else []
+        write_run(folder / str(number), pairs, f"seed={number // 2}", *setting)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(sweep) -> Path:
+    report.report([str(sweep)])
+    return sweep
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def logged(run: Path, metric: str) -> dict[int, float]:
+    """Independent of the product's reader."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[metric] for row in rows if metric in row}
+
+
+def test_numbers_equal_those_of_metrics_jsonl(made):
+    """Protects the reader from numbers that no run wrote: finals, bests, intervals, paired differences, costs."""
+    metric = "benchmark/sums/accuracy"
+    finals = {n: logged(made / str(n), metric)[STEPS] for n in range(6)}
+    bests = {n: max(logged(made / str(n), metric).values()) for n in range(6)}
+    runs = rows_of(made / "report_tables" / "runs.csv")
+    for n, row in enumerate(runs):
+        assert float(row[metric]) == finals[n] and float(row[f"best {metric}"]) == bests[n]
+        assert float(row["trained pairs"]) == BATCH * STEPS and float(row["seconds"]) == 0.5 * STEPS
+        assert float(row["cost"]) == 3 * BATCH * STEPS + (3 * BATCH * STEPS if n % 2 else 0)
+    uniform, sage = rows_of(made / "report_tables" / "comparison.csv")
+    values = np.array([finals[1], finals[3], finals[5]])
+    half = stats.t.ppf(0.975, 2) * values.std(ddof=1) / math.sqrt(3)
+    assert float(sage["final"]) == pytest.approx(values.mean())
+    assert float(sage["final low"]) == pytest.approx(values.mean() - half)
+    differences = values - np.array([finals[0], finals[2], finals[4]])
+    assert float(sage["final - first setting's"]) == pytest.approx(differences.mean())
+    half = stats.t.ppf(0.975, 2) * differences.std(ddof=1) / math.sqrt(3)
+    assert float(sage["final - first setting's high"]) == pytest.approx(differences.mean() + half)
+    target = np.mean([bests[0], bests[2], bests[4]])
+    column = next(name for name in sage if name.startswith("cost to") and len(name.split()) == 4)
+    assert f"{target:.4g}" in column
+    reached = [
+        min(s for s, v in logged(made / str(n), metric).items() if v >= target) * BATCH * 6 for n in (1, 3, 5)
+    ]
+    assert float(sage[column]) == pytest.approx(np.mean(reached))
+    assert uniform["final - first setting's"] == "baseline"
+
+
+def test_every_logged_value_is_in_the_csv(made):
+    rows = rows_of(made / "report_tables" / "metrics.csv")
+    run = str(made / "3")
+    found = {int(float(r["step"])): float(r["value"]) for r in rows if r["run"] == run and r["metric"] == "loss"}
+    assert found == logged(made / "3", "loss")
+
+
+def test_page_stands_alone_and_shows_the_extremes(made):
+    """Protects a page that is mailed around: nothing in it is fetched, and it names the pairs it talks of."""
+    html = (made / "report.html").read_text()
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)", html) and "@import" not in html
+    assert "Confident errors" in html and "pairs selected most often" in html
+    assert "Ann has" in html  # the text of a pair
+    assert html.count("<svg") > 40
+    assert r"\begin{tabular}" in html and "| setting |" in html
+
+
+def test_groups_are_named_by_what_differs(sweep):
+    runs, _ = find([str(sweep)])
+    labels = [g.label for g in group(runs)]
+    assert labels == ["scorer=Uniform", "scorer=Sage"]
+    assert [sorted(r.seed for r in g.runs) for g in group(runs)] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_odd_runs_give_a_report(tmp_path, pairs):
+    """Interrupted, one step, no evaluation, NaN, a torn last line, no metrics at all."""
+    one = write_run(tmp_path / "one", pairs, "seed=0", steps=1, finished=False)
+    torn = write_run(tmp_path / "torn", pairs, "seed=1")
+    with (torn / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 21, "loss": NaN}\n{"step": 22, "lo')
+    bare = freeze(tmp_path / "bare", "model=hf", "model.path=x", f"data.path={pairs}", "steps=3", "seed=2")
+    nans = write_run(tmp_path / "nans", pairs, "seed=3", "loss.beta=0.5")
+    lines = [json.loads(line) for line in (nans / "metrics.jsonl").read_text().splitlines()]
+    write_jsonl(nans / "metrics.jsonl", [{**line, "loss": math.nan} for line in lines])
+    for folder in (one, torn, bare, nans, tmp_path):
+        report.report([str(folder), "--output", str(tmp_path / "out")])
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "interrupted" in html and "1 lines of metrics could not be read" in html
+    assert "not finite in places" in html
+
+
+def test_what_is_no_run_is_refused(tmp_path, made):
+    with pytest.raises(UserError, match="no training run"):
+        report.report([str(tmp_path)])
+    with pytest.raises(UserError, match="no run logged it; there are: .*eval/loss"):
+        report.report([str(made), "--metric", "eval/accuracy"])
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml is not a config that sage wrote"):
+        report.report([str(tmp_path)])
+
+
+def test_intervals_and_curves_by_hand():
+    assert interval([1.0, math.nan, 3.0])[:1] == (2.0,) and interval([math.nan]).n == 0
+    assert interval([1.0, 3.0]).high == pytest.approx(2 + 12.706204736 * math.sqrt(2) / math.sqrt(2))
+    x, y = thin(np.arange(1001.0), np.arange(1001.0) * 2, 100)
+    assert len(x) == 100 and (x[0], x[-1]) == (0, 1000) and np.allclose(y, 2 * x)
+
+
+def test_a_curve_covers_only_what_all_seeds_cover(tmp_path, pairs):
+    """Protects a mean from jumping where one seed's run ends."""
+    write_run(tmp_path / "a", pairs, "seed=0", steps=20)
+    write_run(tmp_path / "b", pairs, "seed=1", steps=10)
+    runs, _ = find([str(tmp_path)])
+    curve = mean_curve(runs, "loss", "step", 100)
+    assert curve is not None and curve[0].max() == 10
+
+
+def test_large_files_are_read_quickly_enough_to_be_usable(tmp_path):
+    """100,000 logged steps become a report's worth of numbers without losing the last one."""
+    file = tmp_path / "metrics.jsonl"
+    with file.open("w") as f:
+        f.writelines(f'{{"step": {i}, "loss": {i / 7}}}\n' for i in range(100_000))
+    series, damaged = read_metrics(file)
+    assert not damaged and len(series["loss"].steps) == 100_000
+    assert series["loss"].values[-1] == 99_999 / 7
+
+
+PROBE = """<script>
+const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll') && !e.closest('pre')
+  && !e.closest('svg') && e.getBoundingClientRect().right > innerWidth + 1).length;
+const shown = [...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().width > 50).length;
+document.documentElement.innerHTML = 'PROBE ' + JSON.stringify({
+  page: document.documentElement.scrollWidth, window: innerWidth, wide, shown});
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("size", ["1400,900", "500,900"])
+def test_page_renders_without_overflow(made, tmp_path, size):
+    """A real browser lays the page out: pictures have a size, and nothing sticks out at the side."""
+    page = tmp_path / "probe.html"
+    page.write_text((made / "report.html").read_text().replace("</body>", PROBE + "</body>"))
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}/profile", f"--window-size={size}"]
+    done = subprocess.run(
+        [*command, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120, check=True
+    )
+    found = json.loads(re.search(r"PROBE (\{.*?\})", done.stdout)[1])  # pyright: ignore
+    assert found["shown"] > 20
+    assert found["wide"] == 0 and found["page"] <= found["window"]
+
+
+@pytest.mark.slow
+def test_from_the_command_line(made):
+    sage = Path(sys.executable).with_name("sage")
+    done = subprocess.run([sage, "report", str(made)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Comparison by benchmark/sums/accuracy" in done.stdout and "report.html" in done.stdout
