@@ -34,6 +34,7 @@ commands
   score-dataset     what policy and reference make of every pair, forward only: scores, and the best rows
   eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
   resume RUN_DIR    go on with an interrupted run, exactly
+  report RUN...     what runs did, and how they compare: on the terminal, as one HTML page, as CSV
 
 sage COMMAND --help             every config group and key
 sage COMMAND --cfg job ...      the composed config, without running it
@@ -85,10 +86,17 @@ def evaluate() -> None:
     print_comparison(Path(sys.argv[2]), Path(sys.argv[3]))
 
 
+def report_runs() -> None:
+    from sage.commands.report import report as write_report
+
+    write_report(sys.argv[1:])
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     **{word: hydra_command(word) for word in config.SCHEMAS},
     "eval": evaluate,
     "resume": resume,
+    "report": report_runs,
 }
 
 

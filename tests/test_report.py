@@ -121,12 +121,15 @@ def logged(run: Path, metric: str) -> dict[int, float]:
 
 
 def test_numbers_equal_those_of_metrics_jsonl(made):
-    """Protects the reader from numbers that no run wrote: finals, bests, intervals, paired differences, costs."""
+    """Protects the reader from numbers that no run wrote: ends, bests, intervals, differences, costs."""
     metric = "benchmark/sums/accuracy"
     finals = {n: logged(made / str(n), metric)[STEPS] for n in range(6)}
     bests = {n: max(logged(made / str(n), metric).values()) for n in range(6)}
     runs = rows_of(made / "report_tables" / "runs.csv")
-    for n, row in enumerate(runs):
+    assert len(runs) == 6
+    for row in runs:
+        n = int(row["run"])
+        assert (int(row["seed"]), row["setting"]) == (n // 2, "B" if n % 2 else "A")
         assert float(row[metric]) == finals[n] and float(row[f"best {metric}"]) == bests[n]
         assert float(row["trained pairs"]) == BATCH * STEPS and float(row["seconds"]) == 0.5 * STEPS
         assert float(row["cost"]) == 3 * BATCH * STEPS + (3 * BATCH * STEPS if n % 2 else 0)
@@ -152,7 +155,9 @@ def test_numbers_equal_those_of_metrics_jsonl(made):
 def test_every_logged_value_is_in_the_csv(made):
     rows = rows_of(made / "report_tables" / "metrics.csv")
     run = str(made / "3")
-    found = {int(float(r["step"])): float(r["value"]) for r in rows if r["run"] == run and r["metric"] == "loss"}
+    found = {
+        int(float(r["step"])): float(r["value"]) for r in rows if r["run"] == run and r["metric"] == "loss"
+    }
     assert found == logged(made / "3", "loss")
 
 
@@ -162,7 +167,7 @@ def test_page_stands_alone_and_shows_the_extremes(made):
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)", html) and "@import" not in html
     assert "Confident errors" in html and "pairs selected most often" in html
     assert "Ann has" in html  # the text of a pair
-    assert html.count("<svg") > 40
+    assert html.count("<svg") > 30
     assert r"\begin{tabular}" in html and "| setting |" in html
 
 
@@ -193,7 +198,7 @@ def test_odd_runs_give_a_report(tmp_path, pairs):
 def test_what_is_no_run_is_refused(tmp_path, made):
     with pytest.raises(UserError, match="no training run"):
         report.report([str(tmp_path)])
-    with pytest.raises(UserError, match="no run logged it; there are: .*eval/loss"):
+    with pytest.raises(UserError, match=r"no run logged it; there are: .*eval/loss"):
         report.report([str(made), "--metric", "eval/accuracy"])
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml is not a config that sage wrote"):
@@ -242,13 +247,15 @@ def test_page_renders_without_overflow(made, tmp_path, size):
     """A real browser lays the page out: pictures have a size, and nothing sticks out at the side."""
     page = tmp_path / "probe.html"
     page.write_text((made / "report.html").read_text().replace("</body>", PROBE + "</body>"))
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    )
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}/profile", f"--window-size={size}"]
     done = subprocess.run(
         [*command, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120, check=True
     )
     found = json.loads(re.search(r"PROBE (\{.*?\})", done.stdout)[1])  # pyright: ignore
-    assert found["shown"] > 20
+    assert found["shown"] > 10
     assert found["wide"] == 0 and found["page"] <= found["window"]
 
 

@@ -15,12 +15,13 @@ from sage.util.errors import UserError
 from sage.util.progress import console
 
 PAGE, FOLDER = "report.html", "report_tables"
+LONGEST = 20  # rows of a table on the terminal
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="sage report",
-        description="Summarise training runs, sweeps and finished evaluations. Runs that differ only in their "
+        description="Summarise training runs, sweeps and evaluations. Runs that differ only in their "
         "seed are averaged.",
         epilog="Writes report.html, which opens without network, and report_tables/*.csv.",
     )
@@ -62,7 +63,10 @@ def report(words: list[str]) -> None:
         console.print(f"{output / PAGE}: written again ({steps})")
         time.sleep(args.every)
     for table in found:
-        show(table)  # the page has the same tables
+        if len(table.rows) <= LONGEST:
+            show(table)
+        else:
+            console.print(f"{table.title}: {len(table.rows)} rows, on the page")
     console.print(f"page: {output / PAGE}\ntables: {output / FOLDER}")
 
 

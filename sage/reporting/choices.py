@@ -44,7 +44,7 @@ def scored(run: Run) -> pa.Table | None:
     table = run.samples
     if table is None or "score" not in table.column_names:
         return None
-    table = table.filter(pc.is_valid(table["score"]))
+    table = table.filter(table["score"].is_valid())
     return table if len(table) else None
 
 

@@ -70,7 +70,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def label(run: Run, keys: Sequence[str], runs: Sequence[Run]) -> str:
     """What makes a run's setting different.
 
-    A class says what its fields are by default, so a field is named only where runs of the same class differ in it.
+    A class sets the defaults of its fields, so a field is named only if runs of the same class differ in it.
     """
     parts = []
     for key in keys:
@@ -91,7 +91,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def main_metric(runs: Sequence[Run]) -> str | None:
-    """The metric to compare by: accuracy on problems where a run measured it, else on held-out pairs."""
+    """The metric to compare by: accuracy on problems if a run measured it, else on held-out pairs."""
     names = Counter(name for run in runs for name in run.metrics)
     benchmarks = sorted(n for n in names if n.startswith("benchmark/") and n.endswith("/accuracy"))
     return next((name for name in (*benchmarks, *PREFERRED) if name in names), None)
@@ -111,7 +111,7 @@ def final(series: Series) -> float:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95% Student interval of values that are one per seed; those that are not finite are left out."""
+    """Mean and 95% Student interval of one value per seed. Values that are not finite are left out."""
     data = np.array([v for v in values if np.isfinite(v)])
     if not len(data):
         return Interval(float("nan"), float("nan"), float("nan"), 0)
@@ -140,7 +140,7 @@ def reach(run: Run, metric: str, target: float, axis: str) -> float:
 
 
 def mean_curve(runs: Sequence[Run], metric: str, axis: str, points: int) -> tuple[np.ndarray, ...] | None:
-    """(x, mean, low, high) of a metric over the runs of a group, [m] each with m <= points; None without values.
+    """(x, mean, low, high) of a metric over the runs of a group, [m] each, m <= points; None without values.
 
     Runs are interpolated onto common positions, over the range that all of them cover.
     """
@@ -153,7 +153,7 @@ def mean_curve(runs: Sequence[Run], metric: str, axis: str, points: int) -> tupl
     if not curves:
         return None
     if len(curves) == 1:
-        x, y = thin(*curves[0], points)
+        x, y = thin(curves[0][0], curves[0][1], points)
         return x, y, y, y
     start, end = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     if end < start:

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#010203"  # stands for the page's own colour until the SVG is written
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sage",
     "font.family": "sans-serif",
@@ -45,8 +47,8 @@ class Curve(NamedTuple):
 def palette(n: int) -> list[str]:
     """n colours that can be told apart on light and on dark ground."""
     if n <= 10:
-        return [matplotlib.colors.to_hex(c) for c in matplotlib.colormaps["tab10"].colors[:n]]  # pyright: ignore
-    return [matplotlib.colors.to_hex(matplotlib.colormaps["turbo"](x)) for x in np.linspace(0.08, 0.92, n)]
+        return [to_hex(c) for c in matplotlib.colormaps["tab10"].colors[:n]]  # pyright: ignore
+    return [to_hex(matplotlib.colormaps["turbo"](x)) for x in np.linspace(0.08, 0.92, n)]
 
 
 def svg(figure: Figure, title: str) -> str:
@@ -62,7 +64,7 @@ def svg(figure: Figure, title: str) -> str:
 
 
 def blank(bottom: float = 0.18) -> tuple[Figure, Axes]:
-    """An empty picture. Its margins are fixed: to fit them to the labels takes longer than to draw the rest."""
+    """An empty picture. Its margins are fixed, because fitting them takes longer than all the rest."""
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.add_subplot()
     figure.subplots_adjust(left=0.14, right=0.97, top=0.89, bottom=bottom)
@@ -83,7 +85,7 @@ def lines(title: str, curves: Sequence[Curve], x_label: str) -> str | None:
                 axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel(x_label)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         return svg(figure, title)
 
 
