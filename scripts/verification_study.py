@@ -19,8 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from sage.answering.answers import as_number, canonical
 from sage.answering.problems import Problem, load_problems
+from sage.answering.spelling import as_number, canonical
 from sage.answering.verify import Verdict, Verifier
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")

@@ -1,8 +1,10 @@
-"""Verdicts: what counts as the answer, what counts as equal, and that nothing in a text can hang or break them."""
+"""Verdicts: what counts as the answer, what counts as equal, and that no text can hang or break them."""
 
 from __future__ import annotations
 
+import json
 import resource
+from pathlib import Path
 
 import pytest
 from conftest import SHARED_DATA
@@ -10,7 +12,8 @@ from conftest import SHARED_DATA
 from sage.answering.answers import find_answer
 from sage.answering.verify import MEMORY, Verifier
 
-needs_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no benchmark files in {SHARED_DATA}")
+HARD = Path(__file__).parent / "data" / "verdicts.jsonl"
+SHARED_CASES = SHARED_DATA.parent / "cases" / "verdicts.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,14 @@ def verifier():
         (r"\boxed{\{1, 2\}}", "boxed", r"\{1, 2\}"),
         (r"\boxed{\boxed{5}}", "boxed", "5"),
         (r"$x=\boxed{2}$ and $x=\boxed{3}$", "boxed", "2, 3"),
-        (r"\boxed{1\frac12}, or \boxed{\frac{3}{2}}", "boxed", r"\frac{3}{2}"),
+        (r"\boxed{1\frac12}, or \boxed{\frac{3}{2}}", "boxed", r"1\frac12, \frac{3}{2}"),
+        (r"so \boxed 7 cm", "boxed", "7 cm"),
+        (r"I fill \boxed{} in: \fbox{8}. No.", "boxed", "8"),
+        (r"<think>\boxed{1}</think><answer>2</answer>", "tag", "2"),
+        (r"\boxed{1}</think>It is 2.", "last", "It is 2."),
+        (r"<think>\boxed{1}, or", "last", ""),
+        ("The answer is 12 apples for 4 children.", "phrase", "12"),
+        ("The answer is 3. The answer is not 4.", "phrase", "3"),
         (r"\boxed{7} and then \boxed{8", "boxed", "7"),
         ("2+3 = 5\n#### 5", "hash", "5"),
         ("#### 5\n\nQuestion: next?\n#### 6", "hash", "5"),
@@ -43,7 +53,7 @@ def verifier():
     ],
 )
 def test_where_the_answer_stands(response, where, text):
-    """Marks in order of clarity: the last box, the first `####`, the last phrase, the end."""
+    """After the thought, marks in order of clarity: tag, last box, first `####`, last phrase, end."""
     assert find_answer(response) == (where, text)
 
 
@@ -63,10 +73,10 @@ RIGHT = [
     (r"\boxed{1\,000}", "1000", "boxed/number"),
     (r"\boxed{1{,}000}", "1000", "boxed/number"),
     (r"\boxed{10{,}000.50}", "10000.5", "boxed/number"),
-    (r"\boxed{x=3 \text{ or } x=-1}", "-1,3", "boxed/math"),
-    (r"\boxed{\{1,2,3\}}", "3,2,1", "boxed/math"),
+    (r"\boxed{x=3 \text{ or } x=-1}", "-1,3", "boxed/text"),
+    (r"\boxed{\{1,2,3\}}", "3,2,1", "boxed/text"),
     (r"\boxed{2x+3y=6}", "6=3y+2x", "boxed/math"),
-    (r"\boxed{-1 < x \leq 3}", "(-1, 3]", "boxed/math"),
+    (r"\boxed{-1 < x \leq 3}", "(-1, 3]", "boxed/text"),
     (r"\boxed{2^{10}}", "1024", "boxed/math"),
     (r"\boxed{\text{(B) }12}", "B", "boxed/choice"),
     (r"\boxed{\textbf{(C)}}", "C", "boxed/choice"),
@@ -85,17 +95,17 @@ RIGHT = [
     (r"\boxed{(B)}", "B", "boxed/choice"),
     (r"The answer is B. $\frac12$", "B", "phrase/choice"),
     ("so I would choose (C)", "C", "last/choice"),
-    (r"\boxed{0.333333}", r"\frac{1}{3}", "boxed/math"),
-    (r"\boxed{x = 5}", "5", "boxed/math"),
+    (r"\boxed{0.333333}", r"\frac{1}{3}", "boxed/number"),
+    (r"\boxed{x = 5}", "5", "boxed/text"),
     (r"\boxed{\frac{\sqrt{3}}{3}}", r"\frac{1}{\sqrt{3}}", "boxed/math"),
     (r"\boxed{(x+1)^2}", "x^2+2x+1", "boxed/math"),
-    (r"\boxed{42, 14}", "14,42", "boxed/math"),
-    (r"\boxed{3} and \boxed{-1}", "-1, 3", "boxed/math"),
+    (r"\boxed{42, 14}", "14,42", "boxed/text"),
+    (r"\boxed{3} and \boxed{-1}", "-1, 3", "boxed/text"),
     (r"\boxed{1 \pm \sqrt{5}}", r"1+\sqrt5, 1-\sqrt5", "boxed/math"),
-    (r"\boxed{(-\infty,2)\cup(3,\infty)}", r"(3,\infty) \cup (-\infty, 2)", "boxed/math"),
-    (r"\boxed{x \in [1, 2]}", "[1,2]", "boxed/math"),
-    (r"\boxed{6\frac{2}{3}}", r"\frac{20}{3}", "boxed/math"),
-    (r"so the probability is $\frac{1}{2}$.", r"\frac12", "last/math"),
+    (r"\boxed{(-\infty,2)\cup(3,\infty)}", r"(3,\infty) \cup (-\infty, 2)", None),
+    (r"\boxed{x \in [1, 2]}", "[1,2]", "boxed/text"),
+    (r"\boxed{6\frac{2}{3}}", r"\frac{20}{3}", "boxed/number"),
+    (r"so the probability is $\frac{1}{2}$.", r"\frac12", "last/number"),
     (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", None),
 ]
 WRONG = [
@@ -104,14 +114,14 @@ WRONG = [
     ("The answer is 18.", "-18", "phrase/number"),
     (r"\boxed{5x}", "5", "boxed/math"),
     (r"\boxed{50\%}", "5", "boxed/number"),
-    (r"\boxed{\frac{1}{3}}", "0.33", "boxed/math"),
-    (r"so the probability is $\frac{1}{2}$.", "2", "last/math"),
+    (r"\boxed{\frac{1}{3}}", "0.33", "boxed/number"),
+    (r"so the probability is $\frac{1}{2}$.", "2", "last/number"),
     (r"\boxed{\text{west}}", r"\text{east}", "boxed/text"),
     (r"\boxed{No solution}", "No", "boxed/text"),
     (r"\boxed{A}", "B", "boxed/choice"),
-    (r"\boxed{(3,5)}", "(5,3)", "boxed/math"),
-    (r"\boxed{[1,2)}", "[1,2]", "boxed/math"),
-    (r"\boxed{14}", "14,42", "boxed/math"),
+    (r"\boxed{(3,5)}", "(5,3)", "boxed/text"),
+    (r"\boxed{[1,2)}", "[1,2]", "boxed/text"),
+    (r"\boxed{14}", "14,42", "boxed/text"),
     (r"\boxed{x^2+2x}", "x^2+2x+1", "boxed/math"),
     ("", "5", "none"),
     ("I do not know.", "5", "none"),
@@ -121,12 +131,25 @@ WRONG = [
 
 @pytest.mark.parametrize("correct, cases", [(True, RIGHT), (False, WRONG)], ids=["right", "wrong"])
 def test_equal_and_unequal_answers(verifier, correct, cases):
-    """The same answer in another form is right, another answer is wrong, and the verdict says which rule decided."""
+    """Another form of the answer is right, another answer is wrong, and the verdict names its rule."""
     verdicts = verifier.verify([case[0] for case in cases], [case[1] for case in cases])
     for case, verdict in zip(cases, verdicts, strict=True):
         assert verdict.correct is correct, (case, verdict)
         assert case[2] in (None, verdict.rule), (case, verdict)
         assert (verdict.extracted is None) == (verdict.rule == "none"), (case, verdict)
+
+
+@pytest.mark.parametrize("file", [HARD, SHARED_CASES], ids=["ours", "shared"])
+def test_hard_verdicts(verifier, file):
+    """Answers that are easy to misjudge: thoughts, prose, spelling, tiny numbers, lists, choices."""
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    verdicts = verifier.verify([row["response"] for row in rows], [row["answer"] for row in rows])
+    wrong = [
+        (row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if verdict.correct != row["right"]
+    ]
+    assert not wrong and len(rows) > 40
 
 
 def test_a_hang_is_killed_and_the_worker_replaced():

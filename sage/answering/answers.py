@@ -1,100 +1,137 @@
-"""Where a text says its answer, and what number a plain answer is.
+r"""Where a response says its answer: after its thought, in a mark, in a phrase, or at its end.
 
-Responses are hostile input: every function here takes time linear in its text and evaluates nothing.
+Responses are hostile input: every function takes linear time in its text and evaluates nothing.
 """
 
+from __future__ import annotations
+
 import re
-from fractions import Fraction
 from typing import NamedTuple
 
+from sage.answering.prose import first_answer
+
 LONGEST = 4000  # characters; what is longer is no answer
-LONGEST_NUMBER = 1000
-TAIL = 1000  # of a response without a marked answer
-MARKS = 8  # how many boxes or phrases, from the end, are looked at
+TAIL = 1000  # characters at the end of a response without a marked answer
+MARKS = 16  # how many boxes or phrases are looked at, from the end
 
-BOX = "\\boxed{"
-BRACE = re.compile(r"\\.|[{}]", re.S)
-JOINED = re.compile(r"[\s$]*(?:,|,?\s*and\b)[\s$]*(?:[A-Za-z]\s*=\s*)?")
-
-HASH = re.compile(r"(?<!#)####\s*([-+$\\]*[\d.].*)")
-HEADING = re.compile(r"\d+[.)]\s+[A-Za-z*]")  # "#### 1. Find the cost" is Markdown, not GSM8K
-PHRASE = re.compile(r"^A:|\banswers?(?:\s+(?:is|are|would\s+be|will\s+be)\b|\s*\**\s*[:=])", re.M | re.I)
-PHRASE_START = re.compile(r"(?:[\s:*]|\\\[|\$\$)*")
-PHRASE_END = re.compile(r"\.(?=\s|$|\*)|\n|,?\s(?:because|since|which|so)\b")
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+"
-LAST_NUMBER = re.compile(rf"(?<![\w.])[-+]?\$?(?:{DIGITS})(?:\s*/\s*\d+)?(?:\s*\\?%)?")
-IN_LATEX = set("{}^_\\/*")  # next to a number: it is a part of an expression
-
-FRACTION = re.compile(r"^(-?)\\frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d)|(\d)\{(\d+)\})$")
-WORD_UNIT = (
-    r"(?!sqrt|sin|cos|tan|log|exp|mod|and|thousand|million|billion|trillion|dozen)[A-Za-z][A-Za-z.'-]{2,}"
-)
-NUMBER = re.compile(
-    rf"[$€£]?(?P<sign>[-+]?)[$€£]?(?P<number>{DIGITS})"
-    r"(?:/(?P<under>\d+)|e(?P<e>[-+]?\d{1,3})|(?:\\times|\\cdot|\*)10\^\{?(?P<ten>[-+]?\d{1,3})\}?)?"
-    rf"(?P<percent>%|\s+percent\b)?(?:\s+{WORD_UNIT}(?:/[A-Za-z]+)?)*",
-    re.I,
-)
-WORDS = re.compile(r"[A-Za-z][A-Za-z ,.;:'-]*")
-
-# Spelling only: none of these changes what an expression says.
-SPELLINGS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\(?:left|right|displaystyle|limits|quad|qquad|[Bb]igg?[lr]?)(?![A-Za-z])", ""),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"(?<=\d)(?:\{,\}|,?\\[,!; ])(?=\d{3}(?!\d))", ""),  # thousands
-        (r"\\[!,;: ]|~", " "),
-        # A unit: "15\text{ cm}^2". Elsewhere such a macro only sets type.
-        (r"(?<=[\d}])\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}(?:\^\{?-?\d\}?)?$", ""),
-        (r"\\(?:text|mbox|mathrm|mathbf|textbf|textrm|textit|mathit|operatorname)\s*\{([^{}]*)\}", r"\1"),
-        (r"\^\{?\\circ\}?|°|\\degree", " degrees "),
-        (r"\\%", "%"),
-        (r"\\\$", "$"),
-        (r"\\\(|\\\)|\\\[|\\\]|\*\*", ""),
-        (r"[−–]", "-"),
-        (r"\\leq?(?![A-Za-z])", r"\\le"),
-        (r"\\geq?(?![A-Za-z])", r"\\ge"),
-    ]
+THOUGHTS = [
+    (r"<(?:think|thinking|thought|reasoning)>", r"</(?:think|thinking|thought|reasoning)>"),
+    (r"\[THINK\]", r"\[/THINK\]"),
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
 ]
+THOUGHT_OPENS, THOUGHT_CLOSES = (re.compile("|".join(marks)) for marks in zip(*THOUGHTS, strict=True))
+ANSWER_TAG = re.compile(r"<answer>|</answer>", re.I)
+
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
+BARE_BOX = re.compile(r"[^\n$]*?(?=\$|\n|\\[)\]]|[.,;:!?](?:\s|$)|\s(?:and|or)\s|$)")
+BRACE = re.compile(r"\\.|[{}]", re.S)
+JOINED = re.compile(
+    r"(?:[\s$*,;]|\\[()\[\]]|\\(?:quad|qquad)|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)*"
+    r"(?:\(?(?:[a-h]|i{1,3}|iv|v)\)[\s:$]*|(?:\\\(\s*)?[A-Za-z](?:_\{?\w+\}?)?\s*(?:=|\\in)\s*)?"
+)
+PLACEHOLDER = re.compile(
+    r"(?:\\text\s*\{)?\s*(?:(?:your |the |final )*answer(?: here)?|\.\.\.|\\l?dots|…|\\cdots)?\s*\}?", re.I
+)
+
+HASH = re.compile(r"(?<!#)####\s*([-+$€£−]*[\d.(\[\\½⅓⅔¼¾√].*|\(?[A-J]\)?\.?\s*$)", re.M)
+HEADING = re.compile(r"\(?(?:\d+|[a-h])[.)]\s+[A-Za-z*]")  # "#### 1. Find the cost" is Markdown, not GSM8K
+
+SUBJECT = r"(?:\s+(?:to|for|of)\b[^.\n:]{0,60}?)?"
+PHRASE = re.compile(
+    rf"^A:|\b(?P<final>final\s+)?answers?{SUBJECT}(?:\s+(?:is|are|was|(?:would|will|should|must)\s+be|equals)\b"
+    r"|(?:\s+is)?\s*\**\s*[:=])|\b(?:correct|right|best)\s+(?:option|choice)\s+(?:is|:)",
+    re.M | re.I,
+)
+UNREAL = re.compile(
+    r"\b(?:if|whether|suppose|assume|unless|wrong|incorrect)\s+(?:that\s+)?(?:the\s+|an\s+|his\s+)?$", re.I
+)
+PHRASE_START = re.compile(r"(?:[\s:*>]|\\\[|\$\$)*")
+PHRASE_END = re.compile(r"[.!?](?=\s|$|\*)|\n|\*\*|</")
 
 
 class Found(NamedTuple):
-    """`where` is "boxed", "hash", "phrase" or, for the end of an unmarked text, "last"."""
+    """`where` is "tag", "boxed", "hash", "phrase" or "last". With "last", `text` is the response's end."""
 
     where: str
     text: str
 
 
-class PlainNumber(NamedTuple):
-    value: Fraction
-    percent: bool
-    ratio: bool  # written a/b
+def find_answer(response: str) -> Found:
+    r"""A response's answer, after its thought. The first of these that is there:
+
+    the last <answer>, the last \boxed{}, the first `#### N`, what "the final answer is",
+    what "the answer is", the end of the response.
+    """
+    text = after_thought(response)
+    if (tagged := _tagged(text)) is not None:
+        inner = _marked(tagged)
+        return inner or Found("tag", (_phrase(tagged)[0] or tagged.strip())[:LONGEST])
+    if found := _marked(text):
+        return found
+    answer, rest = _phrase(text)
+    return Found("phrase", answer) if answer else Found("last", rest.strip()[-TAIL:])
+
+
+def after_thought(response: str) -> str:
+    """The response without its thoughts.
+
+    A thought may be closed, or opened by the prompt and only closed here, or unfinished at the end.
+    """
+    if closes := list(THOUGHT_CLOSES.finditer(response)):
+        opened = THOUGHT_OPENS.search(response, 0, closes[-1].start())
+        response = (response[: opened.start()] if opened else "") + "\n" + response[closes[-1].end() :]
+    opened = THOUGHT_OPENS.search(response)
+    return response[: opened.start()] if opened else response
+
+
+def _tagged(text: str) -> str | None:
+    """What stands in the last <answer> that is not empty; one that is not closed ends with the text."""
+    tags = list(ANSWER_TAG.finditer(text))
+    for i in reversed(range(len(tags))):
+        if tags[i][0].startswith("</"):
+            continue
+        content = text[tags[i].end() : tags[i + 1].start() if i + 1 < len(tags) else len(text)]
+        if content.strip(" .\n"):
+            return content
+    return None
+
+
+def _marked(text: str) -> Found | None:
+    if (answer := boxed(text)) is not None:
+        return Found("boxed", answer)
+    if (answer := hashed(text)) is not None:
+        return Found("hash", answer[:LONGEST])
+    return None
 
 
 def boxed(text: str) -> str | None:
-    r"""Content of the last closed \boxed{}, the innermost of nested ones; several in a list make one answer."""
-    answer, begin, end = None, 0, len(text)
-    for _ in range(MARKS):  # an unclosed one is searched to its limit
-        if (start := text.rfind(BOX, 0, end)) < 0:
-            break
-        end = start
-        if (close := _closing(text, start + len(BOX))) is None:
+    r"""Content of the last \boxed{} that is closed and not empty, the innermost of nested ones.
+
+    Several in a list ("\boxed{2} or \boxed{3}") make one answer. \fbox{7}, \boxed7 and \boxed 7 count too.
+    """
+    answer, begin = None, len(text)
+    for match in reversed(list(BOX.finditer(text))[-MARKS:]):
+        if (span := _box(text, match.end())) is None:
             continue
-        content = text[start + len(BOX) : close].strip()
+        content = text[match.end() : span].strip().removeprefix("{").strip()
+        if PLACEHOLDER.fullmatch(content) or (answer is not None and span >= begin):
+            continue  # nothing in it, or a box around the one that counts
         if answer is None:
             answer = content
-        elif JOINED.fullmatch(text, close + 1, begin):
+        elif JOINED.fullmatch(text, span + (text[span : span + 1] == "}"), begin):
             answer = f"{content}, {answer}"
         else:
             break
-        begin = start
+        begin = match.start()
     return answer
 
 
-def _closing(text: str, start: int) -> int | None:
-    """Where the brace closes that opens just before `start`."""
-    depth = 1
+def _box(text: str, start: int) -> int | None:
+    """The end of the content of the box whose command ends at `start`; None if the box is not closed."""
+    if not text.startswith("{", start):
+        end = BARE_BOX.match(text, start, start + LONGEST)
+        return end.end() if end and end[0].strip() else None
+    depth = 0
     for match in BRACE.finditer(text, start, start + LONGEST):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
@@ -103,62 +140,38 @@ def _closing(text: str, start: int) -> int | None:
 
 
 def hashed(text: str) -> str | None:
-    """GSM8K's `#### N`: of several the first, since what follows an answer is a model running on."""
+    """GSM8K's `#### N`: the first of several, since what follows an answer is a model that runs on."""
     answers = (match[1].strip() for match in HASH.finditer(text))
     return next((answer for answer in answers if not HEADING.match(answer)), None)
 
 
-def find_answer(response: str) -> Found:
-    r"""A response's answer: the last \boxed{}, else `#### N`, else what "the answer is", else the response's end."""
-    if (answer := boxed(response)) is not None:
-        return Found("boxed", answer)
-    if (answer := hashed(response)) is not None:
-        return Found("hash", answer)
-    for match in reversed(list(PHRASE.finditer(response))[-MARKS:]):
-        rest = PHRASE_START.sub("", response[match.end() : match.end() + LONGEST], count=1)
-        if answer := PHRASE_END.split(rest, maxsplit=1)[0].strip(" *"):
-            return Found("phrase", answer)
-    return Found("last", response.strip()[-TAIL:])
+def _phrase(text: str) -> tuple[str | None, str]:
+    """The answer of the last phrase that gives one, and the text that is left to search where none does.
 
-
-def last_number(text: str) -> str | None:
-    """The last number of a prose text; None where there is none or it is a part of an expression."""
-    matches = list(LAST_NUMBER.finditer(text))
-    if not matches or IN_LATEX & {*text[: matches[-1].start()][-1:], *text[matches[-1].end() :][:1]}:
-        return None
-    return matches[-1][0]
-
-
-def canonical(answer: str) -> str:
-    """One spelling for answers that differ in typesetting alone; idempotent is not promised."""
-    answer = answer.strip()
-    for pattern, replacement in SPELLINGS:
-        answer = pattern.sub(replacement, answer)
-    if answer.count("$") == 2 and answer.startswith("$") and answer.endswith("$"):
-        answer = answer[1:-1]
-    return re.sub(r"\s+", " ", answer).strip().rstrip(".").strip()
-
-
-def as_number(answer: str) -> PlainNumber | None:
-    r"""A canonical answer that is one number, maybe with a unit in words; None for anything else.
-
-    Takes 1,234.5  -3/4  \frac{3}{4}  50%  $18  1.5e-7  1.5 \times 10^{-7}  12 apples.
+    "The final answer is" comes before other phrases. Phrases without an answer ("it is not 5") are cut off.
     """
-    if len(answer) > LONGEST_NUMBER:
-        return None
-    answer = FRACTION.sub(lambda match: match[1] + "/".join(filter(None, match.groups()[1:])), answer)
-    answer = re.sub(r"\s*(/|\\times|\\cdot|\*)\s*(?=\d)", r"\1", answer)
-    if not (match := NUMBER.fullmatch(answer)):
-        return None
-    under = int(match["under"] or 1)
-    if under == 0:
-        return None
-    value = Fraction(match["sign"] + match["number"].replace(",", "")) / under
-    exponent = int(match["e"] or match["ten"] or 0)
-    return PlainNumber(value * Fraction(10) ** exponent, bool(match["percent"]), bool(match["under"]))
+    matches = [
+        match
+        for match in list(PHRASE.finditer(text))[-MARKS:]
+        if not UNREAL.search(text, max(match.start() - 40, 0), match.start())
+    ]
+    cut = len(text)
+    for match in sorted(matches, key=lambda m: (not m["final"], -m.start())):
+        start = match.end() + len(PHRASE_START.match(text, match.end())[0])  # pyright: ignore
+        sentence, asked = _sentence(text, start)
+        if not asked and (answer := first_answer(sentence)):
+            return answer, text
+        if sentence.strip():
+            cut = min(cut, match.start())
+    return None, text[:cut]
 
 
-def is_words(answer: str) -> bool:
-    """Whether a canonical answer is prose ("east", "no solution") and so has no mathematics to compare."""
-    longest = max(map(len, re.findall("[A-Za-z]+", answer)), default=0)
-    return bool(WORDS.fullmatch(answer)) and (longest > 2 or answer.lower() == "no")
+def _sentence(text: str, start: int) -> tuple[str, bool]:
+    """The formula or the sentence that begins at `start`, and whether it is a question."""
+    opening = text[max(start - 2, 0) : start]
+    if opening in ("\\[", "$$"):
+        end = text.find({"\\[": "\\]", "$$": "$$"}[opening], start, start + LONGEST)
+        if end > 0:
+            return f"${text[start:end].strip()}$", False
+    end = PHRASE_END.search(text, start, start + LONGEST)
+    return text[start : end.start() if end else start + LONGEST].strip(" *"), bool(end and end[0] == "?")

@@ -1,7 +1,8 @@
-"""Whether responses give the right answer: plain rules here, the rest by `math-verify` in processes of its own.
+"""Whether responses give the right answer: plain rules here, formulas in processes of their own.
 
-On a short answer sympy can run forever, in C code that no exception interrupts, or eat all memory. So each worker is a
-process with a cap on its memory and timers of the kernel that kill it; the next question then starts a new one.
+On a short formula sympy can run forever, in C code that no exception interrupts, or take all memory. So each
+worker is a process with a cap on its memory, and timers of the kernel kill it. The next question then starts
+a new one.
 """
 
 from __future__ import annotations
@@ -17,34 +18,43 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from queue import LifoQueue
 from typing import NamedTuple
 
-from sage.answering.answers import (
-    Found,
-    PlainNumber,
-    as_number,
-    canonical,
-    find_answer,
-    is_words,
-    last_number,
-)
+from sage.answering.answers import Found, find_answer
+from sage.answering.equality import TIME, Compare, same
+from sage.answering.prose import FORMULA, first_answer, last_number
+from sage.answering.spelling import as_number, canonical, is_words
 
-MEMORY = 2 << 30  # bytes of address space a worker may have
-PATIENCE = 60  # how many times its CPU time an answer may take by the clock
+MEMORY = 2 << 30  # bytes of address space that a worker may have
+PATIENCE = 60  # an answer may take this many times its CPU time by the clock
 READY = "ready\n"
 
-CHOICE = re.compile(r"[A-J]")
-CHOSEN = re.compile(r"\(?([A-J])\)?(?=$|[.:,)\s])")
-LAST_CHOSEN = re.compile(r"\(([A-J])\)|\b(?:option|choice|answer)\s+([A-J])\b|\b([A-J])\W*$")
+CHOICE = re.compile(r"\(?([A-J])\)?\.?")
+CHOSEN = re.compile(r"\W*\(?([A-J])\)?(?=$|[.:,;)/&\s])")
+MORE_CHOSEN = re.compile(r"[\s)]*(?:(?:[,/&;]|or\b|and\b)\s*)+\(?[A-J]\b")
+NAMED_CHOICE = re.compile(
+    r"\b(?:choos(?:e|ing)|pick(?:ing)?|select(?:ing)?|go(?:ing)? (?:with|for)|option|choice|answer)"
+    r"(?:\s+(?:is|option|choice|answer))*\s+\(?([A-J])\b\)?"
+    r"|\b([A-J])\)?\s+(?:is|must be|would be)\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+)
+SHOWN_CHOICE = re.compile(r"\(([A-J])\)|\b([A-J])\W*$")
+REJECTED = re.compile(
+    r"(?:\bnot|n['’]t|\bnever|\brather than|\binstead of|\brul(?:ed?|ing) out|\beliminat(?:ed?|ing))"
+    r"(?:\s+\w+)?\s*$",
+    re.I,
+)
+
+
+class NeedsMathematics(Exception):
+    """No plain rule decides."""
 
 
 class Verdict(NamedTuple):
     """`rule` is WHERE/HOW: where the answer stood and what decided; "none" where no answer was found.
 
-    WHERE: boxed, hash (`#### N`), phrase ("the answer is"), last (the end of an unmarked response).
-    HOW: number, text (the same but for typesetting), choice (a letter), math (math-verify), timeout, crash.
+    WHERE: tag (<answer>), boxed, hash (`#### N`), phrase ("the answer is"), last (the end of the response).
+    HOW: number, text (the same but for typesetting), choice (a letter), math (formulas), timeout, crash.
     """
 
     correct: bool
@@ -53,11 +63,14 @@ class Verdict(NamedTuple):
 
 
 class Verifier:
-    """Verifies in `workers` processes, started when first needed; an answer may take `timeout` seconds of CPU time."""
+    """Verifies in `workers` processes, which start when they are first needed.
+
+    An answer may take `timeout` seconds of CPU time.
+    """
 
     def __init__(self, workers: int = os.cpu_count() or 1, timeout: float = 5.0):
         self.threads = ThreadPoolExecutor(workers)
-        self.idle: LifoQueue[Worker] = LifoQueue()  # the last one used first, so that few start
+        self.idle: LifoQueue[Worker] = LifoQueue()  # the last one is used first, so that few start
         for _ in range(workers):
             self.idle.put(Worker(timeout))
 
@@ -74,7 +87,10 @@ class Verifier:
         verdicts = []
         for response, answer in zip(responses, answers, strict=True):
             found = find_answer(response)
-            verdicts.append(quick_verdict(found, answer) or self.threads.submit(self._ask, found, answer))
+            try:
+                verdicts.append(judge(found, answer, _no_formula))
+            except NeedsMathematics:
+                verdicts.append(self.threads.submit(self._ask, found, answer))
         return [verdict if isinstance(verdict, Verdict) else verdict.result() for verdict in verdicts]
 
     def _ask(self, found: Found, answer: str) -> Verdict:
@@ -85,53 +101,73 @@ class Verifier:
             self.idle.put(worker)
 
 
-def quick_verdict(found: Found, answer: str) -> Verdict | None:
-    """The verdict where a plain rule decides, None where it takes mathematics."""
-    truth, text = canonical(answer), canonical(found.text)
-    if not text:
+def judge(found: Found, answer: str, formula: Compare) -> Verdict:
+    """The verdict on an answer. `formula` compares two formulas, or raises NeedsMathematics."""
+    where, text = found
+    truth = canonical(answer)
+    if letter := CHOICE.fullmatch(truth):
+        return _by_choice(where, canonical(text), letter[1])
+    if where == "last":
+        text = _at_end(text, truth)
+    if not text or not canonical(text):
         return Verdict(False, None, "none")
-    if CHOICE.fullmatch(truth):
-        return _by_choice(found.where, text, truth)
-    if number := as_number(truth):
-        plain = text
-        if (value := as_number(text)) is None and found.where in ("phrase", "last"):
-            plain = last_number(text) or ""
-            value = as_number(plain)
-        if value and ((same := same_number(value, number)) or not rounded(value, number)):
-            return Verdict(same, plain, f"{found.where}/number")
-    if text == truth or (is_words(truth) and text.lower() == truth.lower()):
-        return Verdict(True, found.text, f"{found.where}/text")
-    if found.where != "last":
-        words = is_words(truth) or is_words(text)
-        return Verdict(False, found.text, f"{found.where}/text") if words else None
-    formula = re.search(r"[\d\\$]", text) and not is_words(truth)
-    return None if formula else Verdict(False, None, "none")
+    correct = same(text, answer, formula)
+    if as_number(truth) and as_number(canonical(text)):
+        how = "number"
+    else:
+        how = "text" if formula is _no_formula else "math"
+    return Verdict(correct, text, f"{where}/{how}")
 
 
-def same_number(a: PlainNumber, b: PlainNumber) -> bool:
-    """50% equals 50, as answers are marked, and 0.5."""
-    return a.value == b.value or (
-        a.percent != b.percent and a.value == b.value * (100 if a.percent else Fraction(1, 100))
-    )
+def _no_formula(a: str, b: str) -> bool:
+    raise NeedsMathematics
 
 
-def rounded(a: PlainNumber, b: PlainNumber) -> bool:
-    """0.3333 against 1/3: a question of precision, which math-verify settles."""
-    return a.ratio != b.ratio and 1 not in (a.value.denominator, b.value.denominator)
+def _at_end(text: str, truth: str) -> str | None:
+    """What an unmarked text says at its end, of the kind that the truth is."""
+    text = text.replace("**", "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return None
+    if is_words(truth):
+        return lines[-1] if canonical(lines[-1]).lower() == truth.lower() else None
+    formulas = list(FORMULA.finditer(text))
+    if as_number(truth) or TIME.fullmatch(truth):
+        after = text[formulas[-1].end() :] if formulas else text
+        if number := last_number(after):
+            return number
+        if formulas:
+            return formulas[-1][0].rsplit("=", 1)[-1]
+    elif formulas:
+        return formulas[-1][0]
+    sentence = re.split(r"(?<=[.!?])\s+", lines[-1])[-1].rstrip(".")
+    return first_answer(sentence) if re.search(r"\\(?!boxed|fbox)[a-z]|[\d=√π∞]", sentence) else None
 
 
 def _by_choice(where: str, text: str, truth: str) -> Verdict:
-    """The letter that stands first in a marked answer, or last in an unmarked one."""
+    """The one letter that stands first in a marked answer, or that an unmarked one chooses."""
+    letter = None
     if where != "last" and (match := CHOSEN.match(text)):
+        if MORE_CHOSEN.match(text, match.end()):
+            return Verdict(False, text, f"{where}/choice")
         letter = match[1]
     else:
-        letters = [match[match.lastindex or 0] for match in LAST_CHOSEN.finditer(text)]
-        letter = letters[-1] if letters else None
+        for pattern in (NAMED_CHOICE, SHOWN_CHOICE):
+            matches = [
+                match
+                for match in pattern.finditer(text)
+                if not REJECTED.search(text, max(match.start() - 40, 0), match.start())
+            ]
+            if matches:
+                letter = matches[-1][matches[-1].lastindex or 0]
+                if MORE_CHOSEN.match(text, matches[-1].end()):
+                    return Verdict(False, text, f"{where}/choice")
+                break
     return Verdict(letter == truth, letter, f"{where}/choice" if letter else "none")
 
 
 class Worker:
-    """A process that compares answers with math-verify, replaced when it dies."""
+    """A process that compares formulas, replaced when it dies."""
 
     def __init__(self, timeout: float):
         self.timeout = timeout
@@ -141,13 +177,12 @@ class Worker:
         process = self.process = self.process or self._start()
         assert process.stdin and process.stdout
         try:
-            print(json.dumps([found.where, found.text, answer]), file=process.stdin, flush=True)
+            print(json.dumps([*found, answer]), file=process.stdin, flush=True)
             reply = process.stdout.readline()
         except BrokenPipeError:
             reply = ""
         if reply:
-            correct, extracted = json.loads(reply)
-            return Verdict(correct, extracted, f"{found.where}/math" if extracted else "none")
+            return Verdict(*json.loads(reply))
         timed_out = self.stop() in (-signal.SIGPROF, -signal.SIGALRM)
         return Verdict(False, found.text, f"{found.where}/{'timeout' if timed_out else 'crash'}")
 
@@ -170,37 +205,30 @@ class Worker:
 
 
 def serve(timeout: float) -> None:
-    """A worker's whole life: a question a line on stdin, an answer a line on stdout."""
+    """A worker's whole life: a question per line on stdin, a verdict per line on stdout."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    from math_verify import parse, verify
+    from sage.answering.symbolic import same_formula
 
     logging.disable()
-    # What sympy prints must not mix with the answers.
+    # What sympy prints must not mix with the verdicts.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
-    parse("$x$", parsing_timeout=0)  # the first is slow, which is no answer's fault
+    same_formula("x + x", "2 x")  # the first is slow, which is no answer's fault
     print(READY, end="", file=replies, flush=True)
     for line in sys.stdin:
         where, text, answer = json.loads(line)
-        # No handler is set, so the kernel ends the process, whatever it is doing. The first timer counts CPU time, so
-        # that a busy machine changes no verdict; the second is for a process that waits.
+        # No handler is set, so the kernel ends the process, whatever it is doing. The first timer counts CPU
+        # time, so that a busy machine changes no verdict. The second is for a process that waits.
         signal.setitimer(signal.ITIMER_PROF, timeout)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE * timeout)
-        truth = parse(_in_dollars(answer), parsing_timeout=0)
-        given = parse(text if where == "last" else _in_dollars(text), parsing_timeout=0)
-        correct = verify(truth, given, allow_set_relation_comp=True, timeout_seconds=0)
+        try:
+            verdict = judge(Found(where, text), answer, same_formula)
+        except Exception:  # whatever a library makes of it: what cannot be read is not equal
+            verdict = Verdict(False, text, f"{where}/math")
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        extracted = text if where != "last" else str(given[-1]) if given else None
-        print(json.dumps([correct, extracted]), file=replies, flush=True)
-
-
-def _in_dollars(answer: str) -> str:
-    """An answer as math-verify finds it: in a formula, but for prose that has its own."""
-    if answer.count("$") % 2 == 0 and re.search(r"\$|\\\(|\\\[", answer):
-        return answer
-    return f"${answer.replace('$', '')}$"
+        print(json.dumps(verdict), file=replies, flush=True)
 
 
 if __name__ == "__main__":
