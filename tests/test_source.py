@@ -1,6 +1,8 @@
 """sage.data: which sources and forms of pairs are read, what the pair record holds, what is refused or dropped."""
 
+import csv
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import datasets
 import pytest
 
 from sage.data.pairs import load_pairs, read_pair_set, turns_of
-from sage.data.source import resolve_path
+from sage.data.source import resolve_path, write_rows
 from sage.util.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -242,7 +244,7 @@ def test_unreadable_sources(write, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="neither"):
         load_pairs(str(tmp_path / "a" / "b" / "c"))
     with pytest.raises(UserError, match="neither"):
-        load_pairs(write(PLAIN, name="pairs.csv"))
+        load_pairs(write(PLAIN, name="pairs.txt"))
     with pytest.raises(UserError, match="no rows"):
         load_pairs(write(""))
     with pytest.raises(UserError, match=":2: not valid JSON"):
@@ -280,6 +282,142 @@ def test_loading_pairs_does_not_import_torch():
     subprocess.run(
         [sys.executable, "-c", "import sage.data.pairs, sys; assert 'torch' not in sys.modules"], check=True
     )
+
+
+# ---------------------------------------------------------------- files
+
+
+def packed(data: bytes, suffix: str) -> bytes:
+    import bz2
+    import gzip
+    import lzma
+
+    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix](data)
+
+
+def table(rows, separator=","):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], delimiter=separator)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+TWO = [{**PLAIN, "prompt": "First, é\nsecond line?"}, {**PLAIN, "prompt": 'a "quoted" one', "chosen": "007"}]
+LINES = "".join(json.dumps(row) + "\n" for row in TWO).encode()
+FILES = {
+    "lines.jsonl": LINES,
+    "lines.ndjson": LINES,
+    "lines.json": LINES,
+    "lines.JSONL": LINES,
+    "array.jsonl": json.dumps(TWO).encode(),
+    "wrapped.json": json.dumps({"version": 1, "data": TWO}, indent=1).encode(),
+    "wrapped_on_a_line.json": json.dumps({"data": TWO}).encode(),
+    "wrapped_splits.json": json.dumps({"test": TWO[:1], "train": TWO}).encode(),
+    "bom.jsonl": b"\xef\xbb\xbf" + LINES,
+    "bom.json": b"\xef\xbb\xbf" + json.dumps(TWO, indent=1).encode(),
+    "crlf.jsonl": LINES.replace(b"\n", b"\r\n"),
+    "empty_lines.jsonl": LINES.replace(b"\n", b"\n\n \n") + b"\n",
+    "raw_unicode.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in TWO).encode(),
+    "table.csv": table(TWO),
+    "bom.csv": b"\xef\xbb\xbf" + table(TWO),
+    "table.tsv": table(TWO, "\t"),
+    **{f"lines.jsonl{suffix}": packed(LINES, suffix) for suffix in (".gz", ".bz2", ".xz")},
+    "array.json.gz": packed(json.dumps(TWO, indent=2).encode(), ".gz"),
+    "table.csv.gz": packed(table(TWO), ".gz"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_same_pairs(name, tmp_path):
+    """Protects users from converting files by hand; and texts in a table from becoming numbers."""
+    (tmp_path / name).write_bytes(FILES[name])
+    pairs = load_pairs(str(tmp_path / name))
+    for column in ("prompt", "chosen", "rejected"):
+        assert [turns_of(text) for text in pairs[column]] == [row[column] for row in TWO]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_of_every_kind_of_file_can_be_written(name, tmp_path):
+    """Protects `sage score-dataset top=...`, whose best rows must load like the source."""
+    (tmp_path / name).write_bytes(FILES[name])
+    row = load_pairs(str(tmp_path / name))["row"][1]
+    target = write_rows(str(tmp_path / name), [row], tmp_path / "top")
+    assert turns_of(load_pairs(str(target))["prompt"][0]) == TWO[1]["prompt"]
+
+
+def test_one_object_in_a_json_file_is_one_row(tmp_path):
+    """Protects a pretty-printed pair, whose messages are lists of objects too, from being taken apart."""
+    for indent in (None, 1):
+        (tmp_path / "one.json").write_text(json.dumps(CONVERSATION, indent=indent))
+        assert len(load_pairs(str(tmp_path / "one.json"))) == 1
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "parquet"])
+def test_folders_and_globs_of_shards(suffix, tmp_path):
+    """Protects sharded sets: all shards, in order, only of the split asked for; bad rows are found in their file."""
+    for number in (0, 1):
+        datasets.Dataset.from_list([{**PLAIN, "prompt": f"{number}"}] * 2).to_parquet(tmp_path / "x.parquet")
+        file = tmp_path / f"train-0000{number}-of-00002.{suffix}"
+        row = [{**PLAIN, "prompt": f"{number}"}] * 2
+        data = (tmp_path / "x.parquet").read_bytes()
+        lines = "".join(json.dumps(r) + "\n" for r in row).encode()
+        file.write_bytes(
+            {"csv": table(row), "parquet": data, "jsonl": lines}.get(suffix) or packed(lines, ".gz")
+        )
+    (tmp_path / "x.parquet").unlink()
+    test = tmp_path / f"test-00000-of-00001.{suffix}"
+    test.write_bytes(file.read_bytes())
+    (tmp_path / "README.md").write_text("Pairs.")
+    for path, split, prompts in (
+        (tmp_path, "train", "0011"),
+        (tmp_path / f"train*.{suffix}", "train", "0011"),
+        (tmp_path.parent / "**" / tmp_path.name / "train-0000?-*", "train", "0011"),
+        (tmp_path, "test", "11"),
+    ):
+        pairs = load_pairs(str(path), split=split)
+        assert "".join(turns_of(text) for text in pairs["prompt"]) == prompts
+        assert pairs["row"][:] == [*range(1, len(prompts) + 1)] and len({*pairs["pair_id"]}) == len(prompts)
+    target = write_rows(str(tmp_path), [3], tmp_path / "top")
+    assert turns_of(load_pairs(str(target))["prompt"][0]) == "1"
+    with pytest.raises(UserError, match="no split 'dev'; the folder has train, test"):
+        load_pairs(str(tmp_path), split="dev")
+    if suffix == "jsonl":
+        file.write_text(json.dumps(PLAIN) + "\n{")
+        with pytest.raises(
+            UserError, match=r"1 of 4 rows(?s:.*)train-00001-of-00002.jsonl:2: not valid JSON"
+        ):
+            load_pairs(str(tmp_path))
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    """Protects from tracebacks of the libraries that read: each message names the file and what is wrong."""
+    long, deep = "9" * 5000, "[" * 100_000
+    for name, data, reason in (
+        ("cut.jsonl.gz", packed(LINES * 50, ".gz")[:-20], "cannot be read"),
+        ("not.jsonl.gz", LINES, "cannot be read"),
+        ("not.jsonl.xz", LINES, "cannot be read"),
+        ("latin.csv", "prompt,chosen,rejected\nq,\xe9,b".encode("latin-1"), "not UTF-8"),
+        ("wide.csv", b"prompt,chosen,rejected\nq,a,b,c", "wide.csv:1: 4 cells under a header of 3"),
+        ("twice.csv", b"prompt,chosen,chosen\nq,a,b", "has chosen more than once"),
+        ("open.csv", b'prompt,chosen,rejected\nq,a,"b', "not valid CSV"),
+        ("utf16.jsonl", LINES.decode().encode("utf-16"), "not UTF-8"),
+        ("long.jsonl", f'{{"prompt": {long}}}'.encode(), "long.jsonl:1: not valid JSON"),
+        ("deep.jsonl", f'{{"prompt": {deep}}}'.encode(), "deep.jsonl:1: JSON that is nested too deeply"),
+        ("deep.json", deep.encode(), "nested too deeply"),
+        ("splits.json", json.dumps({"a": TWO, "b": TWO}).encode(), "it has a, b. Say which with data.split"),
+        ("none.json", b"{}", "not an object with columns"),
+        ("bad.arrow", b"no", "cannot be read"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError) as error:
+            load_pairs(str(tmp_path / name))
+        assert reason in str(error.value) and name in str(error.value)
+    with pytest.raises(UserError, match=r"no file of a kind that sage reads.*fits this pattern"):
+        load_pairs(str(tmp_path / "*.txt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no data files were found"):
+        load_pairs(str(tmp_path / "empty"))
 
 
 # ---------------------------------------------------------------- the demo's pairs

@@ -65,7 +65,7 @@ def load_problems(
     if not rows:
         raise UserError(f"{path}: no rows")
     problems, bad, unanswered, first_rows = [], [], [], {}
-    for row, record in rows:
+    for row, place, record in rows:
         try:
             if (problem := _problem(row, record, columns, answer_from)) is None:
                 unanswered.append(row)
@@ -74,7 +74,7 @@ def load_problems(
             else:
                 problems.append(problem)
         except UserError as error:
-            bad.append(f"{path}:{row}: {error}")
+            bad.append(f"{place}: {error}")
     if len(bad) > MAX_BAD * len(rows):
         refuse_bad_rows(path, bad, len(rows))
     if not problems:

@@ -130,4 +130,7 @@ def map_columns(
                 f"{path}: no column {theirs!r} for {name}; it has {', '.join(present)}. Say which is {name} with "
                 f"data.columns, for example data.columns.{name}={present[0]}"
             )
+    for one, other in (("prompt", "chosen"), ("prompt", "rejected"), ("chosen", "rejected")):
+        if one in found and found[one] == found.get(other):
+            raise UserError(f"data.columns: {one} and {other} are both mapped to {found[one]!r}")
     return found, form

@@ -15,7 +15,7 @@ import pyarrow as pa
 from sage.config import DataConfig
 from sage.data.conversation import MissingPrompt, Turns, Useless, read_pair
 from sage.data.formats import MEDIA, SAMPLED, lookup, map_columns
-from sage.data.source import first_five, read_rows, refuse_bad_rows
+from sage.data.source import Row, first_five, read_rows, refuse_bad_rows
 from sage.util.errors import UserError
 
 IDS = SAMPLED[:3]
@@ -27,10 +27,15 @@ SCHEMA = pa.schema(
 )
 
 
+# How CSV files write that a cell holds nothing.
+NOTHING = ("[]", "{}", "null", "nan", "NaN", "None")
+
+
 class Dropped(NamedTuple):
-    """A row that gave no pair. `reason` is one of the words that counts are kept by; `detail` says it in full."""
+    """A row that gave no pair: where it stands (FILE:LINE), the word that it is counted by, and why in full."""
 
     row: int
+    place: str
     pair_id: str | None
     reason: str
     detail: str
@@ -97,18 +102,18 @@ def read_pair_set(
             bad. The message names the first five.
     """
     columns = columns or {}
-    records = list(islice(read_rows(path, split), limit))
-    if not records:
+    rows = list(islice(read_rows(path, split), limit))
+    if not rows:
         raise UserError(f"{path}: no rows")
-    present = dict.fromkeys(key for _, record in records if isinstance(record, dict) for key in record)
+    present = dict.fromkeys(key for row in rows if isinstance(row.record, dict) for key in row.record)
     names, form = map_columns(path, present, columns) if present else ({}, None)
     unused = [key for key in present if key not in {*_outer(names), *MEDIA}]
     # A text column that nothing names may be the prompt. Then what both responses begin with is not.
-    unnamed = [key for key in unused if "prompt" not in {*names, *columns} and _holds_text(records, key)]
+    unnamed = [key for key in unused if "prompt" not in {*names, *columns} and _holds_text(rows, key)]
     pairs, dropped, bad = [], [], []
     lost_prompts, repeated = 0, 0
     ids: set[str] = set()
-    for row, record in records:
+    for row, place, record in rows:
         pair_id = None
         try:
             values = _values(record, names)
@@ -116,28 +121,26 @@ def read_pair_set(
             pair = _record(values, chat, implicit="prompt" not in names and not unnamed)
         except UserError as error:
             reason = error.reason if isinstance(error, Useless) else "bad_row"
-            dropped.append(Dropped(row, pair_id, reason, str(error)))
+            dropped.append(Dropped(row, place, pair_id, reason, str(error)))
             lost_prompts += isinstance(error, MissingPrompt)
             if reason == "bad_row":
-                bad.append(f"{path}:{row}: {error}")
+                bad.append(f"{place}: {error}")
             continue
         unique = next(name for name in _alternatives(pair_id) if name not in ids)
         repeated += unique != pair_id
         ids.add(unique)
         pairs.append({**pair, "pair_id": unique, "row": row})
-    if len(bad) > max_bad * len(records):
+    if len(bad) > max_bad * len(rows):
         if lost_prompts and "prompt" not in names:
             like = (unnamed or list(present))[0]
             raise UserError(
                 f"{path}: no prompt column was found; it has {', '.join(present)}. Say which one is the prompt, for "
                 f"example data.columns.prompt={like}, or data.columns.prompt='' where both responses begin with it"
             )
-        refuse_bad_rows(path, bad, len(records))
+        refuse_bad_rows(path, bad, len(rows))
     if not pairs:
-        lines = [f"{path}:{gone.row}: {gone.detail}" for gone in dropped]
-        raise UserError(
-            first_five(f"{path}: no pair is left of {len(records)} rows; {_count(dropped)}", lines)
-        )
+        lines = [f"{gone.place}: {gone.detail}" for gone in dropped]
+        raise UserError(first_five(f"{path}: no pair is left of {len(rows)} rows; {_count(dropped)}", lines))
     notes = []
     if form:
         notes.append(f"read in the format of {form.name}")
@@ -153,7 +156,7 @@ def read_pair_set(
 def _record(values: Mapping[str, Any], chat: bool, implicit: bool) -> dict[str, Any]:
     """A row of `read_pair_set`'s pairs but for pair_id and row, or a UserError with the reason alone."""
     for name in MEDIA:
-        if values.get(name):
+        if values.get(name) and values[name] not in NOTHING:
             raise UserError(f"the row has {name}; sage trains on text only")
     pair = read_pair(values, chat, implicit)
     record: dict[str, Any] = {name: _json(name, turns) for name, turns in pair._asdict().items()}
@@ -280,10 +283,10 @@ def _outer(names: Mapping[str, str]) -> set[str]:
     return {*names.values(), *(theirs.partition(".")[0] for theirs in names.values())}
 
 
-def _holds_text(records: Iterable[tuple[int, Any]], column: str) -> bool:
+def _holds_text(rows: Iterable[Row], column: str) -> bool:
     """Whether a column could be a prompt: its first value is a text that is no number."""
-    for _, record in records:
-        value = record.get(column) if isinstance(record, dict) else None
+    for row in rows:
+        value = row.record.get(column) if isinstance(row.record, dict) else None
         if value is not None:
             return isinstance(value, str) and isinstance(_number(value), str)
     return False

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that a command can refuse bad data before it loads a model.
 """
 
+import glob
 import importlib.util
 import json
 import os
@@ -10,12 +11,24 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 import datasets
-import pyarrow.parquet as pq
 
+from sage.data.files import KINDS, kind_of, read_document, read_file, read_parquet, read_records
 from sage.util.errors import UserError
+
+
+class Row(NamedTuple):
+    """A row of a source: its 1-based number, where it stands (FILE:LINE), and what it holds.
+
+    The number counts lines in a .jsonl file and rows elsewhere; over several files it goes on. The record is a dict
+    unless the row is broken: then it is any other JSON value, or the UserError that says why it cannot be read.
+    """
+
+    number: int
+    place: str
+    record: Any
 
 
 def resolve_path(path: str) -> str:
@@ -37,96 +50,133 @@ def resolve_path(path: str) -> str:
 
 
 def refuse_bad_rows(path: str, problems: list[str], total: int) -> None:
-    """UserError that names the first five, if there are any."""
+    """Raise UserError that names the first five problems, if there are any."""
     if problems:
-        raise UserError(
-            first_five(f"{path}: {len(problems)} of {total} rows are bad; mend or remove them", problems)
-        )
+        head = f"{path}: {len(problems)} of {total} rows are bad; mend or remove them"
+        raise UserError(first_five(head, problems))
 
 
 def first_five(head: str, problems: list[str]) -> str:
+    """The head and the first five problems, one a line."""
     more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
     return "\n  ".join([head, *problems[:5], *more])
 
 
-def write_rows(path: str, rows: Iterable[int], target: Path, *, split: str = "train") -> Path:
-    """Write rows of a source in its own format, as they are and in its order; returns `target` with its suffix.
+def read_rows(path: str, split: str) -> Iterator[Row]:
+    """The rows of a source, in order.
 
     Args:
-        rows: as `load_pairs` numbers them.
-        target: a path without suffix. A hub name's rows are written as Parquet.
+        path: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; text files may be compressed), a folder or glob of such
+            files, a folder written by `save_to_disk`, pkg://PACKAGE/NAME, or a hub name (OWNER/NAME or
+            OWNER/NAME:SUBSET).
+        split: of a hub name, a folder, or a JSON object of several lists.
+
+    Raises:
+        UserError: the source does not exist or cannot be read.
     """
-    file, wanted = Path(resolve_path(path)), set(rows)
-    suffix = file.suffix if file.is_file() else "" if file.is_dir() else ".parquet"
+    files = _files(path, split)
+    if files is None:
+        for number, record in enumerate(read_records(_dataset(path, split)), 1):
+            yield Row(number, f"{path}:{number}", record)
+        return
+    before = last = 0
+    for file in files:
+        name = path if len(files) == 1 else str(file)
+        for number, record in read_file(name, file, split):
+            last = before + number
+            yield Row(last, f"{name}:{number}", record)
+        before = last
+
+
+def write_rows(path: str, rows: Iterable[int], target: Path, *, split: str = "train") -> Path:
+    """Write rows of a source as they are and in its order; returns `target` with its suffix.
+
+    JSONL, JSON, Parquet and folders of `save_to_disk` keep their format. Rows of a hub name are written as Parquet, all
+    others as JSONL.
+
+    Args:
+        rows: their numbers, as `read_rows` counts.
+        target: a path without suffix.
+    """
+    wanted, files = set(rows), _files(path, split)
+    saved = files is None and os.path.isdir(resolve_path(path))
+    file = files[0] if files and len(files) == 1 and files[0].suffix in KINDS else None
+    kind = KINDS[file.suffix] if file else None
+    document = read_document(path, file, split) if file and kind == "json" else None
+    if files is None or kind == "parquet":
+        suffix = "" if saved else ".parquet"
+    else:
+        suffix = file.suffix if file and kind == "json" else ".jsonl"
     target = target.with_name(target.name + suffix)
     unfinished = target.with_name(f".{target.name}")
-    if suffix in (".jsonl", ".json"):
-        # Line ends are kept as they are.
-        with (
-            file.open(encoding="utf-8-sig", newline="") as lines,
-            unfinished.open("w", encoding="utf-8", newline="") as out,
-        ):
-            if _is_array(lines):
-                kept = [record for row, record in enumerate(json.load(lines), 1) if row in wanted]
-                json.dump(kept, out, ensure_ascii=False, indent=1)
-            else:
-                out.writelines(line for row, line in enumerate(lines, 1) if row in wanted)
+    if files is None or kind == "parquet":
+        data = read_parquet(path, file) if file else _dataset(path, split)
+        data = data.select([row - 1 for row in sorted(wanted)])
+        data.save_to_disk(str(unfinished)) if saved else data.to_parquet(str(unfinished))
+    elif document is not None:
+        kept = [record for row, record in enumerate(document, 1) if row in wanted]
+        unfinished.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    elif file and kind == "json":  # by lines, which are kept to the byte
+        with file.open("rb") as source, unfinished.open("wb") as out:
+            out.writelines(line for row, line in enumerate(source, 1) if row in wanted)
     else:
-        data = _dataset(path, split).select([row - 1 for row in sorted(wanted)])
-        data.save_to_disk(str(unfinished)) if file.is_dir() else data.to_parquet(str(unfinished))
+        with unfinished.open("w", encoding="utf-8") as out:
+            out.writelines(
+                json.dumps(row.record, default=str) + "\n"
+                for row in read_rows(path, split)
+                if row.number in wanted
+            )
     if target.is_dir():  # of an earlier attempt
         shutil.rmtree(target)
     os.replace(unfinished, target)
     return target
 
 
-def read_rows(path: str, split: str) -> Iterator[tuple[int, Any]]:
-    """(1-based row, record); in place of a line that does not parse, the UserError that says why."""
+def _files(path: str, split: str) -> list[Path] | None:
+    """The files of a source, in order; None where `_dataset` reads it."""
     file = Path(resolve_path(path))
-    if file.suffix in (".jsonl", ".json", ".parquet") and not file.is_file():
+    if file.is_file() and kind_of(file):
+        return [file]
+    if file.is_dir():
+        saved = any((file / name).exists() for name in ("state.json", "dataset_dict.json"))
+        return None if saved else _folder_files(path, file, split)
+    if not file.exists() and glob.has_magic(str(file)):
+        found = sorted(Path(name) for name in glob.glob(str(file), recursive=True))
+        files = [name for name in found if name.is_file() and kind_of(name)]
+        if not files:
+            raise UserError(
+                f"{path}: no file of a kind that sage reads ({', '.join(KINDS)}) fits this pattern"
+            )
+        return files
+    if not file.exists() and kind_of(file):
         raise UserError(f"{path}: no such file (looked for {file.absolute()})")
-    if file.suffix in (".jsonl", ".json"):
-        yield from _read_json(path, file)
-    else:
-        yield from enumerate(_dataset(path, split), 1)
+    if file.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path):
+        raise UserError(
+            f"{path}: neither a file that sage reads ({', '.join(KINDS)}), a folder, nor a hub name"
+        )
+    return None
 
 
-def _read_json(path: str, file: Path) -> Iterator[tuple[int, Any]]:
+def _folder_files(path: str, folder: Path, split: str) -> list[Path]:
+    """A folder's files of one split, as `datasets` tells splits apart by file names or a README."""
     try:
-        with file.open(encoding="utf-8-sig") as lines:
-            if _is_array(lines):
-                yield from enumerate(json.load(lines), 1)
-                return
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except json.JSONDecodeError as error:
-                        yield number, UserError(f"not valid JSON: {error}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error}") from error
-
-
-def _is_array(lines: TextIO) -> bool:
-    """Whether a JSON file is one array rather than an object a line; leaves it at its start."""
-    found = lines.read(4096).lstrip().startswith("[")
-    lines.seek(0)
-    return found
+        found = datasets.load_dataset_builder(str(folder)).config.data_files or {}
+    except Exception as error:  # datasets has many families of errors
+        raise UserError(f"{path}: no data files were found in this folder: {error}") from error
+    if split not in found:
+        raise UserError(f"{path}: no split {split!r}; the folder has {', '.join(map(str, found))}")
+    files = [Path(name) for name in found[split]]
+    if unknown := [name for name in files if not kind_of(name)]:
+        raise UserError(f"{path}: {unknown[0]} is not a kind of file that sage reads ({', '.join(KINDS)})")
+    return files
 
 
 def _dataset(path: str, split: str) -> datasets.Dataset:
-    """The rows of a Parquet file, of a saved folder or of a hub name."""
-    file = Path(resolve_path(path))
-    local = file.suffix == ".parquet" or file.is_dir()
-    if not local and (file.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", path)):
-        raise UserError(f"{path}: neither a .jsonl, .json or .parquet file, nor a folder, nor a hub name")
+    """The rows of a saved folder or of a hub name."""
+    folder = resolve_path(path)
     try:
-        if file.suffix == ".parquet":
-            return datasets.Dataset(pq.read_table(file))
-        if file.is_dir():
-            data = datasets.load_from_disk(str(file))
+        if os.path.isdir(folder):
+            data = datasets.load_from_disk(folder)
         else:
             data = datasets.load_dataset(*path.split(":"), split=split)
     except Exception as error:  # the hub, the file system and Arrow each have their own families of errors

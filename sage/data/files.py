@@ -1,0 +1,171 @@
+"""Read one file: JSONL, JSON, CSV, Parquet or Arrow, compressed or not."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow.parquet as pq
+
+from sage.util.errors import UserError
+
+# Suffix -> how such a file is read. A compression's suffix may follow it.
+KINDS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".jsonlines": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+BATCH = 1000  # rows of an Arrow table that become Python objects at a time
+
+
+def kind_of(file: Path) -> str | None:
+    """How a file is read, by its suffixes; None for one that is not."""
+    name = file.name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return KINDS.get(Path(name).suffix)
+
+
+def read_file(name: str, file: Path, split: str) -> Iterator[tuple[int, Any]]:
+    """(1-based number, record) of each row; a UserError in place of one that cannot be read."""
+    kind = kind_of(file)
+    if kind in ("parquet", "arrow"):
+        data = read_parquet(name, file) if kind == "parquet" else _arrow(name, file)
+        yield from enumerate(read_records(data), 1)
+        return
+    try:
+        if kind == "csv":
+            yield from _read_csv(name, file)
+        elif (document := read_document(name, file, split)) is not None:
+            yield from enumerate(document, 1)
+        else:
+            with _open(file) as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield number, _parse(line)
+    except UserError:
+        raise
+    except Exception as error:  # a broken archive: each compression has its own family of errors
+        raise UserError(f"{name}: cannot be read: {error}") from error
+
+
+def _open(file: Path, **options: Any) -> Any:
+    """A file opened for reading bytes, or text with `mode="rt"`; decompressed by its suffix."""
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    if compression and compression not in fsspec.available_compressions():
+        package = "zstandard" if compression == "zstd" else compression
+        raise UserError(
+            f"{file}: {compression} is not available here; pip install {package}, or decompress it"
+        )
+    return fsspec.filesystem("file").open(str(file), **{"mode": "rb", "compression": compression, **options})
+
+
+def _parse(text: bytes) -> Any:
+    """A JSON value, or the UserError that says why there is none."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return UserError(f"not UTF-8 text ({error}); save it as UTF-8")
+    except RecursionError:
+        return UserError("JSON that is nested too deeply")
+    except ValueError as error:  # also a number of more digits than Python converts
+        return UserError(f"not valid JSON: {error}")
+
+
+def read_document(name: str, file: Path, split: str) -> list[Any] | None:
+    """The rows of a file that is one JSON value, an array or an object around one; None if it has an object a line."""
+    with _open(file) as lines:
+        first = next((line for line in lines if line.strip()), b"")
+        value = _parse(first)
+        if isinstance(value, dict):
+            more = next((line for line in lines if line.strip()), None)
+            return _unwrap(name, value, split) if more is None else None
+        if not first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"[", b"{")):
+            return None
+        text = first + lines.read()
+    value = _parse(text)
+    if isinstance(value, dict):
+        return _unwrap(name, value, split) or [value]
+    if isinstance(value, UserError):
+        if first.lstrip().startswith(b"{") or "Extra data" in str(value):
+            return None  # lines, of which the first is broken
+        line = re.search(r"line (\d+)", str(value))
+        raise UserError(f"{name}:{line[1] if line else 1}: {value}")
+    return value
+
+
+def _unwrap(name: str, value: dict[str, Any], split: str) -> list[Any] | None:
+    """The rows in an object such as {"data": [...]}; None where the object is itself a row."""
+    lists = {
+        key: rows
+        for key, rows in value.items()
+        if isinstance(rows, list)
+        and rows
+        and all(isinstance(row, dict) and not {"role", "from", "type"} & row.keys() for row in rows)
+    }
+    if not lists:
+        return None
+    if split in lists:
+        return lists[split]
+    if len(lists) > 1:
+        raise UserError(f"{name}: no list {split!r}; it has {', '.join(lists)}. Say which with data.split")
+    return next(iter(lists.values()))
+
+
+def _read_csv(name: str, file: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a table with a header. All values are text, as they stand there."""
+    csv.field_size_limit(2**31 - 1)
+    separator = "\t" if ".tsv" in file.name.lower() else ","
+    with _open(file, mode="rt", encoding="utf-8-sig", newline="") as text:
+        lines = csv.reader(text, delimiter=separator, strict=True)
+        try:
+            header = next(lines, [])
+            if repeated := {column for column in header if header.count(column) > 1}:
+                raise UserError(f"{name}: the header has {', '.join(sorted(repeated))} more than once")
+            for number, cells in enumerate(filter(None, lines), 1):
+                if len(cells) == len(header):
+                    yield number, dict(zip(header, cells, strict=True))
+                else:
+                    yield number, UserError(f"{len(cells)} cells under a header of {len(header)}")
+        except csv.Error as error:
+            raise UserError(f"{name}: line {lines.line_num}: not valid CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def read_parquet(name: str, file: Path) -> datasets.Dataset:
+    try:
+        return datasets.Dataset(pq.read_table(file))
+    except Exception as error:  # Arrow's errors have no family of their own
+        raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
+def _arrow(name: str, file: Path) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_file(str(file))
+    except Exception as error:
+        raise UserError(f"{name}: cannot be read as an Arrow stream: {error}") from error
+
+
+def read_records(data: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """Rows as they are stored: an image stays its bytes."""
+    for batch in data.with_format("arrow").iter(BATCH):
+        for record in batch.to_pylist():  # pyright: ignore
+            yield {column: _without_nulls(value) for column, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the keys that Arrow adds: it gives each object all the keys that any of them has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
