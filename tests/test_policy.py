@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import sage.model.policy
 from sage.config import LoraConfig, ModelConfig
 from sage.data.packing import LAYOUTS, collate
 from sage.data.tokens import Pair
-from sage.model.loading import check_head, load_model
+from sage.model.loading import check_head, load_model, load_tokenizer
 from sage.model.policy import Policy
 from sage.model.probe import can_pack
 from sage.util.errors import UserError
@@ -64,11 +65,9 @@ each = pytest.mark.parametrize("name", CONFIGS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def tiny(name: str, layout: str = "padded", **changes) -> torch.nn.Module:
+def tiny(name: str, **changes) -> torch.nn.Module:
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS[name])
-    if name == "gemma2" and layout != "padded":
-        config.sliding_window = 4096  # `can_pack` admits windows that are longer than any text
     for key, value in changes.items():
         setattr(config, key, value)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -101,10 +100,10 @@ def naive(model: torch.nn.Module, prompt: list[int], response: list[int]) -> tor
 def test_log_probabilities_and_gradients(name, layout, prefix):
     """Protects the layouts (who sees whom, at which position; the last token of a shared prompt predicting both first
     tokens), padding, the shift by one, soft caps, logit scales, tied heads and learned positions."""
-    model = tiny(name, layout)
+    model = tiny(name)
     policy, rows = Policy(model), pairs(prefix)
     out = policy(collate(rows, layout, prefix))
-    model.config._attn_implementation = policy.unpacked_attention
+    model.set_attn_implementation(policy.attention)
     expected = [
         torch.stack([naive(model, p.prompt_ids, r(p)) for p in rows])
         for r in (lambda p: p.chosen_ids, lambda p: p.rejected_ids)
@@ -151,7 +150,7 @@ def test_long_and_short_prompts_in_one_row(layout):
     policy = Policy(model)
     with torch.no_grad():
         out = policy(collate(rows, layout))
-        model.config._attn_implementation = policy.unpacked_attention
+        model.set_attn_implementation(policy.attention)
         for i, row in enumerate(rows):
             assert out.chosen[i] == pytest.approx(
                 float(naive(model, row.prompt_ids, row.chosen_ids)), rel=1e-5
@@ -202,15 +201,8 @@ def test_logit_statistics_against_autograd():
 
 @each
 def test_who_can_pack(name):
-    """Every model here packs, unless its attention looks less far back than a pair is long."""
     model = tiny(name)
-    reason = can_pack(Policy(model), model, 20, torch.device("cpu"))
-    assert (reason is None) == (name != "gemma2"), reason
-    if name == "gemma2":
-        assert "window of 6" in reason
-        assert (
-            can_pack(Policy(model), model, 6, torch.device("cpu")) is not None
-        )  # the probe's own texts are longer
+    assert can_pack(Policy(model), model, 20, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
@@ -270,21 +262,179 @@ def test_adapters_that_cannot_be_are_refused_by_name(tiny_model, targets, word):
         Policy(lora(tiny_model, targets=targets))
 
 
-def test_dropout_is_off(tmp_path):
+OPT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+}
+# Each keeps its dropout in another place: modules, numbers in modules, numbers in the config; and a router's jitter.
+RANDOM = {
+    "gpt2": transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0.5,
+        embd_pdrop=0.5,
+        attn_pdrop=0.5,
+    ),
+    "llama": transformers.LlamaConfig(**LLAMA, attention_dropout=0.5),
+    "opt": transformers.OPTConfig(**OPT, dropout=0.5, attention_dropout=0.5, layerdrop=0.5),
+    "falcon": transformers.FalconConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_dropout=0.5,
+        attention_dropout=0.5,
+    ),
+    "mixtral": transformers.MixtralConfig(
+        **LLAMA, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5, attention_dropout=0.5
+    ),
+}
+
+
+def saved(folder, config) -> str:
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_training_mode_is_deterministic(tmp_path, name):
     """Dropout would make policy and reference differ at step 0."""
-    config = copy.deepcopy(CONFIGS["gpt2"])
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), ModelConfig(path=str(tmp_path)), torch.float32, seed=0)
-    policy, batch = Policy(model).train(), collate(pairs(), "padded")
-    assert torch.equal(policy(batch).chosen, policy(batch).chosen)
+    folder = saved(tmp_path, RANDOM[name])
+    cfg = ModelConfig(path=folder, gradient_checkpointing=True)
+    policy, batch = Policy(load_model(folder, cfg, torch.float32, seed=0)), collate(pairs(), "padded")
+    first, again = policy(batch).chosen, policy(batch).chosen
+    assert policy.model.training
+    with torch.no_grad():
+        asked = policy(batch).chosen
+    assert not policy.model.training
+    assert torch.equal(first, again) and (first - asked).abs().max() < 1e-4
 
 
-def test_attention_dropout_is_off(tmp_path):
-    """Llama-like models keep their attention dropout as a number in the config, not as a module."""
-    config = copy.deepcopy(CONFIGS["llama"])
-    config.attention_dropout = 0.5
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), ModelConfig(path=str(tmp_path)), torch.float32, seed=0)
-    policy, batch = Policy(model).train(), collate(pairs(), "padded")
-    assert torch.equal(policy(batch).chosen, policy(batch).chosen)
+def bytes_saved(policy: Policy) -> int:
+    """Bytes that autograd keeps of one forward for its backward, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = policy(collate(pairs(), "padded"))
+    (out.chosen - out.rejected).sum().backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "lora"])
+def test_gradient_checkpointing_saves_memory(tmp_path, name):
+    """Layers checkpoint only in training mode: what they compute inside is not kept, and gradients stay the same."""
+    size = {"num_hidden_layers": 8}
+    config = (
+        transformers.OPTConfig(**{**OPT, **size})
+        if name == "opt"
+        else transformers.LlamaConfig(**{**LLAMA, **size})
+    )
+    folder, lora_config = saved(tmp_path, config), None
+    if name == "lora":
+        pytest.importorskip("peft")
+        lora_config = LoraConfig(r=4)
+    sizes, gradients = {}, {}
+    for checkpointing in (False, True):
+        cfg = ModelConfig(path=folder, gradient_checkpointing=checkpointing, lora=lora_config)
+        policy = Policy(load_model(folder, cfg, torch.float32, seed=0))
+        sizes[checkpointing] = bytes_saved(policy)
+        gradients[checkpointing] = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert sizes[True] < sizes[False] / 4, sizes
+    assert gradients[True]
+    for ours, theirs in zip(gradients[True], gradients[False], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapters_dropout_lives_in_training_alone(tiny_model):
+    """The user asked for it. Reference passes and scores are without it."""
+    pytest.importorskip("peft")
+    policy, batch = Policy(lora(tiny_model, dropout=0.5)), collate(pairs(), "shared")
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert not torch.equal(policy(batch).chosen, policy(batch).chosen)
+    with torch.no_grad():
+        assert torch.equal(policy(batch).chosen, policy(batch).chosen)
+    assert torch.equal(policy(batch, reference=True).chosen, policy(batch, reference=True).chosen)
+
+
+def without(folder, *words: str, rename: str = "") -> None:
+    """Remove the weights whose names hold one of the words, or rename the first."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if not any(word in k for word in words)}
+    if rename:
+        kept[rename] = kept.pop(next(iter(kept)))
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_that_are_not_there_are_refused_by_name(tmp_path):
+    """Random weights in place of a head or a layer would be trained with exit 0. A tied head is not missing."""
+    untied = tmp_path / "untied"
+    saved(untied, transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False))
+    shutil.copytree(untied, tmp_path / "renamed")
+    shutil.copytree(untied, tmp_path / "reshaped")
+    without(untied, "lm_head", "layers.1.")
+    cfg = ModelConfig(path=str(untied))
+    with pytest.raises(
+        UserError, match=r"10 weights are missing.*lm_head.*layers\.1.* and 2 more.*allow_missing"
+    ):
+        load_model(str(untied), cfg, torch.float32, seed=0)
+    cfg.allow_missing = True
+    load_model(str(untied), cfg, torch.float32, seed=0)
+
+    without(tmp_path / "renamed", rename="somebody.elses.weight")
+    with pytest.raises(UserError, match="somebody.elses.weight"):
+        load_model(str(tmp_path / "renamed"), ModelConfig(path=""), torch.float32, seed=0)
+
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "reshaped")
+    config.intermediate_size = 40
+    config.save_pretrained(tmp_path / "reshaped")
+    with pytest.raises(UserError, match=r"6 weights are of another shape.*down_proj"):
+        load_model(str(tmp_path / "reshaped"), ModelConfig(path=""), torch.float32, seed=0)
+
+    saved(tmp_path / "tied", transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    load_model(str(tmp_path / "tied"), ModelConfig(path=""), torch.float32, seed=0)
+
+
+def test_broken_files_are_one_message(tmp_path):
+    folder = saved(tmp_path, transformers.LlamaConfig(**LLAMA))
+    with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(folder, ModelConfig(path=folder))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(folder, ModelConfig(path=folder), torch.float32, seed=0)
+
+
+def test_attention_that_a_model_refuses_falls_back(tmp_path, capsys, monkeypatch):
+    """`model.attention=auto` takes sdpa where the model supports it; transformers' refusal becomes a line."""
+    folder = saved(tmp_path, transformers.LlamaConfig(**LLAMA))
+    model = load_model(folder, ModelConfig(path=folder), torch.float32, seed=0)
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_supports_sdpa", False)
+    monkeypatch.setattr(transformers.LlamaModel, "_supports_sdpa", False)
+    model = load_model(folder, ModelConfig(path=folder), torch.float32, seed=0)
+    assert model.config._attn_implementation == "eager"
+    assert "attention is eager, since transformers refuses sdpa" in capsys.readouterr().out
+    with pytest.raises(UserError, match="sdpa|scaled_dot_product_attention"):
+        load_model(folder, ModelConfig(path=folder, attention="sdpa"), torch.float32, seed=0)

@@ -41,7 +41,9 @@ class ModelConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     attention: str = key(
-        "sdpa", "attention where rows are padded", choices=("sdpa", "eager", "flash_attention_2")
+        "auto",
+        "attention where rows are padded; auto = sdpa where the model supports it, else eager",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
     head: str = key(
         "auto",
@@ -50,6 +52,15 @@ class ModelConfig:
     )
     gradient_checkpointing: bool = key(
         False, "recompute activations in backward: less memory, a third more time"
+    )
+    allow_missing: bool = key(
+        False, "accept a model whose files lack weights (random values replace them) or have others"
+    )
+    router_aux_coef: float | None = key(
+        None,
+        "coefficient of the load-balancing loss of a mixture of experts, added to the loss; null = that of the "
+        "model's own config where it sets output_router_logits, else 0",
+        low=0,
     )
     trust_remote_code: bool = key(False, "run Python code that the model repository ships")
     lora: LoraConfig | None = key(None, "train a LoRA adapter instead of all weights (+model/lora=default)")

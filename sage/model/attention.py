@@ -1,9 +1,9 @@
 """Attention over packed rows: a response sees its own prompt and its own past, and nothing else of the row.
 
-A row is a prefix that all its prompts begin with, and a run of spans [prompt | chosen | rejected], where `rejected` may
-be absent and `prompt` is what follows the prefix. Registered with transformers as an attention implementation, so the
-model's own code runs unchanged: on CPU one exact attention per response, over its own text alone; on CUDA one
-FlexAttention over the row under a block mask.
+A row is a prefix that all its prompts begin with, followed by spans [prompt | chosen | rejected]. In a span, `rejected`
+may be absent, and `prompt` is the part behind the prefix. The attention is registered with transformers, so the model's
+own code runs unchanged. On a CPU it computes each response exactly, over its own text. On CUDA it is one FlexAttention
+over the row under a block mask.
 """
 
 from __future__ import annotations
@@ -17,23 +17,39 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from sage.data.packing import Span
 
 IMPLEMENTATION = "sage_packed"
-# Queries of one block on a CPU: half of a short text's scores are ahead of it, and skipped; smaller products are slower.
+# Queries in one block on a CPU. Half of a short text's scores lie ahead of the query and are skipped. Smaller blocks
+# make smaller products, which are slower.
 BLOCK = 128
 
 
-class SpanMask(NamedTuple):
-    """A row for the CPU."""
+class Window(NamedTuple):
+    """What a layer with a sliding window gets as its mask: a token sees this many tokens, itself included."""
 
-    prefix: int
-    spans: Sequence[Span]
+    size: int
+
+
+class Row:
+    """A packed row of `length` tokens. Masks are made when a layer first asks for them, and serve all layers."""
+
+    def __init__(
+        self, prefix: int, spans: Sequence[Span], length: int, device: torch.device, compiled: bool = True
+    ):
+        self.prefix, self.spans, self.length, self.device, self.compiled = (
+            prefix,
+            spans,
+            length,
+            device,
+            compiled,
+        )
+        self.block_masks: dict[int | None, BlockMask] = {}
 
     def texts(self) -> Iterator[tuple[slice, list[slice]]]:
-        """(queries, keys) of each text; a text's last tokens are its queries, and each sees all that is before it."""
+        """(queries, keys) of each text. The queries are the last of the keys, and each sees all that is before it."""
         if self.prefix:
             yield slice(0, self.prefix), [slice(0, self.prefix)]
         before = [slice(0, self.prefix)] if self.prefix else []
@@ -44,32 +60,53 @@ class SpanMask(NamedTuple):
                 own = slice(second, second + rejected)
                 yield own, [*before, slice(start, start + prompt), own]
 
+    def block_mask(self, window: int | None) -> BlockMask:
+        """The row as a FlexAttention mask. A token behind the last span sees only itself."""
+        if window not in self.block_masks:
+            # Each token's part: -1 for the prefix, then 3 * span + (0 prompt, 1 chosen, 2 rejected), and its place in
+            # its own text. They are built on the CPU, so the device never waits.
+            parts, places = [torch.full((self.prefix,), -1)], [torch.arange(self.prefix)]
+            for i, (_, prompt, chosen, rejected) in enumerate(self.spans):
+                sizes = torch.tensor([prompt, chosen, rejected])
+                parts.append(torch.repeat_interleave(torch.arange(3), sizes) + 3 * i)
+                text = self.prefix + prompt
+                places.append(torch.arange(self.prefix, text + chosen))
+                places.append(torch.arange(text, text + rejected))
+            padding = self.length - sum(map(len, parts))
+            parts.append((len(self.spans) + torch.arange(padding)) * 3)
+            places.append(torch.zeros(padding, dtype=torch.long))
+            part, place = (torch.cat(x).to(self.device, non_blocking=True) for x in (parts, places))
 
-def packed_mask(
-    prefix: int, spans: Sequence[Span], length: int, device: torch.device
-) -> SpanMask | BlockMask:
-    """What `packed_attention` needs to know of a row of `length` tokens, made once for all layers."""
-    if device.type == "cuda":
-        return block_mask(prefix, spans, length, device, compiled=True)
-    return SpanMask(prefix, spans)
+            def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                same_pair = part[q] // 3 == part[k] // 3
+                own_text = same_pair & ((part[q] % 3 != 2) | (part[k] % 3 != 1))
+                seen = (k <= q) & ((part[k] < 0) | own_text)
+                return seen if window is None else seen & (place[q] - place[k] < window)
+
+            self.block_masks[window] = create_block_mask(
+                visible, None, None, self.length, self.length, device=str(self.device), _compile=self.compiled
+            )
+        return self.block_masks[window]
 
 
-def block_mask(
-    prefix: int, spans: Sequence[Span], length: int, device: torch.device, compiled: bool
-) -> BlockMask:
-    """The same as a FlexAttention mask. Of its spans, a token behind the last one sees itself alone."""
-    sizes = torch.tensor([part for s in spans for part in s[1:]])
-    # Token -> its part: -1 prefix, then 3 * span + (0 prompt, 1 chosen, 2 rejected). Built on the CPU: the device never waits.
-    part = torch.cat([torch.full((prefix,), -1), torch.repeat_interleave(torch.arange(len(sizes)), sizes)])
-    padding = torch.arange(length - len(part)) * 3 + len(sizes)
-    part = torch.cat([part, padding]).to(device, non_blocking=True)
+def local_mask(
+    *,
+    mask_function: Any,
+    config: Any,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **_: Any,
+) -> Window | None:
+    """transformers' mask interface: the mask of the layers of one type, given to `packed_attention` as attention_mask.
 
-    def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same_pair = part[q] // 3 == part[k] // 3
-        own_text = same_pair & ((part[q] % 3 != 2) | (part[k] % 3 != 1))
-        return (k <= q) & ((part[k] < 0) | own_text)
-
-    return create_block_mask(visible, None, None, length, length, device=str(device), _compile=compiled)
+    Raises:
+        NotImplementedError: the model asks for a mask that packed rows do not have.
+    """
+    if use_vmap:
+        raise NotImplementedError("it masks attention in a way of its own")
+    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+        raise NotImplementedError(f"its attention is chunked, every {local_size} tokens")
+    return None if local_size is None else Window(local_size)
 
 
 def packed_attention(
@@ -77,34 +114,52 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: None,
+    attention_mask: Window | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    packed_mask: SpanMask | BlockMask | None = None,
+    packed_row: Row | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, heads, t, d], key and value [1, kv_heads, t, d] -> [1, t, heads, d].
+    """transformers' attention interface: query [1, heads, t, d], key [1, kv_heads, t, d], value [1, kv_heads, t, w]
+    -> [1, t, heads, w].
 
-    Gemma 2's `softcap` is honoured. What a model asks beyond this (windows, sinks) is not: `probe.can_pack` finds out.
+    Gemma 2's `softcap` and sliding windows are honoured. Whatever else a model may ask for, the self-check finds out.
+
+    Raises:
+        NotImplementedError: the layer asks for something that packed rows do not have.
     """
-    assert packed_mask is not None and attention_mask is None and not dropout
-    if isinstance(packed_mask, BlockMask):
+    if packed_row is None:
+        raise NotImplementedError("its code does not hand the row on to its attention")
+    if s_aux is not None:
+        raise NotImplementedError("its attention has sinks")
+    if attention_mask is not None and not isinstance(attention_mask, Window):
+        raise NotImplementedError("it masks attention in a way of its own")
+    assert not dropout
+    window = None if attention_mask is None else attention_mask.size
+    if packed_row.device.type == "cuda" or not packed_row.compiled:
         score = None if softcap is None else _soft_cap(softcap)
-        out = flex(query.is_cuda)(
-            query, key, value, score_mod=score, block_mask=packed_mask, scale=scaling, enable_gqa=True
+        out = flex(packed_row.compiled)(
+            query,
+            key,
+            value,
+            score_mod=score,
+            block_mask=packed_row.block_mask(window),
+            scale=scaling,
+            enable_gqa=True,
         )
         assert isinstance(out, Tensor)
         return out.transpose(1, 2).contiguous(), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Texts.apply(query, key, value, packed_mask, scaling, softcap), None  # pyright: ignore
+    return _Texts.apply(query, key, value, packed_row, scaling, softcap, window), None  # pyright: ignore
 
 
 class _Texts(torch.autograd.Function):
     """Softmax attention of a row's texts, block by block of queries, recomputed in the backward pass.
 
-    Scores and softmax are float32, the other products in the model's dtype. scaled_dot_product_attention on each text would
-    fill and add up gradients of the whole row for every slice of it, and takes twice as long in bfloat16 (torch 2.13).
+    Scores and softmax are float32, the other products in the model's dtype. scaled_dot_product_attention on each text
+    would fill and add up gradients of the whole row for every slice of it. In bfloat16 it takes twice as long (torch 2.13).
     """
 
     @staticmethod
@@ -113,20 +168,23 @@ class _Texts(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: SpanMask,
+        row: Row,
         scaling: float,
         softcap: float | None,
+        window: int | None,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.mask, ctx.scaling, ctx.softcap = mask, scaling, softcap
-        _, heads, length, width = query.shape
+        ctx.row, ctx.scaling, ctx.softcap, ctx.window = row, scaling, softcap, window
+        heads, length, width = query.shape[1], query.shape[2], value.shape[3]
         out = query.new_empty(1, length, heads, width)
-        for queries, keys in mask.texts():
+        for queries, keys in row.texts():
             k, v = _take(key, keys), _take(value, keys)
             wide = k.to(_wide(k))
-            for block, seen in _blocks(queries, k.shape[1]):
-                scores = _scores(_group(query[0, :, block], k), wide[:, :seen], block, scaling, softcap)
-                mixed = torch.bmm(scores.softmax(-1).to(v.dtype), v[:, :seen])
+            for block, seen in _blocks(queries, k.shape[1], window):
+                scores = _scores(
+                    _group(query[0, :, block], k), wide[:, seen], block, scaling, softcap, window
+                )
+                mixed = torch.bmm(scores.softmax(-1).to(v.dtype), v[:, seen])
                 out[0, block] = mixed.view(heads, -1, width).transpose(0, 1)
         return out
 
@@ -134,27 +192,27 @@ class _Texts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        scaling, softcap = ctx.scaling, ctx.softcap
+        scaling, softcap, window = ctx.scaling, ctx.softcap, ctx.window
         grad_query = torch.empty_like(query)
-        # Sums over texts and blocks, in float32: a prompt is a key of both responses.
+        # Sums over texts and blocks are float32, since a prompt is a key of both responses.
         grad_key, grad_value = (torch.zeros_like(x[0], dtype=_wide(x)) for x in (key, value))
-        for queries, keys in ctx.mask.texts():
+        for queries, keys in ctx.row.texts():
             k, v = _take(key, keys), _take(value, keys)
             wide = k.to(_wide(k))
             sum_key, sum_value = (torch.zeros_like(x, dtype=_wide(x)) for x in (k, v))
-            for block, seen in _blocks(queries, k.shape[1]):
+            for block, seen in _blocks(queries, k.shape[1], window):
                 q, g = _group(query[0, :, block], k), _group(grad[0, block].transpose(0, 1), k)
-                scores = _scores(q, wide[:, :seen], block, scaling, softcap)
+                scores = _scores(q, wide[:, seen], block, scaling, softcap, window)
                 probs = scores.softmax(-1)
-                grad_probs = torch.bmm(g, v[:, :seen].transpose(1, 2)).to(probs.dtype)
+                grad_probs = torch.bmm(g, v[:, seen].transpose(1, 2)).to(probs.dtype)
                 grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
                 if softcap is not None:
                     grad_scores *= 1 - (scores.clamp_min(-softcap) / softcap).square_()
                 grad_scores = grad_scores.to(k.dtype)
-                own = _scaled_product(grad_scores, k[:, :seen], scaling)
+                own = _scaled_product(grad_scores, k[:, seen], scaling)
                 grad_query[0, :, block] = own.view_as(grad_query[0, :, block])
-                sum_key[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q)
-                sum_value[:, :seen] += torch.bmm(probs.to(g.dtype).transpose(1, 2), g)
+                sum_key[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q)
+                sum_value[:, seen] += torch.bmm(probs.to(g.dtype).transpose(1, 2), g)
             sizes = [part.stop - part.start for part in keys]
             for part, own_key, own_value in zip(
                 keys, sum_key.split(sizes, 1), sum_value.split(sizes, 1), strict=True
@@ -162,7 +220,15 @@ class _Texts(torch.autograd.Function):
                 grad_key[:, part] += own_key
                 grad_value[:, part] += own_value
         grad_key *= scaling
-        return grad_query, grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None, None, None
+        return (
+            grad_query,
+            grad_key[None].to(key.dtype),
+            grad_value[None].to(value.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _take(x: Tensor, parts: list[slice]) -> Tensor:
@@ -170,11 +236,15 @@ def _take(x: Tensor, parts: list[slice]) -> Tensor:
     return torch.cat([x[0, :, part] for part in parts], 1)
 
 
-def _blocks(queries: slice, keys: int) -> Iterator[tuple[slice, int]]:
-    """Blocks of a text's queries, and how many of its keys the last query of each sees."""
+def _blocks(queries: slice, keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Blocks of a text's queries, and which of its keys each block sees: up to its last query."""
     for start in range(queries.start, queries.stop, BLOCK):
         stop = min(start + BLOCK, queries.stop)
-        yield slice(start, stop), keys - (queries.stop - stop)
+        seen = keys - (queries.stop - stop)
+        yield (
+            slice(start, stop),
+            slice(0 if window is None else max(seen - (stop - start) - window + 1, 0), seen),
+        )
 
 
 def _group(x: Tensor, k: Tensor) -> Tensor:
@@ -182,26 +252,32 @@ def _group(x: Tensor, k: Tensor) -> Tensor:
     return x.reshape(k.shape[0], -1, x.shape[-1])
 
 
-def _scores(q: Tensor, k: Tensor, block: slice, scaling: float, softcap: float | None) -> Tensor:
-    """[kv_heads, heads / kv_heads * own, seen] of a block of `own` queries, the last of the keys, in the keys' wider dtype."""
+def _scores(
+    q: Tensor, k: Tensor, block: slice, scaling: float, softcap: float | None, window: int | None
+) -> Tensor:
+    """[kv_heads, heads / kv_heads * own, seen] of a block of `own` queries, the last of the keys, in the wider dtype."""
     with _bfloat16_factors() if q.dtype == torch.bfloat16 else nullcontext():
         scores = _scaled_product(q.to(k.dtype), k.transpose(1, 2), scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    own = block.stop - block.start
+    own, seen = block.stop - block.start, scores.shape[-1]
+    by_query = scores.view(-1, own, seen)
     ahead = scores.new_full((own, own), -torch.inf).triu_(1)
-    scores.view(-1, own, scores.shape[-1])[:, :, -own:] += ahead
+    by_query[:, :, -own:] += ahead
+    if window is not None and seen > window:
+        behind = scores.new_full((own, seen), -torch.inf).tril_(seen - own - window)
+        by_query += behind
     return scores
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling * a @ b, of batches, rounded once."""
+    """scaling * a @ b for batches, rounded once."""
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
 
 
 @contextmanager
 def _bfloat16_factors() -> Iterator[None]:
-    """float32 products whose factors are bfloat16 numbers: exact all the same, and a CPU with units for these is faster."""
+    """float32 products of bfloat16 factors. They stay exact, and a CPU with bfloat16 units makes them faster."""
     matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
@@ -216,7 +292,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @cache
 def flex(compiled: bool) -> Any:
-    """FlexAttention, compiled once for rows of any length; uncompiled it is a slow reference, for tests."""
+    """FlexAttention, compiled once for rows of any length. Uncompiled it is a slow reference for tests."""
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
@@ -229,3 +305,4 @@ def _soft_cap(softcap: float) -> Any:
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, local_mask)

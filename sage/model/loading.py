@@ -1,4 +1,4 @@
-"""Load models and tokenizers: from a folder, a GGUF file or the hub, with an adapter where the config asks for one."""
+"""Load models and tokenizers from a folder, a GGUF file or the hub, with an adapter where the config asks for one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from torch import nn
 
 from sage.config import ModelConfig
 from sage.data.source import resolve_path
 from sage.model.kernels import has_triton
 from sage.model.kernels.recompute import bfloat16_in_hardware
-from sage.util.errors import UserError
+from sage.util.errors import UserError, first_line
+from sage.util.progress import console
+
+SHOWN = 8  # names of weights in an error message
 
 
 def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
@@ -46,7 +48,7 @@ def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
     try:
         return snapshot_download(path, revision=cfg.revision, allow_patterns=patterns)
     except Exception as e:
-        raise UserError(f"model.path={cfg.path} cannot be had from the hub: {e}".splitlines()[0]) from e
+        raise UserError(f"model.path={cfg.path}: the hub does not give it: {first_line(e)}") from e
 
 
 def convert_gguf(path: str, cache_dir: str) -> str:
@@ -78,14 +80,24 @@ def convert_gguf(path: str, cache_dir: str) -> str:
 
 
 def load_tokenizer(folder: str, cfg: ModelConfig) -> transformers.PreTrainedTokenizerBase:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    """The model's tokenizer.
+
+    Raises:
+        UserError: the folder has none that can be read, or it has no end token.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=cfg.trust_remote_code
+        )
+    except Exception as e:  # transformers reports files that are missing or broken with many types
+        raise UserError(f"model.path={cfg.path}: its tokenizer cannot be loaded: {first_line(e)}") from e
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path={cfg.path}: its tokenizer has no end token (eos_token)")
     return tokenizer
 
 
 def compute_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it in hardware: on other CPUs it is ten times slower."""
+    """`auto` is bfloat16 where the device multiplies it in hardware. Other CPUs take ten times as long for it."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     if device.type == "cuda":
@@ -102,28 +114,23 @@ def check_head(cfg: ModelConfig, device: torch.device) -> None:
 
 
 def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> Any:
-    """The causal language model, with its LoRA adapter where the config asks for one, dropout off.
+    """The causal language model, with its LoRA adapter where the config asks for one.
 
-    The adapter's random init is seeded, so the initial policy is the same on every rank and on resume.
+    The adapter's random init is seeded, so the initial policy is the same on every rank and after a resume.
+
+    Raises:
+        UserError: files are broken or lack weights, or the model cannot do what the config asks.
     """
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=cfg.attention,
-            use_safetensors=True,
-            trust_remote_code=cfg.trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError) as e:
-        raise UserError(f"model.path={cfg.path} cannot be loaded: {str(e).splitlines()[0]}") from e
+    model = load_base(folder, cfg, dtype)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.config.use_cache = False
-    for module in model.modules():  # dropout would make policy and reference differ at step 0
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # pyright: ignore
+        # transformers 5.24 renamed it.
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as e:
+            raise UserError(f"model.gradient_checkpointing=true: {first_line(e)}") from e
     if cfg.lora is None:
         return model
     try:
@@ -132,27 +139,76 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
         raise UserError("model.lora needs peft: pip install 'sage-align[lora]'") from e
     torch.manual_seed(seed)
     if cfg.adapter_path:
-        adapted = peft.PeftModel.from_pretrained(model, resolve_path(cfg.adapter_path), is_trainable=True)
-    else:
-        targets = "all-linear" if cfg.lora.targets == ["all-linear"] else cfg.lora.targets
-        config = peft.LoraConfig(
-            r=cfg.lora.r,
-            lora_alpha=cfg.lora.alpha,  # pyright: ignore[reportArgumentType]
-            lora_dropout=cfg.lora.dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
+        return peft.PeftModel.from_pretrained(model, resolve_path(cfg.adapter_path), is_trainable=True)
+    targets = "all-linear" if cfg.lora.targets == ["all-linear"] else cfg.lora.targets
+    config = peft.LoraConfig(
+        r=cfg.lora.r,
+        lora_alpha=cfg.lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=cfg.lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as e:
+        raise UserError(f"model.lora.targets={cfg.lora.targets}: {first_line(e)}") from e
+
+
+def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
+    """The model without adapter, with every weight from its files, and the attention that the config asks for."""
+    wanted = ("sdpa", "eager") if cfg.attention == "auto" else (cfg.attention,)
+    refusal = None
+    for implementation in wanted:
         try:
-            adapted = peft.get_peft_model(model, config)
-        except ValueError as e:
-            raise UserError(f"model.lora.targets={cfg.lora.targets}: {str(e).splitlines()[0]}") from e
-    if cfg.gradient_checkpointing:
-        model.enable_input_require_grads()
-    return adapted
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=implementation,
+                use_safetensors=True,
+                trust_remote_code=cfg.trust_remote_code,
+                ignore_mismatched_sizes=True,  # `check_weights` names them all
+                output_loading_info=True,
+            )
+            break
+        except Exception as e:  # transformers and safetensors report broken files with many types
+            if implementation != wanted[-1] and isinstance(e, (ValueError, ImportError)):
+                refusal = first_line(e).split(". ")[0]
+                continue
+            raise UserError(f"model.path={cfg.path} cannot be loaded: {first_line(e)}") from e
+    if refusal:
+        console.print(
+            f"attention is {model.config._attn_implementation}, since transformers refuses sdpa ({refusal})"
+        )
+    if not cfg.allow_missing:
+        check_weights(cfg, info)
+    return model
+
+
+def check_weights(cfg: ModelConfig, info: dict[str, Any]) -> None:
+    """Refuse a model whose files and code do not hold the same weights: the difference would be random or lost.
+
+    Args:
+        info: transformers' loading info. A head that is tied to the embedding is not among its missing keys.
+    """
+    faults = []
+    for kind, text in (
+        ("missing_keys", "missing from its files"),
+        ("unexpected_keys", "in its files and not in the model"),
+        ("mismatched_keys", "of another shape in its files"),
+    ):
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in info[kind])
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            faults.append(f"{len(names)} weights are {text} ({', '.join(names[:SHOWN])}{more})")
+    if faults:
+        raise UserError(
+            f"model.path={cfg.path}: {'; '.join(faults)}; get the whole model, or set model.allow_missing=true to "
+            "begin with random values there"
+        )
 
 
 def fingerprint(folder: str, adapter_path: str | None) -> str:
-    """Hash of the weights and configs that make the initial policy: reference log-probabilities are keyed on it."""
+    """Hash of the weights and configs of the initial policy. Reference log-probabilities are keyed on it."""
     digest = hashlib.sha256()
     for root in (folder, resolve_path(adapter_path)) if adapter_path else (folder,):
         for file in sorted(Path(root).iterdir()):

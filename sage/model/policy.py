@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -12,28 +16,28 @@ from sage.data.packing import MicroBatch
 from sage.model import attention
 from sage.model.kernels import TokenStats, token_stats
 from sage.model.logps import LogitStats, PairLogps
+from sage.model.rope import TextRopes, texts_of
 from sage.util.errors import UserError
+
+OWN = "own"  # as `Policy.backend`: the logits come from the model's own full forward
 
 
 class Head(nn.Module):
-    """Statistics of labels from hidden states, without logits of the unscored positions.
+    """Statistics of labels from hidden states, without logits of the positions that are not scored.
 
-    It owns the head's weight as a parameter of its own (the same object as the model's), so that ZeRO-3 gathers it for
+    It holds the head's weight as its own parameter (the same object as the model's), so that ZeRO-3 gathers it for
     this module's forward and again before its backward.
     """
 
-    def __init__(self, lm_head: nn.Module, config: transformers.PretrainedConfig, backend: str):
+    def __init__(self, lm_head: nn.Linear, config: transformers.PreTrainedConfig):
         super().__init__()
-        if type(lm_head) is not nn.Linear:
-            raise UserError(
-                f"the model's head is a {type(lm_head).__name__}: adapters on the head are not supported"
-            )
-        self.weight, self.bias, self.backend = lm_head.weight, lm_head.bias, backend
+        self.weight, self.bias = lm_head.weight, lm_head.bias
+        # Models transform their logits in many ways. These are the common ones; the self-check finds the others.
         self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
+        # Cohere multiplies its logits by logit_scale, and Granite divides them by logits_scaling.
         self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
-    def forward(self, hidden: Tensor, labels: Tensor, stats: tuple[str, ...]) -> TokenStats:
+    def forward(self, hidden: Tensor, labels: Tensor, stats: tuple[str, ...], backend: str) -> TokenStats:
         return token_stats(
             hidden,
             self.weight,
@@ -42,54 +46,182 @@ class Head(nn.Module):
             softcap=self.softcap,
             scale=self.scale,
             stats=stats,
-            backend=self.backend,
+            backend=backend,
         )
 
 
 class Policy(nn.Module):
-    """The one module the engine wraps: micro-batch in, response log-probabilities out."""
+    """The one module that the engine wraps: micro-batch in, response log-probabilities out.
 
-    def __init__(self, model: Any, head: str = "auto"):
+    Dropout, router jitter and their like are switched off in `model`: they would make policy and reference differ.
+    """
+
+    def __init__(self, model: Any, backend: str = "auto"):
+        """`backend` computes the head: a backend of `sage.model.kernels`, or OWN."""
         super().__init__()
-        self.model: Any = model
-        self.head = Head(self.causal.get_output_embeddings(), self.causal.config, head)
-        self.unpacked_attention = self.causal.config._attn_implementation
+        self.model: Any = model.eval()  # all of it: peft's outer module begins in training mode
+        causal = self.causal
+        silence(causal)
+        lm_head = causal.get_output_embeddings()
+        if hasattr(lm_head, "base_layer"):
+            raise UserError(
+                f"the model's head is a {type(lm_head).__name__}: adapters on the head are not supported"
+            )
+        fits = type(lm_head) is nn.Linear and causal.base_model is not causal
+        self.head = Head(lm_head, causal.config.get_text_config()) if fits else None
+        self.backend = backend if fits else OWN
+        self.attention = causal.config._attn_implementation  # of rows that are not packed
+        self.ropes: TextRopes | None = None  # set where frequencies depend on a text's length
+        # Layers checkpoint only in training mode, and an adapter's dropout lives only there.
+        self.trains = any(
+            getattr(m, "gradient_checkpointing", False) or (isinstance(m, nn.Dropout) and m.p > 0)
+            for m in model.modules()
+        )
 
     @property
     def causal(self) -> Any:
         """The transformers model, inside its adapter where there is one."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def forward(self, batch: MicroBatch, reference: bool = False, logit: bool = False) -> Any:
-        """PairLogps of a micro-batch of n pairs; with `logit`, (PairLogps, LogitStats).
+    def forward(
+        self,
+        batch: MicroBatch,
+        reference: bool = False,
+        logit: bool = False,
+        router: bool = False,
+        tokens: bool = False,
+    ) -> Any:
+        """PairLogps of a micro-batch of n pairs.
 
-        `reference` switches a freshly initialised adapter off, which gives back the initial model.
+        Args:
+            reference: switch a freshly initialised adapter off, which gives back the initial model.
+            logit: return (PairLogps, LogitStats).
+            router: return (PairLogps, the model's own load-balancing loss of its routers, a scalar).
+            tokens: return the log-probability of each scored token instead, [s].
         """
-        causal, arguments = self.causal, {}
-        if batch.spans is None:
-            causal.config._attn_implementation = self.unpacked_attention
-        else:
-            causal.config._attn_implementation = attention.IMPLEMENTATION
-            arguments["packed_mask"] = attention.packed_mask(
-                batch.prefix, batch.spans, batch.input_ids.shape[1], batch.input_ids.device
-            )
+        training = self.trains and torch.is_grad_enabled() and not reference
+        if self.model.training != training:
+            self.model.train(training)
+        wanted = ("logps", "sum_sq_probs") if logit else ("logps",)
         with self.model.disable_adapter() if reference else nullcontext():
-            hidden = causal.base_model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-                **arguments,
-            ).last_hidden_state
-        hidden = hidden.flatten(0, 1)[batch.positions]
-        stats = self.head(hidden, batch.labels, ("logps", "sum_sq_probs") if logit else ("logps",))
+            stats, router_loss = self.ask(batch, wanted, router)
+        assert stats.logps is not None
+        if tokens:
+            return stats.logps
         logps = PairLogps(*per_response(stats.logps, batch).chunk(2), *batch.response_tokens.chunk(2))
+        if router:
+            return logps, router_loss
         if not logit:
             return logps
+        assert stats.sum_sq_probs is not None
         squared_norms = per_response(1 - 2 * stats.logps.detach().exp() + stats.sum_sq_probs, batch)
         uncertainties = per_response(1 - stats.sum_sq_probs, batch)
         chosen_norm, rejected_norm = squared_norms.chunk(2)
         return logps, LogitStats(chosen_norm + rejected_norm, *uncertainties.chunk(2))
+
+    def ask(
+        self, batch: MicroBatch, stats: tuple[str, ...], router: bool
+    ) -> tuple[TokenStats, Tensor | None]:
+        """Statistics of the scored tokens, and the routers' loss where `router` asks for it."""
+        causal, inputs = self.causal, self.inputs(batch)
+        if self.backend == OWN:
+            with float32_head(causal):
+                out = causal(**inputs, **({"output_router_logits": True} if router else {}))
+            logits = out.logits.flatten(0, 1)[batch.positions]
+            return own_stats(logits, batch.labels, stats), out.aux_loss if router else None
+        assert self.head is not None
+        if router:  # the model's own code around its body computes the loss; its logits are of no use here
+            bodies: list[Any] = []
+            hook = causal.base_model.register_forward_hook(lambda _module, _args, out: bodies.append(out))
+            try:
+                out = causal(**inputs, output_router_logits=True, logits_to_keep=1)
+            finally:
+                hook.remove()
+            body, router_loss = bodies[0], out.aux_loss
+        else:
+            body, router_loss = causal.base_model(**inputs), None
+        hidden = body.last_hidden_state.flatten(0, 1)[batch.positions]
+        return self.head(hidden, batch.labels, stats, self.backend), router_loss
+
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """What the model's forward takes, with its attention set for this batch."""
+        causal = self.causal
+        packed = batch.spans is not None
+        wanted = attention.IMPLEMENTATION if packed else self.attention
+        if causal.config._attn_implementation != wanted:
+            causal.set_attn_implementation(wanted)
+            if causal.config._attn_implementation != wanted:
+                raise NotImplementedError("its attention cannot be replaced")
+        if self.ropes:
+            self.ropes.texts = texts_of(batch)
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "attention_mask": batch.attention_mask,
+            "use_cache": False,
+        }
+        if batch.spans is not None:
+            inputs["packed_row"] = attention.Row(
+                batch.prefix, batch.spans, batch.input_ids.shape[1], batch.input_ids.device
+            )
+        taken = inspect.signature((causal if self.backend == OWN else causal.base_model).forward).parameters
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+            return inputs
+        if packed:
+            raise NotImplementedError("its code does not hand the row on to its attention")
+        return {name: value for name, value in inputs.items() if name in taken}
+
+
+def own_stats(logits: Tensor, labels: Tensor, stats: tuple[str, ...]) -> TokenStats:
+    """`sage.model.kernels.token_stats` from [s, v] logits that the model computed itself."""
+    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return TokenStats(
+        logps=logps.gather(1, labels[:, None]).squeeze(1),
+        sum_sq_probs=logps.detach().exp().square().sum(-1) if "sum_sq_probs" in stats else None,
+    )
+
+
+@contextmanager
+def float32_head(causal: Any) -> Iterator[None]:
+    """The model's own logits in float32: the product of its head would round them to the model's dtype."""
+    lm_head = causal.get_output_embeddings()
+    if type(lm_head) is not nn.Linear or lm_head.weight.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+
+    def product(x: Tensor) -> Tensor:
+        bias = None if lm_head.bias is None else lm_head.bias.float()
+        return F.linear(x.float(), lm_head.weight.float(), bias)
+
+    lm_head.forward = product
+    try:
+        yield
+    finally:
+        del lm_head.forward
+
+
+def silence(model: nn.Module) -> None:
+    """Set every dropout and jitter of a model to zero: in modules, in numbers that modules keep, and in its configs.
+
+    A dropout that peft added stays: its user asked for it.
+    """
+    configs: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if "lora_dropout" in name.split("."):
+            continue
+        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
+            module.p = 0.0
+        zero_rates(module)
+        if isinstance(config := getattr(module, "config", None), transformers.PreTrainedConfig):
+            configs[id(config)] = config
+    for config in configs.values():
+        zero_rates(config)
+
+
+def zero_rates(holder: Any) -> None:
+    for name, value in vars(holder).items():
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(holder, name, 0.0)
 
 
 def per_response(values: Tensor, batch: MicroBatch) -> Tensor:

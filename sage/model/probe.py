@@ -16,9 +16,6 @@ def can_pack(model: Any, causal: Any, max_length: int, device: torch.device) -> 
 
     `model` is a Policy, or the engine around it; `causal` is the transformers model in it. Every rank calls this.
     """
-    window = getattr(causal.config, "sliding_window", None)
-    if window and max_length > window and getattr(causal.config, "use_sliding_window", True):
-        return f"its attention window of {window} tokens is shorter than data.max_length={max_length}"
     if not causal._supports_attention_backend:
         return "its attention cannot be replaced"
     ids = (torch.arange(36) * 7919 % (causal.config.vocab_size - 1)).tolist()

@@ -15,6 +15,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def disk_full(error: BaseException | None) -> bool:
     """Whether an exception came of a disk without room, which each library words in its own way."""
     while error:
