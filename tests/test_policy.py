@@ -403,7 +403,7 @@ def test_weights_that_are_not_there_are_refused_by_name(tmp_path):
     load_model(str(untied), cfg, torch.float32, seed=0)
 
     without(tmp_path / "renamed", rename="somebody.elses.weight")
-    with pytest.raises(UserError, match="somebody.elses.weight"):
+    with pytest.raises(UserError, match=r"somebody.elses.weight"):
         load_model(str(tmp_path / "renamed"), ModelConfig(path=""), torch.float32, seed=0)
 
     config = transformers.AutoConfig.from_pretrained(tmp_path / "reshaped")
@@ -436,5 +436,5 @@ def test_attention_that_a_model_refuses_falls_back(tmp_path, capsys, monkeypatch
     model = load_model(folder, ModelConfig(path=folder), torch.float32, seed=0)
     assert model.config._attn_implementation == "eager"
     assert "attention is eager, since transformers refuses sdpa" in capsys.readouterr().out
-    with pytest.raises(UserError, match="sdpa|scaled_dot_product_attention"):
+    with pytest.raises(UserError, match=r"sdpa|scaled_dot_product_attention"):
         load_model(folder, ModelConfig(path=folder, attention="sdpa"), torch.float32, seed=0)
