@@ -157,10 +157,10 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
 def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
     """The model without adapter, with every weight from its files, and the attention that the config asks for."""
     wanted = ("sdpa", "eager") if cfg.attention == "auto" else (cfg.attention,)
-    refusal = None
+    refusal, loaded = None, None
     for implementation in wanted:
         try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=implementation,
@@ -175,6 +175,7 @@ def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
                 refusal = first_line(e).split(". ")[0]
                 continue
             raise UserError(f"model.path={cfg.path} cannot be loaded: {first_line(e)}") from e
+    model, info = loaded
     if refusal:
         console.print(
             f"attention is {model.config._attn_implementation}, since transformers refuses sdpa ({refusal})"

@@ -193,7 +193,7 @@ def float32_head(causal: Any) -> Iterator[None]:
         bias = None if lm_head.bias is None else lm_head.bias.float()
         return F.linear(x.float(), lm_head.weight.float(), bias)
 
-    lm_head.forward = product
+    lm_head.forward = product  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

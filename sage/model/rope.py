@@ -35,7 +35,7 @@ class TextRopes:
         def split(x: Tensor, position_ids: Tensor, *args: Any, **options: Any) -> Any:
             if self.texts is None:
                 return forward(x, position_ids, *args, **options)
-            whole: tuple[Tensor, ...] = ()
+            whole: list[Tensor] = []
             for rows, columns in self.texts:
                 own = position_ids[..., rows, columns]
                 # Dynamic NTK keeps the longest length that it has seen. A short call makes it forget.
@@ -43,10 +43,10 @@ class TextRopes:
                 out = forward(x, own, *args, **options)
                 parts = out if isinstance(out, tuple) else (out,)
                 if not whole:
-                    whole = tuple(p.new_zeros(*position_ids.shape, p.shape[-1]) for p in parts)
+                    whole = [p.new_zeros(*position_ids.shape, p.shape[-1]) for p in parts]
                 for all_texts, part in zip(whole, parts, strict=True):
                     all_texts[..., rows, columns, :] = part
-            return whole if isinstance(out, tuple) else whole[0]
+            return whole[0] if len(whole) == 1 else tuple(whole)
 
         return split
 
