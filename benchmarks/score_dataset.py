@@ -30,7 +30,7 @@ from sage.model import loading
 from sage.model.engine import Frozen, init_distributed
 from sage.model.forward import PairForward
 from sage.model.policy import Policy
-from sage.training.run import choose_layout
+from sage.model.selfcheck import settle
 from sage.util import ranks
 
 CACHE = "~/.cache/sage"
@@ -62,7 +62,7 @@ def main() -> None:
         cache_dir=CACHE,
     )
     engine = Frozen(Policy(loading.load_model(folder, cfg, dtype, seed=0), cfg.head), False, dtype, device)
-    forward = PairForward(engine, args.micro_batch_tokens, choose_layout(engine, "auto", args.max_length))
+    forward = PairForward(engine, args.micro_batch_tokens, settle(engine, [pairs], "auto", args.model))
     batches = [
         work.batch
         for start in range(0, len(pairs), args.shard_pairs)

@@ -16,7 +16,6 @@ from sage.data.packing import LAYOUTS, collate
 from sage.data.tokens import Pair
 from sage.model.loading import check_head, load_model, load_tokenizer
 from sage.model.policy import Policy
-from sage.model.probe import can_pack
 from sage.util.errors import UserError
 
 VOCAB = 97
@@ -197,36 +196,6 @@ def test_logit_statistics_against_autograd():
         assert float(stats.squared_norm[i]) == pytest.approx(squared_norm, rel=1e-4)
         assert float(stats.chosen_uncertainty[i]) == pytest.approx(traces[0], rel=1e-4)
         assert float(stats.rejected_uncertainty[i]) == pytest.approx(traces[1], rel=1e-4)
-
-
-@each
-def test_who_can_pack(name):
-    model = tiny(name)
-    assert can_pack(Policy(model), model, 20, torch.device("cpu")) is None
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
-        transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
-        transformers.GptOssConfig(
-            **LLAMA,
-            head_dim=8,
-            num_local_experts=2,
-            num_experts_per_tok=1,
-            layer_types=["full_attention"] * 2,
-        ),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_models_that_cannot_pack_are_found_out(config):
-    """Position by index, a recurrent state, attention sinks: each would be silently wrong in a packed row."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    assert can_pack(Policy(model), model, 20, torch.device("cpu"))
 
 
 def lora(tiny_model, **options) -> torch.nn.Module:

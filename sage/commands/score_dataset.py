@@ -33,8 +33,9 @@ from sage.model.engine import Frozen, init_distributed
 from sage.model.forward import PairForward
 from sage.model.policy import Policy
 from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, identity, logit_of, logps_of
+from sage.model.selfcheck import settle
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
-from sage.training.run import build, choose_layout, read_pairs
+from sage.training.run import build, read_pairs
 from sage.training.selection import read_margins
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
@@ -87,7 +88,7 @@ def score_dataset(run_dir: Path) -> None:
     for name, model in models.items():
         module = Policy(loading.load_model(folders[name], model, dtype, cfg.seed), model.head)
         engine = Frozen(module, cfg.engine.zero_stage == 3, dtype, device)
-        layout = choose_layout(engine, cfg.data.packing, cfg.data.max_length)
+        layout = settle(engine, [pairs], cfg.data.packing, model.path)
         forwards.append(PairForward(engine, cfg.micro_batch_tokens, layout))
     started = time.perf_counter()
     done = ask(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)

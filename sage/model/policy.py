@@ -33,9 +33,9 @@ class Head(nn.Module):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
         # Models transform their logits in many ways. These are the common ones; the self-check finds the others.
-        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self.softcap = number(config, "final_logit_softcapping") or None  # Gemma 2
         # Cohere multiplies its logits by logit_scale, and Granite divides them by logits_scaling.
-        self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.scale = (number(config, "logit_scale") or 1.0) / (number(config, "logits_scaling") or 1.0)
 
     def forward(self, hidden: Tensor, labels: Tensor, stats: tuple[str, ...], backend: str) -> TokenStats:
         return token_stats(
@@ -90,6 +90,7 @@ class Policy(nn.Module):
         logit: bool = False,
         router: bool = False,
         tokens: bool = False,
+        alone: bool = False,
     ) -> Any:
         """PairLogps of a micro-batch of n pairs.
 
@@ -98,10 +99,13 @@ class Policy(nn.Module):
             logit: return (PairLogps, LogitStats).
             router: return (PairLogps, the model's own load-balancing loss of its routers, a scalar).
             tokens: return the log-probability of each scored token instead, [s].
+            alone: return them from the model's own full forward on one text, to which it gives only the ids.
         """
         training = self.trains and torch.is_grad_enabled() and not reference
         if self.model.training != training:
             self.model.train(training)
+        if alone:
+            return self.own_logps(batch)
         wanted = ("logps", "sum_sq_probs") if logit else ("logps",)
         with self.model.disable_adapter() if reference else nullcontext():
             stats, router_loss = self.ask(batch, wanted, router)
@@ -118,6 +122,18 @@ class Policy(nn.Module):
         uncertainties = per_response(1 - stats.sum_sq_probs, batch)
         chosen_norm, rejected_norm = squared_norms.chunk(2)
         return logps, LogitStats(chosen_norm + rejected_norm, *uncertainties.chunk(2))
+
+    def own_logps(self, batch: MicroBatch) -> Tensor:
+        """The truth that the self-check compares with."""
+        causal = self.causal
+        self.use_attention(self.attention)
+        if self.ropes:  # one text: the frequencies forget the texts before it
+            self.ropes.texts = [(slice(0, 1), slice(0, batch.input_ids.shape[1]))]
+        with float32_head(causal):
+            logits = causal(input_ids=batch.input_ids, use_cache=False).logits
+        stats = own_stats(logits.flatten(0, 1)[batch.positions], batch.labels, ("logps",))
+        assert stats.logps is not None
+        return stats.logps
 
     def ask(
         self, batch: MicroBatch, stats: tuple[str, ...], router: bool
@@ -147,29 +163,48 @@ class Policy(nn.Module):
         """What the model's forward takes, with its attention set for this batch."""
         causal = self.causal
         packed = batch.spans is not None
-        wanted = attention.IMPLEMENTATION if packed else self.attention
-        if causal.config._attn_implementation != wanted:
-            causal.set_attn_implementation(wanted)
-            if causal.config._attn_implementation != wanted:
-                raise NotImplementedError("its attention cannot be replaced")
-        if self.ropes:
-            self.ropes.texts = texts_of(batch)
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "attention_mask": batch.attention_mask,
-            "use_cache": False,
-        }
+        self.use_attention(attention.IMPLEMENTATION if packed else self.attention)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.spans is not None:
             inputs["packed_row"] = attention.Row(
                 batch.prefix, batch.spans, batch.input_ids.shape[1], batch.input_ids.device
             )
+        else:
+            inputs["attention_mask"] = batch.attention_mask
+        if self.ropes:
+            self.ropes.texts = texts_of(batch)
+        if packed or self.ropes:  # padding is on the right, so the model's own positions are right elsewhere
+            inputs["position_ids"] = batch.position_ids
         taken = inspect.signature((causal if self.backend == OWN else causal.base_model).forward).parameters
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
             return inputs
         if packed:
             raise NotImplementedError("its code does not hand the row on to its attention")
         return {name: value for name, value in inputs.items() if name in taken}
+
+    def use_attention(self, implementation: str) -> None:
+        causal = self.causal
+        if causal.config._attn_implementation != implementation:
+            causal.set_attn_implementation(implementation)
+            if causal.config._attn_implementation != implementation:
+                raise NotImplementedError("its attention cannot be replaced")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.causal.dtype
+
+    def follow(self, other: Policy) -> None:
+        """Compute as `other`, a policy of the same model, was found to agree with the model's own code."""
+        self.backend = other.backend
+        if other.ropes:
+            self.ropes = TextRopes(self.causal)
+            self.ropes.watch()
+
+
+def number(config: transformers.PreTrainedConfig, name: str) -> float | None:
+    """A field of a config, where it has it as a number."""
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def own_stats(logits: Tensor, labels: Tensor, stats: tuple[str, ...]) -> TokenStats:

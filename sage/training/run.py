@@ -28,8 +28,8 @@ from sage.model.engine import Engine, Frozen, init_distributed
 from sage.model.export import export as export_policy
 from sage.model.forward import PairForward
 from sage.model.policy import Policy
-from sage.model.probe import can_pack
 from sage.model.reference import Absent, Cached, Online, Reference, Scored, ask, identity
+from sage.model.selfcheck import settle
 from sage.scorers import Scorer, Uniform
 from sage.training import checkpoint
 from sage.training.checkpoint import TrainState
@@ -85,11 +85,9 @@ class Run:
 
         model = loading.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
         self.engine = Engine(Policy(model, cfg.model.head), cfg.engine, cfg.optimizer, self.dtype, device)
-        self.forward = PairForward(
-            self.engine,
-            cfg.micro_batch_tokens,
-            choose_layout(self.engine, cfg.data.packing, cfg.data.max_length),
-        )
+        asked = [self.pairs, *([self.eval_pairs] if self.eval_pairs else [])]
+        layout = settle(self.engine, asked, cfg.data.packing, cfg.model.path)
+        self.forward = PairForward(self.engine, cfg.micro_batch_tokens, layout)
         self.reference = self.scored or self.build_reference(self.pairs, "training")
         self.eval_reference = self.build_reference(self.eval_pairs, "held-out") if self.eval_pairs else None
 
@@ -120,7 +118,8 @@ class Run:
         )
 
     def build_reference(self, pairs: TokenizedPairs, name: str) -> Reference:
-        cfg = self.cfg
+        cfg, policy = self.cfg, self.engine.policy
+        assert isinstance(policy, Policy)
         if self.loss.reference_free:
             return Absent(pairs)
         if cfg.reference == "online":
@@ -128,11 +127,12 @@ class Run:
                 return Online(self.engine, adapters_off=True)
             if not hasattr(self, "reference_engine"):  # one copy serves training and held-out pairs
                 model = loading.load_model(self.folder, cfg.model, self.dtype, cfg.seed)
-                model = Policy(model, cfg.model.head)
+                model = Policy(model)
+                model.follow(policy)
                 sharded = cfg.engine.zero_stage == 3
                 self.reference_engine = Frozen(model, sharded, self.dtype, self.engine.device)
             return Online(self.reference_engine, adapters_off=False)
-        key = {**self.identity, "layout": self.forward.layout}
+        key = {**self.identity, "layout": self.forward.layout, "backend": policy.backend}
         return Cached(self.forward, pairs, key, cfg.cache_dir, name)
 
     def evaluate(self) -> dict[str, float]:
@@ -262,19 +262,6 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
         with (run_dir / "dropped.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"path": path, **row}) + "\n" for row in rows)
     return pairs
-
-
-def choose_layout(engine: Engine | Frozen, packing: str, max_length: int) -> str:
-    """How pairs lie in memory: `packing`, or under auto the best that this model admits."""
-    if packing == "padded":
-        return packing
-    reason = can_pack(engine, engine.policy.causal, max_length, engine.device)
-    if reason is None:
-        return "shared" if packing == "auto" else packing
-    if packing != "auto":
-        raise UserError(f"data.packing={packing} does not suit this model: {reason}; set data.packing=padded")
-    console.print(f"rows are padded and prompts computed twice, since this model cannot pack: {reason}")
-    return "padded"
 
 
 def build(group: str, node: dict[str, Any], **arguments: Any) -> Any:
