@@ -111,7 +111,7 @@ def settle(engine: Engine | Frozen, pairs: Sequence[TokenizedPairs], packing: st
         UserError: nothing that `packing` admits agrees, or the model's own code gives no finite numbers.
     """
     policy: Any = engine.policy
-    longest = max(int(s.lengths()[:, 0].max() + s.lengths()[:, 1:].max()) for s in pairs)
+    longest = max(int((s.lengths()[:, 0] + s.lengths()[:, 1:].max(1)).max()) for s in pairs)
     ropes = TextRopes(policy.causal)
     if ropes.depend_on_length(longest, engine.device):
         ropes.watch()
