@@ -1,6 +1,6 @@
-"""The chat format: which template writes a conversation, what a model reads before it answers, and where it must stop.
+"""The chat format: which template writes a conversation, what a model reads before it answers, and where it stops.
 
-Training, generation and export all take prompts and end tokens from here, so they cannot disagree.
+Training, generation and export take prompts and end tokens from here, so they cannot disagree.
 Nothing here imports torch.
 """
 
@@ -21,9 +21,12 @@ from sage.util.errors import UserError
 
 PROBE = "sage-probe-5f2e"  # stands for a text in a rendering, to find what the template writes around it
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt")  # template variables that sage sets
-MARK = re.compile(
-    r"[<\[][^\s<>\[\]]+[>\]]"
-)  # <|im_end|>, </s>, [/INST]: markup that ordinary text does not have
+MARK = re.compile(r"[<\[][^\s<>\[\]]+[>\]]")  # <|im_end|>, </s>, [/INST]: ordinary text has nothing like it
+# What opens and closes a thought: <think>, <thinking>, [THINK], <seed:think>, ◁think▷ and so on.
+THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
+OPEN = re.compile(rf"[<\[◁]{THOUGHT}[>\]▷]", re.IGNORECASE)
+CLOSE = re.compile(rf"[<\[◁]/{THOUGHT}[>\]▷]", re.IGNORECASE)
+OPENED = re.compile(rf"{OPEN.pattern}\s*\Z", re.IGNORECASE)  # a text that ends with a thought just opened
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -34,8 +37,8 @@ class ChatFormat:
     """How a conversation becomes one text: `data.chat_template` and `data.template_arguments`.
 
     Args:
-        template: True for the tokenizer's own chat template, False for plain text, else the name of one of its
-            named templates or the path of a .jinja file.
+        template: True for the tokenizer's own chat template, False for plain text, else the name of one of the
+            tokenizer's templates or the path of a .jinja file.
         arguments: variables for the template, such as enable_thinking.
     """
 
@@ -51,21 +54,23 @@ class Renderer:
     """Writes conversations with the template that a ChatFormat chooses.
 
     Raises:
-        UserError: the tokenizer has no such template, or the template does not use an argument.
+        UserError: the tokenizer has no such template, or the template does not use one of the arguments.
     """
 
     def __init__(self, tokenizer: Any, chat: ChatFormat):
         self.tokenizer = tokenizer
         self.arguments = dict(chat.arguments)
         self.template = None if chat.template is False else choose_template(tokenizer, chat.template)
-        text = json.dumps(self.template)
+        written = json.dumps(self.template)
         for name in self.arguments:
             if self.template is None:
-                raise UserError("data.template_arguments needs a chat template, and data.chat_template=false")
-            if name in OWN_NAMES or not re.search(rf"\b{re.escape(name)}\b", text):
-                raise UserError(f"data.template_arguments.{name}: the chat template takes no such argument")
+                raise UserError("data.template_arguments needs a chat template, but data.chat_template=false")
+            if name in OWN_NAMES or not re.search(rf"\b{re.escape(name)}\b", written):
+                raise UserError(f"data.template_arguments.{name}: the chat template has no such argument")
 
-    def render(self, messages: list[Message], tools: list | None = None, *, answering: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], tools: list | None = None, *, answering: bool = False
+    ) -> str:
         """The conversation as one text; `answering` adds the generation prompt.
 
         Raises:
@@ -84,94 +89,114 @@ class Renderer:
         except Exception as error:  # a template is a program: whatever it raises, it refuses
             raise UserError(f"the chat template refuses the conversation: {error}") from error
 
-    @cached_property
-    def turn(self) -> str:
-        """What the template writes between a question and its answer, or "" where that has no markup.
-
-        A thought that the generation prompt opens is left out.
-        """
-        try:
-            text = self.render([{"role": "user", "content": PROBE}], answering=True)
-        except UserError:
-            return ""
-        between = OPENED.sub("", text[text.rfind(PROBE) + len(PROBE) :]).strip()
-        return between if MARK.search(between) else ""
-
-    def is_rendered(self, text: str) -> bool:
-        """Whether a prompt's text is a whole conversation that this template has written already."""
-        return bool(self.turn) and self.turn in text
-
     def prompt(self, prompt: Prompt, tools: list | None = None) -> str:
         """The text that the model reads before it answers.
 
-        A prompt that the template has already written is not wrapped again. It gets the begin token where it lacks it.
+        A prompt that the template has written already is not wrapped again. It gets the begin token where it lacks it.
         """
         if self.template is None:
             if not isinstance(prompt, str):
-                raise UserError("the prompt is a conversation, which needs data.chat_template=true")
+                raise UserError("the prompt is a conversation: set data.chat_template=true")
             return prompt
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        content = messages[0]["content"] if len(messages) == 1 else None
-        if isinstance(content, str) and self.is_rendered(content):
-            begin = self.tokenizer.bos_token
-            head = self.render([{"role": "user", "content": PROBE}], answering=True)
-            lacks = begin and head.startswith(begin) and not content.startswith(begin)
-            return begin + content if lacks else content
-        return self.render(messages, tools, answering=True)
+        if not self.is_rendered(prompt):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return self.render(messages, tools, answering=True)
+        text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        question, turn, _ = self.surroundings
+        if text.rstrip().endswith(turn.strip()):
+            text = text.rstrip() + turn[len(turn.rstrip()) :]
+        begin = self.tokenizer.bos_token
+        return begin + text if begin and question.startswith(begin) and not text.startswith(begin) else text
+
+    def is_rendered(self, prompt: Prompt) -> bool:
+        """Whether a prompt is one text that this template has written already, generation prompt included."""
+        if not isinstance(prompt, str):
+            if len(prompt) != 1 or not isinstance(prompt[0].get("content"), str):
+                return False
+            prompt = prompt[0]["content"]
+        turn = self.surroundings[1].strip()
+        return bool(MARK.search(turn)) and turn in prompt
+
+    @cached_property
+    def surroundings(self) -> tuple[str, str, str]:
+        """What the template writes before a question, between it and the answer, and after the question's turn.
+
+        The last is the header of the assistant's turn. A thought that the generation prompt opens is in none of them.
+        """
+        asked = [{"role": "user", "content": PROBE}]
+        try:
+            answering, text = self.render(asked, answering=True), self.render(asked)
+        except UserError:
+            return "", "", ""
+        answering = OPENED.sub("", answering)
+        before, _, after = answering.rpartition(PROBE)
+        return before, after, answering[len(text) :] if answering.startswith(text) else ""
 
     @cached_property
     def tail(self) -> str:
-        """What the template writes after an assistant's last turn."""
-        messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
-        text = self.render(messages)
-        return text[text.rfind(PROBE) + len(PROBE) :]
+        """What the template writes after the answer to a question."""
+        asked = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+        try:
+            written = self.render(asked)
+        except UserError:
+            return ""
+        return written.rpartition(PROBE)[2] if PROBE in written else ""
+
+    @cached_property
+    def end_tokens(self) -> dict[str, int]:
+        """Text -> id of every token that may end a turn: the special ones.
+
+        They are known by their flag, not by name: <|end|> and its like are often neither eos nor a named token.
+        """
+        special = {str(t): i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        return special | {self.tokenizer.eos_token: self.tokenizer.eos_token_id}
+
+    @cached_property
+    def ends(self) -> list[str]:
+        """Texts of the tokens that end a response: the one with which the template closes the turn, and eos."""
+        closing, end = ("", None) if self.template is None else self.closing(self.tail)
+        by_template = [
+            text for text, index in self.end_tokens.items() if index == end and closing.endswith(text)
+        ]
+        return list(dict.fromkeys([*by_template, self.tokenizer.eos_token]))
 
     def closing(self, tail: str) -> tuple[str, int | None]:
-        """The tail up to its first end token, and that token's id; the whole tail and None where it has no end token."""
-        special = {str(t): i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        special[self.tokenizer.eos_token] = self.tokenizer.eos_token_id
-        found = [(tail.find(text), -len(text), text) for text in special if text in tail]
+        """A tail up to its first end token, and that token's id; the whole tail and None where it has none."""
+        found = [(tail.find(text), -len(text), text) for text in self.end_tokens if text in tail]
         if not found:
             return tail, None
         at, _, text = min(found)
-        return tail[: at + len(text)], special[text]
-
-
-# The mark that opens or closes a thought: <think>, <thinking>, [THINK], ◁think▷, <seed:think>, ...
-NAMES = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
-OPEN = re.compile(rf"[<\[◁]{NAMES}[>\]▷]", re.IGNORECASE)
-CLOSE = re.compile(rf"[<\[◁]/{NAMES}[>\]▷]", re.IGNORECASE)
-OPENED = re.compile(rf"{OPEN.pattern}\s*\Z", re.IGNORECASE)  # a text that ends in an open thought
+        return tail[: at + len(text)], self.end_tokens[text]
 
 
 def choose_template(tokenizer: Any, choice: bool | str) -> str | dict[str, str]:
-    """The text of a template; all named ones where there are several and `choice` is True.
+    """The text of a template. True gives the tokenizer's own: all its named ones where it has several.
 
     Raises:
         UserError: there is none, or none of that name.
     """
     own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {}
     if choice is True:
         if not own:
             raise UserError(
-                "the tokenizer has no chat template: set data.chat_template=false, or name a .jinja file"
+                "the tokenizer has no chat template: set data.chat_template=false, or give a .jinja file"
             )
-        if isinstance(own, dict) and "default" not in own:
+        if named and "default" not in named:
             raise UserError(
-                f"data.chat_template: the tokenizer has several, choose one of {', '.join(sorted(own))}"
+                f"the tokenizer has several chat templates and no default: set data.chat_template to one of "
+                f"{', '.join(sorted(named))}"
             )
         return own
-    named = own if isinstance(own, dict) else {}
     if choice in named:
         return named[choice]
     file = Path(str(choice)).expanduser()
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    if named:
-        there = f"its templates are {', '.join(sorted(named))}"
-    else:
-        there = "it has no named templates"
-    raise UserError(f"data.chat_template={choice}: no template of the tokenizer ({there}) and no file")
+    has = f"its templates are {', '.join(sorted(named))}" if named else "it has no named templates"
+    raise UserError(
+        f"data.chat_template={choice}: no such file, and no such template of the tokenizer ({has})"
+    )
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
@@ -197,39 +222,34 @@ def encode_heads(tokenizer: Any, texts: Sequence[str], plain: bool) -> list[list
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before a plain text (often a begin token, often none)."""
+    """The tokens that the tokenizer puts before a plain text: often a begin token, often none."""
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     return whole[: next(starts, 0)]
 
 
 def training_end(tokenizer: Any, chat: ChatFormat) -> int:
-    """The token that ends a response in training: the one by which the template closes the turn, else eos."""
+    """The token that ends a response in training: the one with which the template closes the turn, else eos."""
     renderer = Renderer(tokenizer, chat)
-    if renderer.template is None:
-        return tokenizer.eos_token_id
-    try:
-        _, end = renderer.closing(renderer.tail)
-    except UserError:  # a template that wants more than a question and an answer
-        end = None
+    end = None if renderer.template is None else renderer.closing(renderer.tail)[1]
     return tokenizer.eos_token_id if end is None else end
 
 
 def response_ends(tokenizer: Any, chat: ChatFormat) -> set[int]:
     """Tokens at which generation stops: the one that ends responses in training, eos, and the model's own.
 
-    The model's own are those of generation_config.json in the folder that the tokenizer came from.
+    The model's own are those of generation_config.json in the folder that the tokenizer was loaded from.
     """
     ends = {training_end(tokenizer, chat), tokenizer.eos_token_id}
-    folder = str(getattr(tokenizer, "name_or_path", "") or "")
+    folder = str(tokenizer.name_or_path or "")
     file = Path(folder, "generation_config.json")
     if os.path.isdir(folder) and file.is_file():
         more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") or []
         ends.update([more] if isinstance(more, int) else more)
-    return ends - {None}
+    return ends
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Names what token ids mean: two tokenizers with the same token for every id have the same fingerprint."""
+    """Names what token ids mean: tokenizers with the same token for every id have the same fingerprint."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:32]

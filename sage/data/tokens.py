@@ -1,13 +1,15 @@
-"""Preference pairs as token ids: encoded once, the prompt apart from its responses, and cached.
+"""Preference pairs as token ids: encoded once, checked against the model's limits, and cached.
 
 Nothing here imports torch.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
-from functools import cached_property, partial
+from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +17,29 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import tokenizers
+import transformers
 
-from sage.data.chat import ChatFormat, Renderer, encode_heads
-from sage.data.pairs import SCHEMA, turns_of
+from sage.data import chat as chat_module
+from sage.data import encoding, fields, placement
+from sage.data.chat import ChatFormat, Renderer
+from sage.data.encoding import IDS, Encoder
+from sage.data.source import refuse_bad_rows
 from sage.util.errors import UserError
 from sage.util.files import write_whole
+from sage.util.progress import console
 
-CACHE_VERSION = 2
 PARALLEL_FROM = 2000  # rows; below this, starting worker processes costs more than it saves
-SHORTEST_PREFIX = 8  # tokens of a common prefix that are worth the copying of their keys and values
-PREFIX_ROWS = 4096  # prompts compared at a time: all of a large set would take gigabytes
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-IDS_SCHEMA = pa.schema(
-    [("pair_id", pa.string()), ("pass_rate", pa.float64())] + [(name, pa.list_(pa.int32())) for name in IDS]
+BATCH = 1000  # rows encoded at a time
+SHORTEST_PREFIX = 8  # tokens; the keys and values of a shorter common prefix are not worth copying
+PREFIX_ROWS = 4096  # prompts compared at a time: all of a large set at once would take gigabytes
+RULES = placement.RULES | {
+    "other_tokenizer": "the sampled token ids belong to another tokenizer, so the texts are encoded instead"
+}
+ENCODED = pa.schema(
+    [("pair_id", pa.string()), ("pass_rate", pa.float64())]
+    + [(name, pa.list_(pa.int32())) for name in IDS]
+    + [("rules", pa.list_(pa.string())), ("reason", pa.string()), ("detail", pa.string())]
 )
 
 
@@ -41,11 +53,20 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedPairs:
-    """`data` has Pair's columns; `dropped` is reason -> pair_ids; `fingerprint` names these very ids."""
+    """Pairs ready for training.
+
+    data: a dataset with Pair's columns.
+    dropped: reason -> pair_ids.
+    fingerprint: names these very ids.
+    notes: what the user should know about how the pairs were encoded, one sentence each.
+    details: pair_id -> why it was dropped, for pairs whose reason alone does not say it.
+    """
 
     data: datasets.Dataset
     dropped: dict[str, list[str]]
     fingerprint: str
+    notes: list[str] = dataclasses.field(default_factory=list)
+    details: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -63,7 +84,7 @@ class TokenizedPairs:
 
     @cached_property
     def common_prefix(self) -> int:
-        """Tokens that all prompts begin with, each of them going on for at least one more; 0 where they are few."""
+        """Number of tokens with which all prompts begin, at least one token short of each; 0 where it is small."""
         table = self.data.data.table
         common = int(self.lengths()[:, 0].min()) - 1
         first = np.array(table["prompt_ids"][0].as_py()[:common])
@@ -80,8 +101,11 @@ class TokenizedPairs:
         return self.data.data.table["pass_rate"].to_numpy().astype(np.float64)
 
 
-def _lengths(table: pa.Table) -> np.ndarray:
-    return np.stack([pc.list_value_length(table[name]).to_numpy() for name in IDS], axis=1).astype(np.int64)  # pyright: ignore
+class Limits(NamedTuple):
+    """What a model can take: token ids below `vocabulary` and texts of up to `positions` tokens; None = no limit."""
+
+    vocabulary: int | None = None
+    positions: int | None = None
 
 
 def tokenize_pairs(
@@ -92,88 +116,131 @@ def tokenize_pairs(
     max_length: int,
     num_proc: int,
     cache_dir: str,
+    max_bad: float = 0.0,
 ) -> TokenizedPairs:
     """Token ids of every pair that fits, from `cache_dir` if these pairs were tokenised this way before.
 
-    A pair is dropped, never cut, when prompt and longer response exceed `max_length` ("too_long"): a cut takes
-    the answer away. One whose responses have the same ids teaches nothing ("same_tokens"). UserError when no
-    pair is left, or when pairs and tokenizer do not suit the chat format.
+    Pairs are dropped, never cut: a cut takes the answer away. The reasons: "too_long" where the prompt and the
+    longer response exceed `max_length`, "beyond_positions" where they exceed the model's positions, "same_tokens"
+    where both responses have the same ids, and those of `sage.data.placement`.
+
+    Args:
+        pairs: the columns that `sage.data.pairs` documents.
+        max_bad: the largest share of pairs that may be impossible to encode.
+
+    Raises:
+        UserError: more pairs than `max_bad` allows cannot be encoded, none is left, a token has no embedding in the
+            model that the tokenizer came with, or the tokenizer does not suit the chat format.
     """
     renderer = Renderer(tokenizer, chat)
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), so a response could not end")
-    key = _cache_key(pairs, tokenizer, renderer, max_length)
+    limits = model_limits(str(tokenizer.name_or_path or ""))
+    key = _cache_key(pairs, renderer, max_length, limits)
     file = Path(cache_dir, f"pairs-{key}.arrow").expanduser()
-    if not file.exists():
-        table = _encode_all(pairs, partial(_encode, renderer=renderer), num_proc)
-        _write(file, *_drop(table, max_length), key)
-    with pa.memory_map(str(file)) as source:
-        notes = json.loads(pa.ipc.open_stream(source).schema.metadata[b"sage"])
-    return TokenizedPairs(datasets.Dataset.from_file(str(file)), **notes)
+    if not file.exists() or (found := _read(file, key)) is None:
+        table = _encode_all(pairs, Encoder(renderer), num_proc)
+        _write(file, *_select(table, max_length, limits), key)
+        found = _read(file, key)
+        assert found is not None
+    data, notes = found
+    _check(data, notes, pairs, max_length, max_bad, limits, tokenizer)
+    return TokenizedPairs(data, notes["dropped"], notes["fingerprint"], notes["notes"], notes["details"])
 
 
-def _cache_key(pairs: datasets.Dataset, tokenizer: Any, renderer: Renderer, max_length: int) -> str:
-    """Explicit, because datasets' own hash of a function is blind to, or thrown off by, a tokenizer's state."""
+def model_limits(folder: str) -> Limits:
+    """The limits that a model folder's config.json states; none where there is no such file."""
+    if not folder or not Path(folder, "config.json").is_file():
+        return Limits()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
+    except Exception:  # a model that needs its own code
+        return Limits()
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if positions and isinstance(rope.get("factor"), int | float):
+        # Some configs name the positions before scaling, some after.
+        positions = max(
+            positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions))
+        )
+    return Limits(getattr(config, "vocab_size", None), positions)
+
+
+def _cache_key(pairs: datasets.Dataset, renderer: Renderer, max_length: int, limits: Limits) -> str:
+    """A hash of all that decides the ids. datasets' own hash of a function does not see a tokenizer's state."""
+    tokenizer = renderer.tokenizer
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         # Padding and truncation are whatever the last call left behind.
         model = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     else:
         model = tokenizer.get_vocab()
     parts = [
-        CACHE_VERSION,
         model,
         tokenizer.special_tokens_map,
         renderer.template,
         renderer.arguments,
         max_length,
+        limits,
+        transformers.__version__,
+        tokenizers.__version__,
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for module in (chat_module, encoding, fields, placement):
+        digest.update(
+            Path(str(module.__file__)).read_bytes()
+        )  # an earlier version of sage may have had other rules
+    digest.update(Path(__file__).read_bytes())
     for pair in pairs:
-        digest.update(json.dumps([pair[name] for name in SCHEMA.names if name != "row"]).encode())  # pyright: ignore
+        digest.update(json.dumps(pair).encode())
     return digest.hexdigest()[:32]
 
 
-def _encode_all(pairs: datasets.Dataset, encode: Callable[[dict], dict], num_proc: int) -> pa.Table:
+def _encode_all(pairs: datasets.Dataset, encode: Encoder, num_proc: int) -> pa.Table:
     if len(pairs) <= PARALLEL_FROM:
-        return pa.table(encode(pairs[:]), schema=IDS_SCHEMA)
+        return pa.table(encode(pairs[:]), schema=ENCODED)  # pyright: ignore
     mapped = pairs.map(
         encode,
         batched=True,
+        batch_size=BATCH,
         num_proc=num_proc if num_proc > 1 else None,
         remove_columns=pairs.column_names,
-        features=datasets.Features.from_arrow_schema(IDS_SCHEMA),
+        features=datasets.Features.from_arrow_schema(ENCODED),
         new_fingerprint="tokenised",  # unused: our own cache is keyed by content
         keep_in_memory=True,
         desc="Tokenising pairs",
     )
-    return mapped.data.table.cast(IDS_SCHEMA)
+    return mapped.data.table.cast(ENCODED)
 
 
-def _drop(table: pa.Table, max_length: int) -> tuple[pa.Table, dict[str, list[str]]]:
-    """The pairs to keep, and reason -> pair_ids of the others."""
+def _select(table: pa.Table, max_length: int, limits: Limits) -> tuple[pa.Table, dict[str, Any]]:
+    """The pairs to keep, and what the user should know about all of them."""
     lengths = _lengths(table)
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    too_long = totals > max_length
-    same = np.zeros(len(table), dtype=bool)
-    for index in np.flatnonzero((lengths[:, 1] == lengths[:, 2]) & ~too_long).tolist():
-        same[index] = table["chosen_ids"][index].equals(table["rejected_ids"][index])
-    if np.all(too_long | same):
-        raise UserError(
-            f"no pair is left of {len(table)}: {too_long.sum()} are longer than data.max_length={max_length} (the "
-            f"shortest has {totals.min()} tokens), {same.sum()} have the same tokens in both responses"
-        )
-    reasons = {"too_long": too_long, "same_tokens": same}
-    dropped = {
-        reason: table["pair_id"].filter(pa.array(where)).to_pylist() for reason, where in reasons.items()
+    reasons = np.array(table["reason"].to_pylist(), dtype=object)
+    encoded = pc.is_null(table["reason"]).to_numpy()
+    for index in np.flatnonzero((lengths[:, 1] == lengths[:, 2]) & encoded).tolist():
+        if table["chosen_ids"][index].equals(table["rejected_ids"][index]):
+            reasons[index] = "same_tokens"
+    if limits.positions:
+        reasons[encoded & (totals > limits.positions)] = "beyond_positions"
+    reasons[encoded & (totals > max_length)] = "too_long"
+    kept = np.array([reason is None for reason in reasons], dtype=bool)
+    rules = Counter(pc.list_flatten(table["rules"].filter(pa.array(kept))).to_pylist())  # pyright: ignore
+    ids, details = table["pair_id"].to_pylist(), table["detail"].to_pylist()
+    dropped: dict[str, list[str]] = {"too_long": [], "same_tokens": []}
+    for index in np.flatnonzero(~kept).tolist():
+        dropped.setdefault(reasons[index], []).append(ids[index])
+    notes = {
+        "dropped": dropped,
+        "notes": [f"{rules[rule]} pairs: {sentence}" for rule, sentence in RULES.items() if rules[rule]],
+        "details": {pair_id: detail for pair_id, detail in zip(ids, details, strict=True) if detail},
+        "shortest": int(totals[encoded].min(initial=np.iinfo(np.int64).max)),
     }
-    return table.filter(pa.array(~(too_long | same))), dropped
+    return table.filter(pa.array(kept)).select(list(Pair._fields)), notes
 
 
-def _write(file: Path, table: pa.Table, dropped: dict[str, list[str]], key: str) -> None:
-    digest = hashlib.sha256(key.encode() + _lengths(table).tobytes())
-    for name in IDS:
-        digest.update(pc.list_flatten(table[name]).to_numpy().tobytes())  # pyright: ignore
-    notes = {"dropped": dropped, "fingerprint": digest.hexdigest()[:32]}
+def _write(file: Path, table: pa.Table, notes: dict[str, Any], key: str) -> None:
+    notes["fingerprint"] = _fingerprint(table, key)
     table = table.replace_schema_metadata({"sage": json.dumps(notes)})
 
     def write(path: Path) -> None:
@@ -183,66 +250,60 @@ def _write(file: Path, table: pa.Table, dropped: dict[str, list[str]], key: str)
     write_whole(file, write)
 
 
-def _encode(batch: dict[str, list], renderer: Renderer) -> dict[str, list]:
-    """Ids of a batch. A prompt's are made once, and a response's apart from it, so no token straddles them."""
-    tokenizer, chat_template = renderer.tokenizer, renderer.template is not None
-    render = partial(_render, renderer) if chat_template else _plain
-    rows = zip(*(batch[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
-    prompts, *responses = (list(texts) for texts in zip(*(render(*row) for row in rows), strict=True))
-    eos = tokenizer.eos_token_id
-    ends = {eos}
-    if chat_template:
-        # By flag, not by name: <|end|> and its like are often special without being the eos or any named token.
-        ends |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    prompt_ids = encode_heads(tokenizer, prompts, plain=not chat_template)
-    response_ids = [
-        [_end_once(ids, ends, tokenizer) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        for texts in responses
-    ]
-    columns = (batch["pair_id"], batch["pass_rate"], prompt_ids, *response_ids)
-    return dict(zip(IDS_SCHEMA.names, columns, strict=True))
-
-
-def _plain(pair_id: str, *turns: str) -> tuple[str, ...]:
-    texts = tuple(map(turns_of, turns))
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"pair {pair_id} is a conversation: set data.chat_template=true")
-    return texts  # pyright: ignore
-
-
-def _render(
-    renderer: Renderer, pair_id: str, prompt: str, chosen: str, rejected: str
-) -> tuple[str, str, str]:
-    """The prompt up to where the assistant writes, and what the template writes there for each response."""
-    messages = _messages("user", prompt)
-    answers = [_messages("assistant", side) for side in (chosen, rejected)]
+def _read(file: Path, key: str) -> tuple[datasets.Dataset, dict[str, Any]] | None:
+    """The cached pairs and their notes; None, and one line, where the file is damaged."""
     try:
-        head = renderer.prompt(messages)
-        full = [renderer.render([*messages, *answer]) for answer in answers]
-    except UserError as error:
-        raise UserError(f"pair {pair_id}: {error}") from error
-    if all(text.startswith(head) for text in full):
-        return head, full[0][len(head) :], full[1][len(head) :]
-    # Some templates open with a thought that they then omit from a finished turn.
-    return head, answers[0][0]["content"], answers[1][0]["content"]
+        with pa.memory_map(str(file)) as source:
+            notes = json.loads(pa.ipc.open_stream(source).schema.metadata[b"sage"])
+        data = datasets.Dataset.from_file(str(file))
+        if notes["fingerprint"] != _fingerprint(data.data.table, key):
+            raise ValueError("its content has changed")
+    except Exception as error:  # each layer that reads it has errors of its own
+        console.print(f"{file} is damaged, so the pairs are tokenised again: {error}")
+        return None
+    return data, notes
 
 
-def _messages(role: str, turns: str) -> list[dict[str, Any]]:
-    """A record's text or messages, as messages."""
-    value = turns_of(turns)
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+def _check(
+    data: datasets.Dataset,
+    notes: dict[str, Any],
+    pairs: datasets.Dataset,
+    max_length: int,
+    max_bad: float,
+    limits: Limits,
+    tokenizer: Any,
+) -> None:
+    """Raise UserError where pairs could not be encoded, none is left, or the model has no embedding for a token."""
+    rows = dict(zip(pairs["pair_id"], pairs["row"], strict=True))
+    refused = [f"row {rows[pair_id]} (pair {pair_id}): {why}" for pair_id, why in notes["details"].items()]
+    if len(refused) > max_bad * len(pairs):
+        refuse_bad_rows("the pairs", refused, len(pairs))
+    if not len(data):
+        counts = {reason: len(ids) for reason, ids in notes["dropped"].items()}
+        beyond = f", {counts['beyond_positions']} exceed" if counts.get("beyond_positions") else "; those are"
+        raise UserError(
+            f"no pair is left of {len(pairs)}: {counts['too_long']} are longer than data.max_length={max_length} (the "
+            f"shortest has {notes['shortest']} tokens){beyond} the model's {limits.positions} positions, "
+            f"{counts['same_tokens']} have the same tokens in both responses, {len(refused)} could not be encoded"
+        )
+    for name in IDS:
+        largest = pc.max(pc.list_flatten(data.data.table[name])).as_py()  # pyright: ignore
+        if limits.vocabulary is not None and largest >= limits.vocabulary:
+            where = next(pair for pair in data if largest in pair[name])  # pyright: ignore
+            raise UserError(
+                f"row {rows[where['pair_id']]} (pair {where['pair_id']}) has the token "
+                f"{tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}, but the model has embeddings for "
+                f"ids below {limits.vocabulary} only: add embeddings to the model, or take the token out of the data"
+            )
 
 
-def _end_once(ids: list[int], ends: set[int], tokenizer: Any) -> list[int]:
-    """The response up to its first closing end token, or with eos added where there is none.
+def _fingerprint(table: pa.Table, key: str) -> str:
+    digest = hashlib.sha256(key.encode() + _lengths(table).tobytes())
+    for name in IDS:
+        digest.update(pc.list_flatten(table[name]).to_numpy().tobytes())  # pyright: ignore
+    return digest.hexdigest()[:32]
 
-    Templates close with a newline after <|im_end|>, or even with <|end|>, a newline and <|endoftext|>; generation
-    stops at the first. A special token inside the text closes nothing.
-    """
-    length = len(ids)
-    while length and (ids[length - 1] in ends or not tokenizer.decode([ids[length - 1]]).strip()):
-        length -= 1
-    closing = (index for index in range(length, len(ids)) if ids[index] in ends)
-    if (end := next(closing, None)) is None:
-        return [*ids, tokenizer.eos_token_id]
-    return ids[: end + 1]
+
+def _lengths(table: pa.Table) -> np.ndarray:
+    columns = [pc.list_value_length(table[name]).fill_null(0).to_numpy() for name in IDS]  # pyright: ignore
+    return np.stack(columns, axis=1).astype(np.int64)
