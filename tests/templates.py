@@ -176,7 +176,9 @@ def byte_level(
     )
 
 
-def sentencepiece(template: str | dict | None, special: list[str] = (), legacy: bool = False, **more: Any):
+def sentencepiece(
+    template: str | dict | None, special: tuple[str, ...] | list[str] = (), legacy: bool = False, **more: Any
+):
     """A BPE over ▁-separated words with bytes to fall back on, as Llama-2, Mistral, Gemma and Zephyr have.
 
     legacy: ▁ is put before each stretch of text, also after a special token; else only before the first.
@@ -243,7 +245,7 @@ FAMILIES = {
     "llama 2": lambda: sentencepiece(LLAMA2, legacy=True),
     "mistral": lambda: sentencepiece(MISTRAL, ["[INST]", "[/INST]"]),
     "mistral legacy": lambda: sentencepiece(MISTRAL, legacy=True),
-    "gemma": lambda: sentencepiece(GEMMA, ["<start_of_turn>", "<end_of_turn>"], eos_token="<end_of_turn>"),
+    "gemma": lambda: sentencepiece(GEMMA, ["<eos>", "<start_of_turn>", "<end_of_turn>"], eos_token="<eos>"),
     "phi 4": lambda: byte_level(PHI4, [*CHATML_TOKENS, "<|im_sep|>"], "<|im_end|>"),
     "zephyr": lambda: sentencepiece(ZEPHYR, legacy=True),
 }

@@ -133,14 +133,22 @@ class Renderer:
         return before, after, answering[len(text) :] if answering.startswith(text) else ""
 
     @cached_property
-    def tail(self) -> str:
-        """What the template writes after the answer to a question."""
-        asked = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+    def around(self) -> tuple[str, str]:
+        """What the template writes before the answer to a question, beyond the generation prompt, and after it."""
+        asked = [{"role": "user", "content": PROBE}]
         try:
-            written = self.render(asked)
+            head = self.render(asked, answering=True)
+            written = self.render([*asked, {"role": "assistant", "content": PROBE}])
         except UserError:
-            return ""
-        return written.rpartition(PROBE)[2] if PROBE in written else ""
+            return "", ""
+        before, found, after = written.rpartition(PROBE)
+        if not found:
+            return "", ""
+        return before.removeprefix(head) if before.startswith(head) else "", after
+
+    @property
+    def tail(self) -> str:
+        return self.around[1]
 
     @cached_property
     def end_tokens(self) -> dict[str, int]:

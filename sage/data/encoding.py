@@ -49,9 +49,9 @@ class Encoder:
                     else:
                         out["rules"][i].append("other_tokenizer")
                 if i not in sampled or None in sampled[i]:
-                    turns = [json.loads(record[name]) for name in ("prompt", *SIDES)]
+                    prompt, chosen, rejected = (json.loads(record[name]) for name in ("prompt", *SIDES))
                     tools = json.loads(record["tools"]) if record.get("tools") else None
-                    placed[i] = place(self.renderer, *turns, tools, fixed=i in sampled)
+                    placed[i] = place(self.renderer, prompt, chosen, rejected, tools, fixed=i in sampled)
                     out["rules"][i] += sorted(placed[i].rules)
             except Refused as refusal:
                 out["reason"][i], out["detail"][i] = refusal.reason, str(refusal)
@@ -84,21 +84,6 @@ class Encoder:
         contexts = [pair.prompt + pair.lead for pair in pairs]
         prompts = encode_heads(self.tokenizer, contexts, self.plain)
         sides = [self.after(contexts, prompts, [getattr(pair, side) for pair in pairs]) for side in SIDES]
-        # White space that would merge with the response's first token is the response's.
-        merged = [
-            i
-            for i, pair in enumerate(pairs)
-            if pair.lead and not pair.lead.strip() and None in (sides[0][i], sides[1][i])
-        ]
-        if merged:
-            heads = [pairs[i].prompt for i in merged]
-            head_ids = encode_heads(self.tokenizer, heads, self.plain)
-            for name, side in zip(SIDES, sides, strict=True):
-                texts = [pairs[i].lead + getattr(pairs[i], name) for i in merged]
-                for i, text, ids in zip(merged, texts, self.after(heads, head_ids, texts), strict=True):
-                    side[i] = self.apart(text) if ids is None else ids
-            for i, ids in zip(merged, head_ids, strict=True):
-                prompts[i] = ids
         return [
             [prompts[i], *(self.ended(pair, number, sides[number][i]) for number in (0, 1))]
             for i, pair in enumerate(pairs)

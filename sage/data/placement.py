@@ -18,7 +18,7 @@ from sage.util.errors import UserError
 CLOSED = re.compile(rf"{CLOSE.pattern}\s*\Z", re.IGNORECASE)  # a text that ends with a thought just closed
 
 RULES = {
-    "raw": "the chat template would change a response, which stands unchanged after the generation prompt",
+    "raw": "the chat template would change a response, so both stand unchanged after the generation prompt",
     "rendered": "the chat template has written the data already, so it is not applied again",
     "opened_by_prompt": "the prompt opens the thought, so a response's own opening mark is left out",
     "closed_first": "a plain answer follows a prompt that opens a thought, so an empty thought is closed before it",
@@ -31,7 +31,8 @@ class Placed(NamedTuple):
     """A pair as texts.
 
     prompt: what the model reads before it answers, with the started answer where there is one.
-    lead: what the template adds before the response, alike on both sides; it is not scored.
+    lead: what the template adds before the response, alike on both sides; it is not scored. White space alone
+        is the response's.
     chosen, rejected: the responses, each with the text of its end token.
     ends: whether the eos token must follow chosen and rejected, because their texts have no end token.
     rules: the keys of RULES that apply.
@@ -89,18 +90,20 @@ def place(
     if renderer.template is None:
         if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
             raise UserError("it is a conversation: set data.chat_template=true")
-        texts = (without_end(text, renderer.ends) for text in (chosen, rejected))
-        return Placed(prompt, "", *texts, (True, True), frozenset())
+        chosen, rejected = (without_end(text, renderer.ends) for text in (chosen, rejected))
+        return Placed(prompt, "", chosen, rejected, (True, True), frozenset())
     turns = [_messages("user", prompt), _messages("assistant", chosen), _messages("assistant", rejected)]
     objects = [[with_objects(message) for message in messages] for messages in turns]
     # Some templates want the arguments of tool calls as objects, some as text.
     forms = (objects, turns) if objects != turns else (turns,)
+    refusals = []
     for form in forms:
         try:
             return _place(renderer, form[0], [answers[-1] for answers in form[1:]], tools, fixed)
         except UserError as error:
-            refusal = error if isinstance(error, Refused) else Refused("template_refuses", str(error))
-    raise refusal
+            refusals.append(error)
+    error = refusals[0]
+    raise error if isinstance(error, Refused) else Refused("template_refuses", str(error)) from error
 
 
 def _messages(role: str, turns: Prompt) -> list[Message]:
@@ -116,7 +119,7 @@ def _place(
     if not rendered:
         check_prompt(messages, tools, head)
     rules = {"rendered"} if rendered else set()
-    sides, added, tail = [], "", renderer.tail
+    sides, (added, tail) = [], renderer.around
     for answer in answers:
         if fields_of(answer):
             sides.append(_structured(renderer, messages, answer, tools, head))
@@ -132,6 +135,8 @@ def _place(
         added, tail = _around(renderer, messages, tools, head)
         sides = [_without_lead(side, head, added) for side in sides]
         leads = [_lead(side, head, tail) for side in sides]
+    if rendered and (not added.isspace() or any(side.text[:1].isspace() for side in sides)):
+        added = ""
     leads = [added if lead is None else lead for lead in leads]
     lead = leads[0] if leads[0] == leads[1] else ""
 
@@ -143,6 +148,8 @@ def _place(
         mended -= {"opened_by_prompt"}  # so does the template
     elif not mended:
         mended = {"raw"}
+    if lead.isspace():  # the model writes it, often as a part of its first token
+        lead, texts = "", [lead + text for text in texts]
     if started:
         prompt, lead, texts = _after_started(prompt + lead, answers, renderer.ends, texts)
     if not all(text.strip() for text in texts):
@@ -218,7 +225,10 @@ def _around(renderer: Renderer, messages: list[Message], tools: list | None, hea
     if PROBE not in written:
         raise Refused("lost", "the chat template leaves out the assistant's answer")
     before, _, after = written.rpartition(PROBE)
-    return before.removeprefix(head) if before.startswith(head) else "", after
+    if before.startswith(head):
+        return before.removeprefix(head), after
+    # Some templates write the prompt otherwise once there is an answer. The white space before it stays the same.
+    return renderer.around[0] if renderer.around[0].isspace() else "", after
 
 
 def _without_lead(side: Side, head: str, added: str) -> Side:

@@ -24,7 +24,7 @@ from sage.data import chat as chat_module
 from sage.data import encoding, fields, placement
 from sage.data.chat import ChatFormat, Renderer
 from sage.data.encoding import IDS, Encoder
-from sage.data.source import refuse_bad_rows
+from sage.data.source import first_five
 from sage.util.errors import UserError
 from sage.util.files import write_whole
 from sage.util.progress import console
@@ -217,7 +217,7 @@ def _select(table: pa.Table, max_length: int, limits: Limits) -> tuple[pa.Table,
     lengths = _lengths(table)
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     reasons = np.array(table["reason"].to_pylist(), dtype=object)
-    encoded = pc.is_null(table["reason"]).to_numpy()
+    encoded = ~table["reason"].is_valid().to_numpy()
     for index in np.flatnonzero((lengths[:, 1] == lengths[:, 2]) & encoded).tolist():
         if table["chosen_ids"][index].equals(table["rejected_ids"][index]):
             reasons[index] = "same_tokens"
@@ -229,7 +229,7 @@ def _select(table: pa.Table, max_length: int, limits: Limits) -> tuple[pa.Table,
     ids, details = table["pair_id"].to_pylist(), table["detail"].to_pylist()
     dropped: dict[str, list[str]] = {"too_long": [], "same_tokens": []}
     for index in np.flatnonzero(~kept).tolist():
-        dropped.setdefault(reasons[index], []).append(ids[index])
+        dropped.setdefault(str(reasons[index]), []).append(ids[index])
     notes = {
         "dropped": dropped,
         "notes": [f"{rules[rule]} pairs: {sentence}" for rule, sentence in RULES.items() if rules[rule]],
@@ -274,26 +274,32 @@ def _check(
     tokenizer: Any,
 ) -> None:
     """Raise UserError where pairs could not be encoded, none is left, or the model has no embedding for a token."""
-    rows = dict(zip(pairs["pair_id"], pairs["row"], strict=True))
+    rows = dict(zip(*(pairs.data.table[name].to_pylist() for name in ("pair_id", "row")), strict=True))
     refused = [f"row {rows[pair_id]} (pair {pair_id}): {why}" for pair_id, why in notes["details"].items()]
     if len(refused) > max_bad * len(pairs):
-        refuse_bad_rows("the pairs", refused, len(pairs))
-    if not len(data):
-        counts = {reason: len(ids) for reason, ids in notes["dropped"].items()}
-        beyond = f", {counts['beyond_positions']} exceed" if counts.get("beyond_positions") else "; those are"
-        raise UserError(
-            f"no pair is left of {len(pairs)}: {counts['too_long']} are longer than data.max_length={max_length} (the "
-            f"shortest has {notes['shortest']} tokens){beyond} the model's {limits.positions} positions, "
-            f"{counts['same_tokens']} have the same tokens in both responses, {len(refused)} could not be encoded"
+        head = (
+            f"{len(refused)} of {len(pairs)} pairs cannot be trained on as they are; a share of data.max_bad={max_bad} "
+            "may be dropped"
         )
-    for name in IDS:
+        raise UserError(first_five(head, refused))
+    if not len(data):
+        counts = {reason: len(ids) for reason, ids in notes["dropped"].items() if ids}
+        limit = f"data.max_length={max_length} tokens"
+        if limits.positions:
+            limit += f" or the model's {limits.positions} positions"
+        raise UserError(
+            f"no pair is left of {len(pairs)}: {counts}. The shortest pair has {notes['shortest']} tokens; pairs "
+            f"longer than {limit} are dropped"
+        )
+    for name in IDS if limits.vocabulary else ():
         largest = pc.max(pc.list_flatten(data.data.table[name])).as_py()  # pyright: ignore
-        if limits.vocabulary is not None and largest >= limits.vocabulary:
-            where = next(pair for pair in data if largest in pair[name])  # pyright: ignore
+        if largest >= limits.vocabulary:
+            row = next(row for row, ids in enumerate(data.data.table[name]) if largest in ids.as_py())
+            pair_id = data.data.table["pair_id"][row].as_py()
             raise UserError(
-                f"row {rows[where['pair_id']]} (pair {where['pair_id']}) has the token "
-                f"{tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}, but the model has embeddings for "
-                f"ids below {limits.vocabulary} only: add embeddings to the model, or take the token out of the data"
+                f"row {rows[pair_id]} (pair {pair_id}) has the token {tokenizer.convert_ids_to_tokens(largest)!r} with "
+                f"id {largest}, but the model has embeddings only for ids below {limits.vocabulary}: add embeddings to "
+                "the model, or take the token out of the data"
             )
 
 

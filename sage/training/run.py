@@ -246,10 +246,11 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
             max_length=data.max_length,
             num_proc=data.num_proc,
             cache_dir=cfg.cache_dir,
+            max_bad=data.max_bad,
         )
 
     source, pairs = ranks.main_first(work)
-    for note in source.notes:
+    for note in source.notes + pairs.notes:
         console.print(f"{path}: {note}")
     dropped = Counter(row.reason for row in source.dropped)
     dropped.update({reason: len(ids) for reason, ids in pairs.dropped.items() if ids})
@@ -257,7 +258,9 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
     if data.list_dropped and not console.quiet:
         rows = [row._asdict() for row in source.dropped]
         rows += [
-            {"pair_id": pair_id, "reason": reason} for reason, ids in pairs.dropped.items() for pair_id in ids
+            {"pair_id": pair_id, "reason": reason, "detail": pairs.details.get(pair_id)}
+            for reason, ids in pairs.dropped.items()
+            for pair_id in ids
         ]
         with (run_dir / "dropped.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"path": path, **row}) + "\n" for row in rows)

@@ -148,11 +148,11 @@ def test_plain_prompt_keeps_begin_and_loses_end(write, tokenise):
 
 def test_mismatch_of_data_and_template(tokenizer, write, tokenise):
     """Protects from a chat flattened to text, and from a template that is not there, refuses or cannot end."""
-    with pytest.raises(UserError, match=r"pair 1 .*data\.chat_template=true"):
+    with pytest.raises(UserError, match=r"pair 1: .*data\.chat_template=true"):
         tokenise(load_pairs(write(CONVERSATION)), tokenizer, chat_template=False)
     with pytest.raises(UserError, match=r"data\.chat_template=false"):
         tokenise(load_pairs(write(PLAIN)), make_tokenizer(template=None))
-    with pytest.raises(UserError, match=r"pair 1: .*no system"):
+    with pytest.raises(UserError, match=r"row 1 \(pair 1\): .*no system"):
         tokenise(load_pairs(write(PLAIN)), make_tokenizer("{{ raise_exception('no system') }}"))
     endless = make_tokenizer()
     endless.eos_token = None
@@ -197,10 +197,8 @@ def test_common_prefix(heads, monkeypatch):
 def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tmp_path):
     """Protects from stale ids, and from tokenising again when only the tokenizer's last call differs."""
     calls = []
-    encode = tokenized._encode
-    monkeypatch.setattr(
-        tokenized, "_encode", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs)
-    )
+    encode = tokenized.Encoder.__call__
+    monkeypatch.setattr(tokenized.Encoder, "__call__", lambda *args: calls.append(1) or encode(*args))
     data, tokenizer = load_pairs(write(PLAIN)), make_tokenizer()
     first = tokenise(data, tokenizer)
     tokenizer(["a", "b b b"], padding=True, truncation=True, max_length=2)
