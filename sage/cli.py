@@ -1,27 +1,29 @@
-"""The `sage` command: pops the command word and hands the rest to that command's own Hydra entry.
+"""The `sage` command: it reads the command word and passes the rest to that command's own Hydra program.
 
-Hydra then does what it does everywhere: overrides, `-m` sweeps, `--cfg job`, `--help`, `--info`, `-cd DIR`, completion.
+Hydra then works as usual: overrides, `-m` sweeps, `--cfg job`, `--help`, `--info`, `-cd DIR`, completion.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sage import config
+from sage.config import nearest
 from sage.util.errors import UserError, report
+from sage.util.output import outlive_reader
 
 USAGE = """\
 sage: align reasoning models with preference pairs, and spend gradients only on the pairs that deserve them
@@ -31,9 +33,9 @@ usage: sage COMMAND [arguments]
 commands
   train             align a policy: sage train +experiment=demo [key=value ...]; -m sweeps over comma-separated values
   build-pairs       sample responses to problems, verify them, make preference pairs
-  score-dataset     what policy and reference make of every pair, forward only: scores, and the best rows
+  score-dataset     score every pair with forward passes only, and write the best rows
   eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
-  resume RUN_DIR    go on with an interrupted run, exactly
+  resume RUN_DIR    continue an interrupted run exactly
   report RUN...     what runs did, and how they compare: on the terminal, as one HTML page, as CSV
 
 sage COMMAND --help             every config group and key
@@ -49,13 +51,17 @@ def hydra_command(word: str) -> Callable[..., None]:
     def run(composed: DictConfig) -> None:
         from sage import launch
 
-        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        hydra_config = HydraConfig.get()
+        run_dir = Path(hydra_config.runtime.output_dir)
         try:
-            launch.run(config.load(composed), run_dir)
+            typed = {key_of(override) for override in hydra_config.overrides.hydra}
+            for key in typed.intersection(config.unknown_keys(hydra_config, "hydra.")):  # pyright: ignore
+                raise UserError(unknown_to_hydra(key, word))
+            launch.run(config.load(composed, hydra_config.overrides.task), run_dir)
         except UserError as e:
             with suppress(OSError):
-                run_dir.rmdir()  # which Hydra made; a folder that holds anything stays
-            fail(e)  # here, so that Hydra does not add its own line
+                run_dir.rmdir()  # Hydra made it; a folder that holds anything stays
+            fail(e)  # here, so that Hydra does not add its own message
 
     return run
 
@@ -63,7 +69,7 @@ def hydra_command(word: str) -> Callable[..., None]:
 def resume() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(
-            "usage: sage resume RUN_DIR\n\nGo on with an interrupted run, exactly: from its newest complete checkpoint."
+            "usage: sage resume RUN_DIR\n\nContinue an interrupted run exactly, from its newest complete checkpoint."
         )
         raise SystemExit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     from sage import launch
@@ -71,7 +77,7 @@ def resume() -> None:
     run_dir = Path(sys.argv[1])
     cfg = config.load(run_dir)
     if (run_dir / config.SUMMARY_FILE).exists():
-        raise UserError(f"{run_dir}: this run is finished; its summary.json says what came of it")
+        raise UserError(f"{run_dir}: this run is finished; its summary.json holds the results")
     launch.preflight(cfg)
     launch.start(cfg.world_size, run_dir)
 
@@ -101,6 +107,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main() -> None:
+    outlive_reader()
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
@@ -110,14 +117,15 @@ def main() -> None:
     if word not in COMMANDS:
         report(UserError(f"no command {word!r}{nearest(word, COMMANDS)}; commands: {', '.join(COMMANDS)}"))
         raise SystemExit(2)
-    # Let exceptions through Hydra untouched, so that every error is told in one way, below.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on, and all errors are reported here
     try:
         COMMANDS[word]()
     except UserError as e:
         fail(e)
-    except (HydraException, OmegaConfBaseException) as e:
-        fail(UserError(explain(e, word)), cause=e)
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as e:
+        if not isinstance(e, (HydraException, OmegaConfBaseException)) and not re.search(BARE, str(e)):
+            raise
+        fail(UserError(explain(e, word, sys.argv[1:])), cause=e)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -143,46 +151,110 @@ def fail(error: UserError, cause: BaseException | None = None) -> None:
     raise SystemExit(2)
 
 
-def explain(error: BaseException, word: str) -> str:
-    """Hydra's message for a config that does not compose, with the nearest valid key or option where one is close."""
-    causes = [str(error)]
-    while error.__cause__ is not None:
-        error = error.__cause__
-        causes.append(str(error))
-    text = "\n".join(causes)
-    if match := re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)", text) or re.search(
-        r"Could not override '([^']+)'", text
-    ):
+# --- why a command line does not compose
+
+
+def explain(error: BaseException, word: str, arguments: Sequence[str]) -> str:
+    """What to write instead of overrides that Hydra refuses, or Hydra's own message in one line."""
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    text = "\n".join(map(str, causes))
+    for argument in arguments:
+        if advice := unreadable(argument):
+            return advice
+    for pattern, advise in ADVICE.items():
+        if match := re.search(pattern, text):
+            argument = next((a for a in arguments if key_of(a) == match[1]), f"{match[1]}=...")
+            return advise(argument, match[1], text)
+    if match := re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)|Could not override '([^']+)'", text):
         full = re.search(r"full_key: (\S+)", text)
-        key = full[1] if full else match[1]
-        if key in config.RENAMED:
-            return f"{key} was renamed: write {config.RENAMED[key]}=..."
-        return (
-            f"unknown config key {key!r}{nearest(key, known_keys(word))}; `sage {word} --help` lists all keys"
-        )
-    if match := re.search(r"Could not find '([^']+)'", text):
-        group, _, option = match[1].rpartition("/")
-        listed = text.split("Available options in", 1)[-1].split("Config search path")[0]
-        options = [line.strip() for line in listed.splitlines()[1:] if line.strip()]
-        return f"no {group or 'option'} {option!r}{nearest(option, options)}; there are: {', '.join(options)}"
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
+        key = full[1] if full else match[1] or match[2]
+        if key.startswith("hydra."):
+            return unknown_to_hydra(key, word)
+        known = config.known_keys(config.SCHEMAS[word])
+        if f"{key.rpartition('.')[0]}.NAME" in known:
+            return f"{key} does not exist yet, so it is added: write +{key}=..."
+        return str(config.refusal(key, known, word))
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "_type" not in line]
+    if match := re.match(r"Error merging override (.*)", text):
+        null = f"; write {key_of(match[1])}=null" if match[1].endswith("=None") else ""
+        return f"{match[1]}: {lines[1]}{null}"
     return "; ".join(dict.fromkeys(lines))
 
 
-def nearest(word: str, known: object) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)  # pyright: ignore
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def unknown_to_hydra(key: str, word: str) -> str:
+    return f"unknown key {key!r} of Hydra; `sage {word} --cfg hydra` prints Hydra's config"
 
 
-def known_keys(word: str) -> list[str]:
-    from sage import losses
+def no_option(argument: str, missing: str, text: str) -> str:
+    group, _, option = missing.rpartition("/")
+    listed = text.split("Available options in", 1)[-1].split("Config search path")[0]
+    options = [line.strip() for line in listed.splitlines()[1:] if line.strip()]
+    return f"no {group or 'option'} {option!r}{nearest(option, options)}; there are: {', '.join(options)}"
 
-    blank = config.SCHEMAS[word]()
-    names = [*(name for name, *_ in config.walk(blank)), *(f.name for f in dataclasses.fields(blank))]
-    if "loss" in names:
-        objectives = [c for c in vars(losses).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
-        names += [f"loss.{f.name}" for c in objectives for f in dataclasses.fields(c)]
-    return names
+
+def without_plus(argument: str, key: str, text: str) -> str:
+    if not argument.startswith("+"):
+        return f"{key} is chosen more than once: keep one of them"
+    return f"{argument}: {key} is set already: write {argument.lstrip('+')}, without the +"
+
+
+# What Hydra raises as a bare AssertionError and ValueError.
+NULL_GROUP = "Unexpected type for root: (NoneType)"
+NOT_AN_OPTION = r"Config group override must be a string or a list\. Got (\w+)"
+BARE = f"{NULL_GROUP}|{NOT_AN_OPTION}"
+# Hydra's messages, each with the key in its first group -> (the argument that set the key, key, message) -> advice.
+ADVICE: dict[str, Callable[[str, str, str], str]] = {
+    r"Could not find '([^']+)'": no_option,
+    r"Could not override '([^']+)'\. ?\s*No match in the defaults list": lambda argument, key, _: (
+        f"{argument}: {key} is a config group without a default, so its option is added: write +{argument}"
+    ),
+    r"(\S+) appears more than once in the final defaults list": without_plus,
+    r"An item is already at '([^']+)'": without_plus,
+    r"Ambiguous value for argument '([^'=]+)=": lambda argument, key, _: (
+        f"{argument}: a comma separates the values of a sweep, which needs -m. As one text, write {quoted(argument)}; "
+        f"as a list, {key}=[...]"
+    ),
+    NULL_GROUP: lambda *_: (
+        "a key of a group that is null cannot be set; choose an option of the group first: +model/lora=default"
+    ),
+    NOT_AN_OPTION: lambda *_: (
+        "a config group takes the name of one of its options, such as loss=dpo, not a number"
+    ),
+}
+
+
+def key_of(argument: str) -> str:
+    return re.split("[=@]", argument.lstrip("+~"))[0]
+
+
+def unreadable(argument: str) -> str | None:
+    """What is wrong with an argument that Hydra's grammar does not read, and how to write it; None if it is fine."""
+    if argument.startswith("-"):
+        return None
+    if not key_of(argument):
+        return f"{argument!r} is not of the form key=value; `sage COMMAND --help` lists all keys"
+    try:
+        OverridesParser.create().parse_override(argument)
+        return None
+    except HydraException:
+        if "=" not in argument:
+            return f"{argument!r} is not of the form key=value; `sage COMMAND --help` lists all keys"
+        if form := quoted(argument):
+            return f"{argument}: a value with special characters needs quotes: write {form}"
+        return f"{argument!r} cannot be read; write key='value' in quotes"
+
+
+def quoted(argument: str) -> str | None:
+    """The argument as a shell and Hydra both read it as one text, or None if there is no such form."""
+    key, _, value = argument.partition("=")
+    form = key + '="' + value.strip("\"'").replace('"', '\\"') + '"'
+    try:
+        OverridesParser.create().parse_override(form)
+    except HydraException:
+        return None
+    return shlex.quote(form)
 
 
 if __name__ == "__main__":

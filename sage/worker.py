@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sage.util.errors import UserError, disk_full, report
+from sage.util.output import outlive_reader
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warning about it helps nobody
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -44,6 +45,7 @@ def hold(run_dir: Path, rank: str) -> FileLock:
 
 
 def main() -> None:
+    outlive_reader()
     run_dir, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
     try:
         lock = hold(run_dir, rank)

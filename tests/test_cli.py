@@ -88,8 +88,10 @@ def test_every_option_composes_and_loads(group, option):
     overrides = [f"{sign}{group}={option}"]
     if command == "train":
         overrides += ["data.path=pairs.jsonl", "epochs=null", "steps=1"]
-    if (group, option) == ("model", "hf"):
-        overrides.append("model.path=folder")
+    overrides += {
+        ("model", "hf"): ["model.path=folder"],
+        ("scorer", "rho"): ["+scorer.margins_from=file"],
+    }.get((group, option), [])
     with initialize_config_module("sage.conf", version_base="1.3"):
         cfg = config.load(compose(command, overrides))
     assert cfg.command == command

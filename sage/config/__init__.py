@@ -1,7 +1,7 @@
 """The schema of every command, its checks, and the frozen config of a run."""
 
 from sage.config.checks import check, check_target, walk
-from sage.config.frozen import CONFIG_FILE, RENAMED, SUMMARY_FILE, freeze, load, read_frozen
+from sage.config.frozen import CONFIG_FILE, SUMMARY_FILE, freeze, load, read_frozen
 from sage.config.groups import (
     ChatConfig,
     DataConfig,
@@ -15,11 +15,11 @@ from sage.config.groups import (
     SamplingConfig,
     TrackingConfig,
 )
+from sage.config.keys import groups, known_keys, nearest, refusal, unknown_keys
 from sage.config.schema import SCHEMAS, BuildPairsConfig, EvalConfig, RunConfig, ScoreConfig, TrainConfig
 
 __all__ = [
     "CONFIG_FILE",
-    "RENAMED",
     "SCHEMAS",
     "SUMMARY_FILE",
     "BuildPairsConfig",
@@ -41,7 +41,12 @@ __all__ = [
     "check",
     "check_target",
     "freeze",
+    "groups",
+    "known_keys",
     "load",
+    "nearest",
     "read_frozen",
+    "refusal",
+    "unknown_keys",
     "walk",
 ]

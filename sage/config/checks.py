@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_class
@@ -11,18 +13,30 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sage.config.groups import ProblemsConfig
+from sage.config.keys import suggestion
+from sage.util.errors import UserError
 
 if TYPE_CHECKING:
     from sage.config.schema import RunConfig
-from sage.util.errors import UserError
+
+# Group -> the class that its `_target_` must extend. By name, so that `sage --help` does not import torch.
+BASES = {
+    "loss": "sage.losses.Loss",
+    "scorer": "sage.scorers.Scorer",
+    "curriculum": "sage.curriculum.Curriculum",
+}
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """Yield (dotted key, its field, its value) for every leaf of a config dataclass."""
     for f in dataclasses.fields(node):
         value = getattr(node, f.name)
+        nested = value if isinstance(value, dict) else {}
         if dataclasses.is_dataclass(value):
             yield from walk(value, f"{prefix}{f.name}.")
+        elif nested and all(dataclasses.is_dataclass(item) for item in nested.values()):
+            for name, item in nested.items():
+                yield from walk(item, f"{prefix}{f.name}.{name}.")
         else:
             yield f"{prefix}{f.name}", f, value
 
@@ -30,37 +44,88 @@ def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, 
 def check(cfg: RunConfig) -> None:
     """Raise UserError for values out of range and for combinations that cannot run."""
     for name, f, value in walk(cfg):
-        m = f.metadata
-        if m.get("choices") and value not in m["choices"]:
-            raise UserError(f"{name}={value}: must be one of {', '.join(map(str, m['choices']))}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if m.get("low") is not None and value < m["low"]:
-                raise UserError(f"{name}={value}: must be at least {m['low']}")
-            if m.get("high") is not None and value > m["high"]:
-                raise UserError(f"{name}={value}: must be at most {m['high']}")
+        check_value(name, f.metadata, value)
     cfg.check()
 
 
-def check_target(group: str, node: dict[str, Any]) -> None:
-    """Check a `_target_` group against the dataclass it names, so that typos fail before a model is loaded."""
-    if "_target_" not in node:
-        raise UserError(f"{group}: choose one with {group}=NAME, or give {group}._target_")
-    try:
-        cls = get_class(node["_target_"])
-    except Exception as e:
-        raise UserError(f"{group}._target_={node['_target_']} cannot be imported: {e}") from e
-    if not dataclasses.is_dataclass(cls):
+def check_value(name: str, metadata: Mapping[str, Any], value: Any) -> None:
+    """Check one value, and each item of a list, against the metadata of its field (`groups.key`)."""
+    if isinstance(value, (list, tuple)):
+        if (length := metadata.get("length")) and len(value) != length:
+            raise UserError(f"{name}={list(value)}: must have {length} values")
+        for item in value:
+            check_value(name, {**metadata, "length": None}, item)
         return
-    given = {k: v for k, v in node.items() if not k.startswith("_")}
+    if value == "None":
+        raise UserError(f"{name}=None: None is a text here; write {name}=null")
+    if metadata.get("choices") and value not in metadata["choices"]:
+        raise UserError(f"{name}={value}: must be one of {', '.join(map(str, metadata['choices']))}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise UserError(f"{name}={value}: must be a finite number")
+    for bound, words, allowed in (
+        ("low", "at least", lambda limit: value >= limit),
+        ("above", "greater than", lambda limit: value > limit),
+        ("high", "at most", lambda limit: value <= limit),
+        ("below", "less than", lambda limit: value < limit),
+    ):
+        if (limit := metadata.get(bound)) is not None and not allowed(limit):
+            raise UserError(f"{name}={value}: must be {words} {limit}")
+
+
+def check_target(key: str, node: dict[str, Any], group: str | None = None) -> None:
+    """Check the options of a `_target_` group (by default the one that `key` names) before a model is loaded.
+
+    The class must belong to its group, so that a run folder from elsewhere cannot name another program. A class that
+    needs nothing but its options is built once, which runs its own checks.
+
+    Raises:
+        UserError: the class is not one of the group's, or an option is unknown, of the wrong type or out of range.
+    """
+    group = group or key
+    if "_target_" not in node:
+        raise UserError(f"{key}: choose one with {group}=NAME, or give {key}._target_")
+    target = node["_target_"]
     try:
-        schema = OmegaConf.structured(cls)
-        OmegaConf.merge(schema, given)
+        cls = get_class(target)
+    except Exception as e:
+        raise UserError(f"{key}._target_={target} cannot be imported: {e}") from e
+    belongs = (
+        issubclass(cls, get_class(BASES[group])) or target == "sage.scorers.Uniform"
+        if group in BASES
+        else callable(getattr(cls, "open", None))
+    )
+    if not (belongs and dataclasses.is_dataclass(cls)):
+        wanted = f"extends {BASES[group]}" if group in BASES else "has a method `open`"
+        raise UserError(f"{key}._target_={target}: must be a dataclass that {wanted}")
+    options = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    given = {name: value for name, value in node.items() if name != "_target_"}
+    for name in given:
+        if name not in options:
+            near = suggestion(f"{key}.{name}", [f"{key}.{option}" for option in options])
+            raise UserError(f"unknown config key '{key}.{name}'{near}: {target} has no such option")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(cls), given)
+        values: Any = {name: OmegaConf.to_container(typed)[name] for name in given}  # pyright: ignore
     except OmegaConfBaseException as e:
-        raise UserError(f"{group}: {str(e).splitlines()[0]} (key {group}.{e.full_key})") from e
+        raise UserError(f"{key}: {str(e).splitlines()[0]} (key {key}.{e.full_key})") from e
+    for name, value in values.items():
+        check_value(f"{key}.{name}", options[name].metadata, value)
+    if signature(cls).parameters.keys() - options.keys():
+        return  # it needs more, as a curriculum needs the pairs
+    try:
+        cls(**values)
+    except (TypeError, ValueError) as e:
+        raise UserError(str(e) if str(e).startswith(f"{key}.") else f"{key}: {e}") from e
 
 
 def check_benchmarks(benchmarks: dict[str, ProblemsConfig]) -> None:
     for name, problems in benchmarks.items():
+        if problems.path is None:
+            raise UserError(
+                f"benchmark.{name}.path is not set: give its problems with benchmark.{name}.path=FILE"
+            )
         check_prompt(f"benchmark.{name}", problems)
 
 

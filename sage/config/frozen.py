@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sage.config.checks import check
+from sage.config.keys import RENAMED, known_keys, refusal, refuse_altered, refuse_ignored, unknown_keys
 from sage.config.schema import SCHEMAS, RunConfig
 from sage.util.errors import UserError
 
 CONFIG_FILE = "config.yaml"  # in a run directory: the config of the run
 SUMMARY_FILE = "summary.json"  # written last: the run is finished
 
-# Keys that earlier versions of sage had, and where they are now. A frozen config may hold the old key; on the
-# command line it is refused with the new one.
-RENAMED = {
-    "chat_template": "data.chat_template",
-    "limit": "benchmark_limit",
-    "packing": "data.packing",
-    "snr_every": "tracking.snr_every",
-    "tracking.samples": "tracking.sample_rows",
-}
 # Classes that earlier versions kept elsewhere; a frozen config may name the old place.
 MOVED = {
     "sage.curriculum.EasyToHard": "sage.static_curricula.EasyToHard",
@@ -34,18 +29,26 @@ MOVED = {
 }
 
 
-def load(source: DictConfig | str | Path) -> RunConfig:
+def load(source: DictConfig | str | Path, typed: Sequence[str] = ()) -> RunConfig:
     """Read a composed config, or a run directory's frozen one, into its command's dataclass and check it.
 
+    `typed` are the overrides of the command line that the config was composed from.
+
     Raises:
-        UserError: a key is unknown, missing, of the wrong type, out of range, or at odds with another.
+        UserError: a key is unknown, missing, of the wrong type, out of range, or at odds with another; or `typed`
+            sets a key that has no effect on this command.
     """
     if not isinstance(source, DictConfig):
         source = read_frozen(Path(source))
+    schema: Any = OmegaConf.get_type(source)
+    for key in unknown_keys(source):
+        raise refusal(key, known_keys(schema), schema.command)
     try:
         cfg: RunConfig = OmegaConf.to_object(source)  # pyright: ignore
     except OmegaConfBaseException as e:
         raise UserError(str(e).splitlines()[0] + (f" (key {e.full_key})" if e.full_key else "")) from e
+    refuse_ignored(cfg.ignored(), typed, schema.command)
+    refuse_altered(cfg, typed)
     check(cfg)
     return cfg
 
@@ -95,4 +98,15 @@ def freeze(cfg: RunConfig, run_dir: Path) -> None:
             f"{run_dir} already holds a run: go on with `sage resume {run_dir}`, or choose another hydra.run.dir"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(cfg)))))
+
+
+def escaped(value: Any) -> Any:
+    """A resolved config in which OmegaConf reads every `${` as text, not as an interpolation."""
+    if isinstance(value, dict):
+        return {name: escaped(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [escaped(item) for item in value]
+    if isinstance(value, str):  # backslashes before `${` are doubled, and one more escapes it
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value

@@ -1,0 +1,155 @@
+"""Which config keys there are. Unknown keys are refused, with the nearest known one, and so are keys without effect."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from sage.util.errors import UserError
+
+# Keys that earlier versions of sage had, and where they are now. A frozen config may hold the old key; on the
+# command line it is refused with the new one.
+RENAMED = {
+    "chat_template": "data.chat_template",
+    "limit": "benchmark_limit",
+    "packing": "data.packing",
+    "snr_every": "tracking.snr_every",
+    "tracking.samples": "tracking.sample_rows",
+}
+
+
+@cache
+def groups() -> dict[str, list[str]]:
+    """Each config group of sage, such as `loss` or `model/lora`, and its options."""
+    root = Path(str(files("sage.conf")))
+    found: dict[str, list[str]] = {}
+    for file in sorted(root.rglob("*.yaml")):
+        if file.parent != root:
+            found.setdefault(file.parent.relative_to(root).as_posix(), []).append(file.stem)
+    return found
+
+
+def schema_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys of a config dataclass, groups included; NAME stands for a key that the user chooses."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        name, hint = f"{prefix}{f.name}", hints[f.name]
+        yield name
+        if typing.get_origin(hint) is dict:
+            name, hint = f"{name}.NAME", typing.get_args(hint)[1]
+            if f.name not in groups():
+                yield name
+        for nested in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(nested):
+                yield from schema_keys(nested, f"{name}.")  # pyright: ignore
+
+
+@cache
+def known_keys(schema: type) -> list[str]:
+    """All keys of a command: those of its schema, and those of the options that name a class by `_target_`."""
+    known = dict.fromkeys(schema_keys(schema))
+    for group, options in groups().items():
+        for option in options if group in known else ():
+            content: Any = OmegaConf.to_container(
+                OmegaConf.load(str(files("sage.conf") / group / f"{option}.yaml"))
+            )
+            if "_target_" in content:
+                known |= dict.fromkeys(f"{group}.{name}" for name in content)
+    return list(known)
+
+
+def unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of what a composed config holds beside the fields of its dataclasses.
+
+    Hydra lets `+key=value` add any key to a dataclass, and OmegaConf then drops it without a word.
+    """
+    cls = OmegaConf.get_type(node)
+    known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else node.keys()
+    for name in map(str, node):
+        if name not in known:
+            yield f"{prefix}{name}"
+            continue
+        unread = OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
+        if not unread and isinstance(child := node[name], DictConfig):
+            yield from unknown_keys(child, f"{prefix}{name}.")
+
+
+def refusal(key: str, known: Iterable[str], command: str) -> UserError:
+    """The error for an unknown key: it names the new name of a renamed key, or the nearest known key."""
+    if key in RENAMED:
+        return UserError(f"{key} was renamed: write {RENAMED[key]}=...")
+    return UserError(
+        f"unknown config key {key!r}{suggestion(key, known)}; `sage {command} --help` lists all keys"
+    )
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """The known key that was most likely meant; where none is near, the keys of the same group."""
+    parts = key.split(".")
+    names = []
+    for name in (
+        name for name in known if not name.endswith(".NAME")
+    ):  # benchmark.NAME.limit -> benchmark.gsm8k.limit
+        mine = name.split(".")
+        if len(mine) == len(parts):
+            mine = [given if part == "NAME" else part for part, given in zip(mine, parts, strict=True)]
+        names.append(".".join(mine))
+    group, _, last = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == group}
+    if close := difflib.get_close_matches(last, siblings, n=1, cutoff=0.7):
+        return f" (did you mean {siblings[close[0]]!r}?)"
+    if group and siblings:
+        return f" ({group} has {', '.join(siblings)})"
+    elsewhere = {name.rpartition(".")[2]: name for name in reversed(names)}  # the first of equal ends counts
+    for candidates, word in ((elsewhere, last), ({name: name for name in names}, key)):
+        if close := difflib.get_close_matches(word, candidates, n=1, cutoff=0.7):
+            return f" (did you mean {candidates[close[0]]!r}?)"
+    return ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def refuse_ignored(ignored: dict[str, str], typed: Iterable[str], command: str) -> None:
+    """Refuse an override from the command line that sets a key, or a key of a group, without effect on this command.
+
+    Only what the user typed counts: an experiment may set keys for several commands.
+
+    Raises:
+        UserError: names the key and says why it has no effect.
+    """
+    for override in typed:
+        key = re.split("[=@]", override.lstrip("+~"))[0].replace("/", ".")
+        for prefix, reason in ignored.items():
+            if f"{key}.".startswith(f"{prefix}."):
+                raise UserError(
+                    f"{override}: {key} has no effect on `sage {command}`, {reason}: leave it out"
+                )
+
+
+def refuse_altered(cfg: Any, typed: Iterable[str]) -> None:
+    """Refuse an unquoted override of a text that Hydra reads as a number or as true or false.
+
+    `model.revision=12e4567` would become inf, and `name=007` would become 7.
+
+    Raises:
+        UserError: gives the override in quotes.
+    """
+    for override in typed:
+        key, _, text = override.lstrip("+").partition("=")
+        value: Any = OverridesParser.create().parse_override(override).value()
+        leaf = OmegaConf.select(OmegaConf.structured(cfg), key) if isinstance(value, (int, float)) else None
+        if isinstance(leaf, str) and str(value) != text.strip():
+            raise UserError(f"{override} is read as {value}; to set this text, write '{key}=\"{text}\"'")
