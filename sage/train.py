@@ -10,10 +10,10 @@ import torch
 
 from sage.config import OptimizerConfig
 from sage.training import snr
-from sage.training.metrics import PER_PAIR, means, per_pair
+from sage.training.finite import not_finite
+from sage.training.metrics import LOSS, PER_PAIR, means, per_pair
 from sage.training.run import Run
 from sage.training.tracking import Tracker
-from sage.util.errors import UserError
 from sage.util.progress import StepProgress, console
 
 
@@ -44,18 +44,15 @@ def train(run_dir: Path) -> None:
                 if work.weight:
                     seen[:, work.positions] = per_pair(run.loss, losses, logps, reference)
             seen = engine.sum_over_ranks(seen)
-            run.selection.observe(chosen, seen, run.samples)
             lr = learning_rate(state.step, run.steps, cfg.optimizer)
-            grad_norm = engine.step(lr)
+            # A step that is not finite changes nothing. The engine refuses such gradients by itself.
+            grad_norm = engine.step(lr) if seen[LOSS].isfinite().all() else math.nan
+            if not math.isfinite(grad_norm):
+                raise not_finite(state.step + 1, run.pairs.pair_ids()[chosen].tolist(), seen[LOSS], grad_norm)
+            run.selection.observe(chosen, seen, run.samples)
             state.step += 1
             elapsed = time.perf_counter() - started
             state.seconds += elapsed
-
-            if not math.isfinite(grad_norm):
-                raise UserError(
-                    f"step {state.step}: the loss or its gradient is not finite (gradient norm {grad_norm}): lower "
-                    "optimizer.lr, or use model.dtype=float32; checkpoints written before this step are good"
-                )
             metrics = None
             if state.step % cfg.log_every == 0 or state.step == run.steps:
                 metrics = {

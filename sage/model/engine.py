@@ -1,16 +1,17 @@
-"""DeepSpeed: the only file that imports it.
+"""DeepSpeed: no other file imports it.
 
-The loop owns gradient accumulation (the number of micro-batches varies from step to step), the learning rate and the
-loss scale; DeepSpeed owns sharding, gradient reduction, clipping, master weights and the optimizer's state.
+The loop owns gradient accumulation (the number of micro-batches differs from step to step) and the learning rate.
+DeepSpeed owns sharding, gradient reduction, clipping, master weights and the optimizer's state.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from subprocess import CalledProcessError
+from typing import Any
 
 # Checkpoints are data: nothing in them is executed, whatever flag a library passes to torch.load.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -19,6 +20,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_av
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -26,38 +28,48 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from sage.config import EngineConfig, OptimizerConfig
+from sage.util import ranks
 from sage.util.errors import UserError
+from sage.util.progress import console
 
-T = TypeVar("T")
-# DeepSpeed would compile a shared-memory all-reduce for CPU ranks, 40 seconds of a newcomer's first run; gloo serves.
+# For CPU ranks DeepSpeed would compile a shared-memory all-reduce, which adds 40 seconds to the first run. gloo is
+# good enough.
 deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# What compiling one of DeepSpeed's optimizers raises without a compiler, ninja, a CUDA toolkit or a fitting one.
+CANNOT_BUILD = (
+    CalledProcessError,
+    CUDAMismatchException,
+    ImportError,
+    MissingCUDAException,
+    OSError,
+    RuntimeError,
+)
 
 
 def init_distributed() -> torch.device:
-    """Join the process group (gloo on CPU, nccl on CUDA) and name this rank's device.
+    """Join the process group (gloo on CPU, nccl on CUDA) and return this rank's device.
 
-    A rank that no launcher started is a world of its own.
+    A rank that no launcher started becomes a world of one.
 
     Raises:
         UserError: this machine has fewer GPUs than ranks.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if ranks.local_rank() >= torch.cuda.device_count():
             raise UserError(
                 f"world_size asks for more ranks than this machine's {torch.cuda.device_count()} GPUs"
             )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(ranks.local_rank())
+        device = torch.device("cuda", ranks.local_rank())
     else:
         device = torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if os.environ["WORLD_SIZE"] == "1" and not dist.is_initialized():
-        # In memory: a free port that was looked up may be another's by the time it is listened on.
+        # In memory, without a port: a free port that was looked up may be taken by the time we listen on it.
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(backend, verbose=False)
@@ -67,10 +79,9 @@ def init_distributed() -> torch.device:
 def build_optimizer(
     parameters: list[nn.Parameter], cfg: OptimizerConfig, offload: bool
 ) -> torch.optim.Optimizer:
-    """AdamW: DeepSpeed's CPU one under offload and fused one on CUDA where they build, torch's otherwise.
+    """AdamW: DeepSpeed's CPU Adam under offload and its fused Adam on CUDA if they build, else torch's.
 
-    Weight decay leaves norms and biases alone.
-    The loop gives the learning rate with every step; it is zero here so that DeepSpeed's trial step decays no weight.
+    Norms and biases get no weight decay. The learning rate is zero here: the loop sets it in every step.
     """
     options: dict[str, Any] = {"lr": 0.0, "betas": tuple(cfg.betas), "eps": cfg.eps}
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": cfg.weight_decay}]
@@ -78,26 +89,60 @@ def build_optimizer(
         groups[0]["params"] = [p for p in parameters if p.ndim >= 2]
         groups.append({"params": vectors, "weight_decay": 0.0})
     if cfg.implementation == "auto" and (offload or parameters[0].is_cuda):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-
-        with suppress(Exception):  # without a compiler or CUDA toolkit, building it fails in many ways
-            return (DeepSpeedCPUAdam if offload else FusedAdam)(groups, adamw_mode=True, **options)  # pyright: ignore
+        optimizer, reason = None, ""
+        try:
+            optimizer = _deepspeed_adam(groups, offload, options)
+        except CANNOT_BUILD as e:
+            reason = (
+                f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
+            )
+        if not (failed := [r for r in ranks.gather(reason) if r]) and optimizer is not None:
+            return optimizer
+        console.print(
+            f"DeepSpeed's Adam does not build here ({failed[0]}): using torch's AdamW, which is slower"
+        )
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
+def _deepspeed_adam(groups: list[dict[str, Any]], offload: bool, options: dict[str, Any]) -> Any:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    name = "CPU Adam" if offload else "fused Adam"
+    console.print(
+        f"loading DeepSpeed's {name}: the first time on a machine it is compiled, which takes minutes"
+    )
+    if offload:
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return FusedAdam(groups, adam_w_mode=True, **options)
+
+
+def check_weights(policy: nn.Module) -> None:
+    """Refuse a model that is broken before it is trained.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
+    """
+    for name, parameter in policy.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(
+                f"the model itself is broken: its weight {name.removeprefix('model.')} holds NaN or infinite values; "
+                "use another model.path, or another checkpoint of this model"
+            )
+
+
 class Ranks:
-    """This rank's place among the others, and what they say to each other."""
+    """This rank's place among the others, and what they exchange."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
     @property
     def rank(self) -> int:
-        return dist.get_rank()
+        return ranks.rank()
 
     @property
     def world_size(self) -> int:
-        return dist.get_world_size()
+        return ranks.world_size()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device)
@@ -106,19 +151,18 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """One small Python object from every rank, in order, on every rank."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return ranks.gather(value)
 
     def barrier(self) -> None:
-        dist.barrier()
+        ranks.barrier()
 
 
 class Frozen(Ranks):
-    """A model that is only asked; `sharded` keeps a part of its weights on each rank, as ZeRO stage 3 does."""
+    """A model for forward passes only. `sharded` keeps a part of its weights on each rank, as ZeRO stage 3 does."""
 
     def __init__(self, policy: nn.Module, sharded: bool, dtype: torch.dtype, device: torch.device):
         super().__init__(device)
+        check_weights(policy)
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
         self.policy: Any = policy.to(device)
@@ -132,7 +176,7 @@ class Frozen(Ranks):
 
 
 class Engine(Ranks):
-    """A policy under ZeRO, with the calls the loop needs."""
+    """A policy under ZeRO, with the calls that the loop needs."""
 
     def __init__(
         self,
@@ -143,11 +187,13 @@ class Engine(Ranks):
         device: torch.device,
     ):
         super().__init__(device)
+        check_weights(policy)
         self.dtype = dtype
         self.policy = policy.to(device)
         trainable = [p for p in policy.parameters() if p.requires_grad]
         self.max_grad_norm = optimizer.max_grad_norm
-        # Without master weights and shards DeepSpeed wraps no optimizer, and then tells no gradient norm.
+        # Without master weights and shards DeepSpeed does not wrap the optimizer. It then clips gradients after its
+        # own fashion, reports no norm, and applies any update. So the clipping and the check are ours.
         self.unwrapped = trainable if engine.zero_stage == 0 and dtype == torch.float32 else None
         self.optimizer: Any
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
@@ -157,33 +203,37 @@ class Engine(Ranks):
             config=deepspeed_config(engine, dtype, 0.0 if self.unwrapped else self.max_grad_norm),
             dist_init_required=False,
         )
-        if engine.zero_stage == 0 and dtype == torch.bfloat16:
-            # DeepSpeed took a step with zero gradients to allocate the state, and Adam's bias correction counts it.
-            self.optimizer.state.clear()
-            for group in self.optimizer.param_groups:
-                group.pop("step", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient; `last` marks the step's final micro-batch, on all ranks together.
+        """Add this micro-batch's gradient to the step's, in float32. `last` marks the step's final micro-batch.
 
-        `loss` is this rank's share of the global mean. DeepSpeed averages gradients over ranks, we want their sum.
+        Every rank calls this equally often, with `last` in the same call. `loss` is this rank's share of the global
+        mean. DeepSpeed averages gradients over ranks; we want their sum.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss * self.world_size)
 
     def step(self, lr: float) -> float:
-        """Clip, update and zero the gradients; returns the global gradient norm before clipping."""
+        """Clip, update and zero the gradients. Returns the global gradient norm before clipping.
+
+        If that norm is not finite, weights and optimizer state stay as they are, on all ranks.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.unwrapped:
-            norm = nn.utils.clip_grad_norm_(self.unwrapped, self.max_grad_norm or torch.inf)
-            self.deepspeed.step()
-            return float(norm)
+            norm = float(nn.utils.clip_grad_norm_(self.unwrapped, self.max_grad_norm or torch.inf))
+            if math.isfinite(norm):
+                self.deepspeed.step()
+            else:
+                self.deepspeed.zero_grad()
+            return norm
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm())  # pyright: ignore
+        norm = float(self.deepspeed.get_global_grad_norm())  # pyright: ignore
+        assert math.isfinite(norm) == self.deepspeed.was_step_applied()
+        return norm
 
     def save(self, folder: Path) -> None:
         self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
@@ -201,19 +251,29 @@ class Engine(Ranks):
 
 
 def deepspeed_config(engine: EngineConfig, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    half = dtype == torch.bfloat16
+    # In stage 0 DeepSpeed cannot accumulate bfloat16 gradients in float32. Stage 1 can, for the same weights and in
+    # less memory.
+    stage = max(engine.zero_stage, 1) if half else engine.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
     if engine.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if engine.zero_stage == 3:
+        if stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if engine.zero_stage == 3:
+    if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    return {
+    config = {
         "train_micro_batch_size_per_gpu": 1,  # the loop owns batches and accumulation
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": half, "check_grad_overflow": True, "immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,
     }
+    if half and stage == 1:
+        # Ranks exchange gradients once a step, so this costs little. Stages 2 and 3 exchange those of every
+        # micro-batch: in bfloat16, since such rounding errors do not build up.
+        config["communication_data_type"] = "fp32"
+    return config

@@ -22,6 +22,7 @@ PER_PAIR = (
     "policy_margins",
     "policy_accuracies",
 )
+LOSS = PER_PAIR.index("loss")
 
 
 @torch.no_grad()

@@ -1,15 +1,16 @@
-"""The one exception a user is meant to read, and how it is shown; and a full disk, which no code can foresee."""
+"""The one exception that users are meant to read, and how it is shown; also a full disk, which no code can foresee."""
 
 import errno
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
-NO_ROOM = ("No space left on device", "unexpected pos")  # as safetensors and torch.save say it
+NO_ROOM = ("No space left on device", "unexpected pos")  # the words of safetensors and of torch.save
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message names the key, file or row and says what to do.
+    """Something that the user can fix: the message names the key, file or row and says what to do.
 
     Commands print it without a traceback and exit with status 2 (`SAGE_DEBUG=1` shows the traceback).
     """
@@ -20,8 +21,14 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def named(names: Sequence[str], shown: int = 5) -> str:
+    """The first few of many names, for a message."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
 def disk_full(error: BaseException | None) -> bool:
-    """Whether an exception came of a disk without room, which each library words in its own way."""
+    """Whether a full disk caused this exception. Each library words that in its own way."""
     while error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -1,15 +1,29 @@
-"""What ranks do in turn; a process that no group was made for is a world of its own."""
+"""This process among the ranks of a run. A process without a process group is a world of one."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+def rank() -> int:
+    """The group's number for this process; before there is a group, the launcher's; without a launcher, 0."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its own machine, which is also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def barrier() -> None:
@@ -17,10 +31,40 @@ def barrier() -> None:
         dist.barrier()
 
 
+def gather(value: T) -> list[T]:
+    """One small Python object from every rank, in order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value, on every rank. The other ranks' own values are ignored."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def main_only(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 alone, and return its result on every rank.
+
+    Use this for whatever depends on files: another rank may see a file that has just appeared, or sit on a machine
+    that does not see it at all. Ranks that decide differently wait for each other for ever.
+    """
+    return broadcast(work() if rank() == 0 else None)  # pyright: ignore[reportReturnType]
+
+
 def main_first(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and only then on the others, who find its results in a cache."""
-    if dist.is_initialized() and dist.get_rank() != 0:
-        dist.barrier()
+    """Run `work` on rank 0 first and then on the others, which find its results in a cache.
+
+    Unlike `main_only` this suits results that each machine needs on its own disk. `work` must not communicate.
+    """
+    if rank() != 0:
+        barrier()
         return work()
     result = work()
     barrier()
@@ -28,10 +72,10 @@ def main_first(work: Callable[[], T]) -> T:
 
 
 def leave() -> None:
-    """Leave the process group, where there is one, and end the process with status 0.
+    """Leave the process group, if there is one, and end the process with status 0.
 
-    Not through the interpreter's own end: DeepSpeed keeps groups alive, and a gloo thread that lets go of its last
-    tensor while Python shuts down aborts the process, with all its work done.
+    The interpreter's own shutdown will not do: DeepSpeed keeps groups alive, and a gloo thread that releases its last
+    tensor while Python shuts down aborts the process after all its work is done.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
