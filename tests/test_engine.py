@@ -167,9 +167,15 @@ def test_a_broken_model_is_blamed_before_the_first_step(tiny_model, pair_file, t
         for reference in ("cached", "online"):
             runs[f"{fault}-{reference}"] = freeze(
                 tmp_path / "runs" / f"{fault}-{reference}",
-                *["model=hf", f"model.path={folder}", f"data.path={pair_file}", "model.dtype=float32", "steps=2"],
+                *[
+                    "model=hf",
+                    f"model.path={folder}",
+                    f"data.path={pair_file}",
+                    "model.dtype=float32",
+                    "steps=2",
+                ],
                 *["batch_size=4", "data.max_length=130", "micro_batch_tokens=260", f"reference={reference}"],
-                *[f"cache_dir={tmp_path / 'cache'}", "packing=padded"],
+                *[f"cache_dir={tmp_path / 'cache'}", "data.packing=padded"],
             )
     execute(1, list(runs.values()))
     for name, run in runs.items():

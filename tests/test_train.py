@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -468,6 +469,7 @@ def test_nan_stops_the_run(one_rank, stage, kind):
     run = one_rank / f"{kind}{stage}"
     message = (run / ERROR_FILE).read_text()
     assert "not finite" in message and "optimizer.lr" in message
+    assert re.search(r"\bp\d+\b", message)  # pairs of the step are named
     step = int(message.split()[1].rstrip(":"))
     saved = sorted(int(p.name.removeprefix("step_")) for p in (run / "checkpoints").iterdir())
     assert saved == list(range(max(1, step - 2), step))

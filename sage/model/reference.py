@@ -27,7 +27,7 @@ from sage.data.tokens import TokenizedPairs
 from sage.model import loading
 from sage.model.forward import PairForward
 from sage.model.logps import LogitStats, PairLogps
-from sage.util.errors import UserError
+from sage.util.errors import UserError, named
 from sage.util.files import write_whole
 from sage.util.ranks import main_first
 
@@ -73,6 +73,7 @@ class Cached:
             logps = forward.all_logps(
                 pairs, np.arange(len(pairs)), f"reference log-probabilities of the {name} pairs"
             )
+            check_finite(logps, pairs)
             if forward.engine.rank == 0:
                 tensors = {k: v.cpu().contiguous() for k, v in logps._asdict().items()}
                 write_whole(file, partial(save_file, tensors))
@@ -84,6 +85,21 @@ class Cached:
 
     def lookup(self, indices: np.ndarray) -> PairLogps:
         return PairLogps(*(values[torch.from_numpy(indices)] for values in self.logps))
+
+
+def check_finite(logps: PairLogps, pairs: TokenizedPairs) -> None:
+    """Refuse an initial policy whose forward pass is broken.
+
+    Raises:
+        UserError: a log-probability is NaN or infinite.
+    """
+    broken = ~(logps.chosen + logps.rejected).isfinite()
+    if broken.any():
+        examples = named(pairs.pair_ids()[broken.cpu().numpy()].tolist())
+        raise UserError(
+            f"the model itself gives log-probabilities that are not finite for {int(broken.sum())} of {len(pairs)} "
+            f"pairs, before any training: {examples}. Use model.dtype=float32 or another model, or look at these pairs"
+        )
 
 
 class Scored(Cached):
