@@ -1,4 +1,4 @@
-"""How ranks end."""
+"""What ranks agree on, and how they end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ranks.leave()
 
 @pytest.mark.slow
 def test_ranks_whose_group_is_kept_alive_end_well(tmp_path):
-    """Through the interpreter's own end, four of five such runs abort: a gloo thread asks a Python that shuts down."""
+    """Without `leave`, four of five such runs abort: a gloo thread needs the interpreter while it shuts down."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -35,3 +35,45 @@ def test_ranks_whose_group_is_kept_alive_end_well(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("299") == 2
+
+
+AGREE = """
+import sys
+from pathlib import Path
+from sage.model.engine import init_distributed
+from sage.util import ranks
+from sage.util.errors import UserError
+assert ranks.rank() in (0, 1) and ranks.world_size() == 2  # already before there is a group
+init_distributed()
+calls = []
+def work():
+    calls.append(ranks.rank())
+    return f"rank {ranks.rank()}"
+def fail():
+    raise UserError(f"rank {ranks.rank()} refuses")
+assert ranks.main_only(work) == "rank 0" and calls == ([0] if ranks.rank() == 0 else [])
+assert ranks.main_first(work) == f"rank {ranks.rank()}" and calls[-1] == ranks.rank()
+for way in (ranks.main_only, ranks.main_first):
+    try:
+        way(fail)
+    except UserError as e:
+        assert str(e) == "rank 0 refuses"
+    else:
+        raise AssertionError("not refused")
+assert ranks.gather(ranks.rank()) == [0, 1]
+Path(sys.argv[1], f"done{ranks.rank()}").touch()
+ranks.leave()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_take_rank_0s_answer_and_its_refusal(tmp_path):
+    """A rank that looks for a file by itself, or that waits for a rank which has given up, would wait for ever."""
+    script = tmp_path / "script.py"
+    script.write_text(AGREE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, script, tmp_path], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()

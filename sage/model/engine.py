@@ -1,7 +1,7 @@
 """DeepSpeed: no other file imports it.
 
-The loop owns gradient accumulation (the number of micro-batches differs from step to step) and the learning rate.
-DeepSpeed owns sharding, gradient reduction, clipping, master weights and the optimizer's state.
+The loop owns gradient accumulation (the number of micro-batches differs from step to step) and the learning
+rate. DeepSpeed owns sharding, gradient reduction, clipping, master weights and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from sage.util import ranks
 from sage.util.errors import UserError
 from sage.util.progress import console
 
-# For CPU ranks DeepSpeed would compile a shared-memory all-reduce, which adds 40 seconds to the first run. gloo is
-# good enough.
+# For CPU ranks DeepSpeed would compile a shared-memory all-reduce, which adds 40 seconds to the first run.
+# gloo is good enough.
 deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# What compiling one of DeepSpeed's optimizers raises without a compiler, ninja, a CUDA toolkit or a fitting one.
+# What compiling one of DeepSpeed's optimizers raises without a compiler, ninja or the right CUDA toolkit.
 CANNOT_BUILD = (
     CalledProcessError,
     CUDAMismatchException,
@@ -125,8 +125,8 @@ def check_weights(policy: nn.Module) -> None:
     for name, parameter in policy.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(
-                f"the model itself is broken: its weight {name.removeprefix('model.')} holds NaN or infinite values; "
-                "use another model.path, or another checkpoint of this model"
+                f"the model itself is broken: its weight {name.removeprefix('model.')} holds NaN or infinite "
+                "values; use another model.path, or another checkpoint of this model"
             )
 
 
@@ -158,7 +158,7 @@ class Ranks:
 
 
 class Frozen(Ranks):
-    """A model for forward passes only. `sharded` keeps a part of its weights on each rank, as ZeRO stage 3 does."""
+    """A model for forward passes only; `sharded` splits its weights over the ranks, as ZeRO stage 3 does."""
 
     def __init__(self, policy: nn.Module, sharded: bool, dtype: torch.dtype, device: torch.device):
         super().__init__(device)
@@ -192,8 +192,8 @@ class Engine(Ranks):
         self.policy = policy.to(device)
         trainable = [p for p in policy.parameters() if p.requires_grad]
         self.max_grad_norm = optimizer.max_grad_norm
-        # Without master weights and shards DeepSpeed does not wrap the optimizer. It then clips gradients after its
-        # own fashion, reports no norm, and applies any update. So the clipping and the check are ours.
+        # Without master weights and shards DeepSpeed does not wrap the optimizer. It then reports no norm and
+        # applies any update, so clipping and checking are up to us.
         self.unwrapped = trainable if engine.zero_stage == 0 and dtype == torch.float32 else None
         self.optimizer: Any
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
@@ -208,10 +208,11 @@ class Engine(Ranks):
         return self.deepspeed(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient to the step's, in float32. `last` marks the step's final micro-batch.
+        """Add this micro-batch's gradient to the step's, in float32.
 
-        Every rank calls this equally often, with `last` in the same call. `loss` is this rank's share of the global
-        mean. DeepSpeed averages gradients over ranks; we want their sum.
+        Every rank calls this equally often, with `last` in the same call: it marks the step's final
+        micro-batch. `loss` is this rank's share of the global mean. DeepSpeed averages gradients over ranks; we
+        want their sum.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss * self.world_size)
@@ -252,8 +253,8 @@ class Engine(Ranks):
 
 def deepspeed_config(engine: EngineConfig, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
     half = dtype == torch.bfloat16
-    # In stage 0 DeepSpeed cannot accumulate bfloat16 gradients in float32. Stage 1 can, for the same weights and in
-    # less memory.
+    # In stage 0 DeepSpeed cannot accumulate bfloat16 gradients in float32. Stage 1 can, for the same weights
+    # and in less memory.
     stage = max(engine.zero_stage, 1) if half else engine.zero_stage
     zero: dict[str, Any] = {"stage": stage}
     if engine.offload:

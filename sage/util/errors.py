@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read, and how it is shown; also a full disk, which no code can foresee."""
+"""The one exception that users are meant to read, and how it is shown; also a full disk."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whatever kills the process or the machine."""
+"""Files that appear whole or not at all, even if the process or the machine dies."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `file`, flush it to disk, and give it its name.
+    """Let `write` fill a temporary file beside `file`, flush it to disk, and rename it.
 
-    Several processes may write the same file at once: each temporary one is its process's own, and the last wins.
+    Several processes may write the same file at once: each has its own temporary file, and the last one wins.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -19,8 +18,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from sage.util import ranks
+
 T = TypeVar("T")
-console = Console(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True, highlight=False)
+console = Console(quiet=ranks.rank() != 0, soft_wrap=True, highlight=False)
 
 
 def bar(*extra: TextColumn) -> Progress:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from sage.util.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -52,30 +54,46 @@ def broadcast(value: T) -> T:
 def main_only(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 alone, and return its result on every rank.
 
-    Use this for whatever depends on files: another rank may see a file that has just appeared, or sit on a machine
-    that does not see it at all. Ranks that decide differently wait for each other for ever.
+    Use this for whatever depends on files: another rank may see a file that has just appeared, or sit on a
+    machine that does not see it at all. Ranks that decide differently wait for each other for ever.
+
+    Raises:
+        UserError: `work` raised it on rank 0; then every rank does.
     """
-    return broadcast(work() if rank() == 0 else None)  # pyright: ignore[reportReturnType]
+    result, error = _attempt(work) if rank() == 0 else (None, None)
+    result, error = broadcast((result, error))
+    if error:
+        raise error
+    return result  # pyright: ignore[reportReturnType]
 
 
 def main_first(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 first and then on the others, which find its results in a cache.
 
-    Unlike `main_only` this suits results that each machine needs on its own disk. `work` must not communicate.
+    Unlike `main_only` this suits results that each machine needs on its own disk. `work` must not use the
+    process group.
+
+    Raises:
+        UserError: `work` raised it.
     """
-    if rank() != 0:
-        barrier()
-        return work()
-    result = work()
-    barrier()
-    return result
+    result, error = _attempt(work) if rank() == 0 else (None, None)
+    if error := broadcast(error):
+        raise error
+    return result if rank() == 0 else work()  # pyright: ignore[reportReturnType]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    try:
+        return work(), None
+    except UserError as e:
+        return None, e
 
 
 def leave() -> None:
     """Leave the process group, if there is one, and end the process with status 0.
 
-    The interpreter's own shutdown will not do: DeepSpeed keeps groups alive, and a gloo thread that releases its last
-    tensor while Python shuts down aborts the process after all its work is done.
+    The interpreter's own shutdown will not do: DeepSpeed keeps groups alive, and a gloo thread that releases
+    its last tensor while Python shuts down aborts the process after all its work is done.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
