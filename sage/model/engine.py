@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sage.config import EngineConfig, OptimizerConfig
 from sage.util import ranks
-from sage.util.errors import UserError
+from sage.util.errors import UserError, first_line
 from sage.util.progress import console
 
 # For CPU ranks DeepSpeed would compile a shared-memory all-reduce, which adds 40 seconds to the first run.
@@ -93,9 +93,7 @@ def build_optimizer(
         try:
             optimizer = _deepspeed_adam(groups, offload, options)
         except CANNOT_BUILD as e:
-            reason = (
-                f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
-            )
+            reason = f"{type(e).__name__}: {first_line(e)}"
         if not (failed := [r for r in ranks.gather(reason) if r]) and optimizer is not None:
             return optimizer
         console.print(
