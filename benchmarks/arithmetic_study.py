@@ -10,6 +10,7 @@ then it runs five other seeds and answers the test problems. A run that is alrea
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -23,9 +24,10 @@ import torch
 from hydra import compose, initialize_config_module
 from transformers.utils import logging
 
-import sage.train
 from sage import config
 from sage.data.source import resolve_path
+from sage.train import train
+from sage.training.hooks import Hook
 from sage.training.run import Run
 from sage.util import ranks
 from sage.util.progress import console
@@ -53,30 +55,27 @@ METHODS: dict[str, list[str]] = {
 }
 
 
-class StudyRun(Run):
-    """A run whose evaluation is greedy accuracy on `problems`; its time is kept out of the training's."""
+class Accuracy(Hook):
+    """Greedy accuracy on `problems`, and the CPU seconds spent in training, without those of evaluations."""
 
-    problems: list[dict[str, str]]
+    def __init__(self, problems: list[dict[str, str]]):
+        self.problems, self.ended, self.seconds = problems, math.nan, 0.0
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        started = time.process_time()  # not wall-clock: other work on the machine shall not count
-        if self.state.step == 0:
-            self.started, self.evaluating = started, 0.0
-        seconds = started - self.started - self.evaluating
-        policy = self.engine.policy
+    def evaluate(self, run: Run) -> dict[str, float]:
+        now = time.process_time()  # not wall-clock: other work on the machine must not count
+        self.seconds += now - self.ended if run.state.step else 0.0
+        policy = run.engine.policy
         policy.causal.config._attn_implementation = policy.unpacked_attention  # training may have packed
-        texts = answers(policy.causal, self.tokenizer, [p["prompt"] for p in self.problems])
+        texts = answers(policy.causal, run.base.tokenizer, [p["prompt"] for p in self.problems])
         right = sum(
             t.rpartition("#### ")[2] == p["answer"] for t, p in zip(texts, self.problems, strict=True)
         )
-        metrics = {
-            **super().evaluate(),
+        self.ended = time.process_time()
+        return {
             "eval/accuracy": right / len(self.problems),
-            "eval/cpu_seconds": seconds,
+            "eval/cpu_seconds": self.seconds,
+            **run.forward.cost_metrics(),
         }
-        self.evaluating += time.process_time() - started
-        return {**metrics, **self.forward.cost_metrics()}
 
 
 def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
@@ -91,7 +90,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
 def one_run(method: str, settings: dict[str, float], split: str, seed: int) -> dict[str, Any]:
     """Train once; the curve has a point every EVERY steps, from 0."""
     path = resolve_path(f"pkg://sage.assets/arithmetic/problems_{split}.jsonl")
-    StudyRun.problems = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    problems = [json.loads(line) for line in Path(path).read_text().splitlines()]
     folder = Path(tempfile.mkdtemp(prefix="arithmetic-"))
     overrides = [
         "+experiment=arithmetic",
@@ -105,8 +104,7 @@ def one_run(method: str, settings: dict[str, float], split: str, seed: int) -> d
     ]
     with initialize_config_module("sage.conf", version_base="1.3"):
         config.freeze(config.load(compose("train", overrides)), folder / "run")
-    sage.train.Run = StudyRun  # pyright: ignore
-    sage.train.train(folder / "run")
+    train(folder / "run", hooks=[Accuracy(problems)])
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     curve = [
         {

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 
-from sage.curriculum import Shuffled
 from sage.launch import MEMORY
+from sage.order import Shuffled
 from sage.util import ranks
 
 REPO = Path(__file__).resolve().parent.parent
@@ -117,13 +117,13 @@ def score_sage(job: dict) -> list[float]:
     from hydra import compose, initialize_config_module
 
     from sage import config
-    from sage.training.run import Run
+    from sage.training.setup import build_run
 
     folder = Path(job["folder"])
     run_dir = Path(tempfile.mkdtemp(dir=folder))
     with initialize_config_module("sage.conf", version_base="1.3"):
         config.freeze(config.load(compose("train", sage_overrides(job, folder))), run_dir)
-    run = Run(run_dir)
+    run = build_run(run_dir)
     order, seconds = Shuffled(len(run.pairs), SEED), []
     for _ in range(job["steps"] + 1):
         indices = order.draw(job["batch"])

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sage.commands.score_dataset import ask
+from sage.commands.score_dataset import run_models
 from sage.config import ModelConfig
 from sage.data.chat import ChatFormat
 from sage.data.pairs import load_pairs
@@ -76,7 +76,7 @@ def main() -> None:
 
     def scored() -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            ask(Path(temporary) / "forward", pairs, args.shard_pairs, forward)
+            run_models(Path(temporary) / "forward", pairs, args.shard_pairs, forward)
 
     contenders: dict[str, Callable[[], None]] = {
         "bare": lambda: bare(True),

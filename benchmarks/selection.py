@@ -24,8 +24,8 @@ from sage.losses import DPO
 from sage.model.logps import PairLogps
 from sage.scorers import Sage
 from sage.training.metrics import PER_PAIR
-from sage.training.samples import SampleLog
-from sage.training.selection import Selection, draws
+from sage.training.pair_log import PairLog
+from sage.training.selection import Selection
 
 
 def main() -> None:
@@ -45,19 +45,19 @@ def main() -> None:
         return PairLogps(*(values[torch.from_numpy(indices)] for values in table))
 
     scorer = Sage(drop_negative=0.3, drop_curvature=0.1, temperature=0.1, margin="mixed")
-    setting = Setting(rng.random(n), np.ones(n, np.int64), args.steps, *draws(scorer, args.batch), 0)
+    setting = Setting.of(scorer, args.batch, rng.random(n), np.ones(n, np.int64), args.steps, 0)
     names = np.array([str(i) for i in range(n)], dtype=object)
     pairs: Any = SimpleNamespace(pair_ids=lambda: names)
     model: Any = SimpleNamespace(lookup=rows, all_stats=lambda pairs, indices, logit: (rows(indices), None))
     curriculum = SageCurriculum(setting, mastered_above=1.5)
-    selection = Selection(scorer, curriculum, DPO(), pairs, model, model, args.batch, 0)
     seen = torch.zeros(len(PER_PAIR), args.batch)
     times = []
     with tempfile.TemporaryDirectory() as folder:
-        log = SampleLog(Path(folder), 0, args.steps * setting.candidates, 1_000_000, main=True)
+        log = PairLog(Path(folder), args.steps * setting.candidates, 1_000_000, main=True)
+        selection = Selection(scorer, curriculum, DPO(), pairs, model, model, log, args.batch, 0)
         for step in range(args.steps):
             started = time.process_time()
-            selection.observe(selection.batch(step, log), seen, log)
+            selection.observe(selection.choose(step).indices, seen)
             times.append(1000 * (time.process_time() - started))
     redraws = np.array(times[:: curriculum.every])
     print(

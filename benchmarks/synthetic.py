@@ -39,9 +39,9 @@ from sage.losses import Loss
 from sage.model.logps import LogitStats, PairLogps
 from sage.train import learning_rate
 from sage.training.metrics import per_pair
-from sage.training.run import build
-from sage.training.samples import SampleLog
-from sage.training.selection import Selection, draws
+from sage.training.pair_log import PairLog
+from sage.training.selection import Selection
+from sage.training.setup import build
 
 MASTERED, BOUNDARY, ERROR, FLIPPED = range(4)
 SHARES = (0.4, 0.2, 0.2, 0.2)
@@ -189,21 +189,19 @@ def run(overrides: list[str], seed: int, steps: int, lr: float) -> dict[str, lis
     """Per step: held-out accuracy after it, the shares of errors and flipped labels in its batch, and the cost so far."""
     cfg, task = composed(*overrides), copy.copy(new_task(seed))
     scorer = build("scorer", cfg.scorer)
-    setting = Setting(task.pass_rates, np.ones(PAIRS, np.int64), steps, *draws(scorer, BATCH), seed)
+    setting = Setting.of(scorer, BATCH, task.pass_rates, np.ones(PAIRS, np.int64), steps, seed)
     curriculum = build("curriculum", cfg.curriculum, setting=setting)
     loss: Any = build("loss", cfg.loss)
-    selection = Selection(scorer, curriculum, loss, task, task, task, BATCH, seed)  # pyright: ignore
-    log = SampleLog(Path("."), 0, 1, 0, main=False)
+    log = PairLog(Path("."), expected=1, limit=0, main=False)
+    selection = Selection(scorer, curriculum, loss, task, task, task, log, BATCH, seed)  # pyright: ignore
     history: dict[str, list[float]] = {"accuracy": [], "errors": [], "flipped": [], "cost": []}
     for step in range(steps):
-        chosen = selection.batch(step, log)
-        if not len(chosen):
+        choice = selection.choose(step)
+        if not len(choice.indices):
             break
-        seen = task.train(
-            chosen, selection.loss, learning_rate(step, steps, OptimizerConfig(lr=lr, warmup_ratio=0))
-        )  # pyright: ignore
-        selection.observe(chosen, seen, log)
-        kinds = task.kind[chosen]
+        rate = learning_rate(step, steps, OptimizerConfig(lr=lr, warmup_ratio=0))
+        selection.observe(choice.indices, task.train(choice.indices, choice.objective, rate))
+        kinds = task.kind[choice.indices]
         history["accuracy"].append(task.accuracy())
         history["errors"].append(float((kinds == ERROR).mean()))
         history["flipped"].append(float((kinds == FLIPPED).mean()))

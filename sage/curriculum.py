@@ -1,14 +1,15 @@
 """Which pairs are candidates now.
 
-A curriculum is a dataclass whose fields are its options. It is built from a Setting (what is known of the pairs before
-the first step) and then called in every step: `refresh` may redraw its pool, `draw` names candidates, `observe` tells
-it the margins that training and scoring happened to see. Its whole state is one dict of plain data, which goes into
-the checkpoint. It runs alike on every rank.
+A curriculum is a dataclass whose fields are its options. It is built from a Setting, which holds what is
+known of the pairs before the first step. Every step calls it: `refresh` may redraw its pool, `draw` names
+candidates, and `observe` reports the margins that training and scoring saw. Its whole state is one dict of
+plain data that goes into the checkpoint. It behaves the same on every rank.
 
-Constants are ours; docs/sage.md gives the reasons.
+The constants are ours. docs/sage.md gives the reasons.
 """
 
-# No `from __future__ import annotations`: under Python 3.10 OmegaConf cannot resolve an InitVar that is a string.
+# No `from __future__ import annotations`: under Python 3.10 OmegaConf cannot resolve an InitVar that is a
+# string.
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple
@@ -16,70 +17,72 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sage.scorers import MARGINS, PairStats, mean_margin
+from sage.order import DIFFICULTIES, Shuffled, difficulty_of, order_by_difficulty
+from sage.scorers import MARGINS, PairStats, Scorer, margin_of_kind, mean_margin
 from sage.util.errors import UserError
 
-DIFFICULTIES = ("auto", "pass_rate", "reference_margin", "length")
-Ask = Callable[
+StatsOf = Callable[
     [np.ndarray], PairStats
-]  # what the policy, as it is, makes of these pairs; costs a forward of each
+]  # the policy's present statistics of these pairs; a forward of each
 
 
 class Setting(NamedTuple):
-    """What a curriculum is told before the first step, for n pairs."""
+    """What a curriculum knows before the first step, for n pairs."""
 
-    pass_rates: np.ndarray  # [n] float64, NaN where unknown
+    pass_rates: np.ndarray  # [n] float64, NaN if unknown
     tokens: np.ndarray  # [n] int64, of both responses
     steps: int  # of the whole run
     candidates: int  # pairs that one draw asks for
     trained: int  # how many of them will be trained on
     seed: int
 
+    @classmethod
+    def of(
+        cls,
+        scorer: Scorer,
+        batch_size: int,
+        pass_rates: np.ndarray,
+        tokens: np.ndarray,
+        steps: int,
+        seed: int,
+    ) -> "Setting":
+        """The setting of a run with this scorer.
 
-class Shuffled:
-    """Passes over all pairs, each pass a new seeded permutation, back to back."""
-
-    def __init__(self, num_pairs: int, seed: int):
-        self.num_pairs, self.seed, self.position = num_pairs, seed, 0
-
-    def draw(self, n: int) -> np.ndarray:
-        drawn = []
-        while n:
-            epoch, start = divmod(self.position, self.num_pairs)
-            take = self.permutation(epoch)[start : start + n]
-            drawn.append(take)
-            self.position += len(take)
-            n -= len(take)
-        return np.concatenate(drawn)
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
+        Raises:
+            UserError: the scorer asks for more candidates than there are pairs.
+        """
+        candidates, trained = scorer.draws(batch_size)
+        if scorer.scores_at(steps - 1) and candidates > len(tokens):
+            raise UserError(
+                f"the scorer asks for {candidates} candidates at a time and there are {len(tokens)} pairs: "
+                "lower scorer.candidates_per_pair, scorer.score_every or batch_size"
+            )
+        return cls(pass_rates, tokens, steps, candidates, trained, seed)
 
 
 @dataclass
 class Curriculum:
-    """No curriculum: every pair is a candidate, in seeded random order. The others override what they change."""
+    """No curriculum: every pair is a candidate, in seeded random order. The others subclass it."""
 
     setting: InitVar[Setting]
 
     def __post_init__(self, setting: Setting) -> None:
         self.size, self.seed = len(setting.tokens), setting.seed
         self.order = Shuffled(self.size, self.seed)
-        if setting.candidates > setting.trained and setting.candidates > self.size:
-            raise UserError(
-                f"the scorer asks for {setting.candidates} candidates at a time and there are {self.size} pairs: lower "
-                "scorer.candidates_per_pair, scorer.score_every or batch_size"
-            )
 
-    def refresh(self, step: int, ask: Ask) -> None:
+    def refresh(self, step: int, stats_of: StatsOf) -> None:
         """Called before every step."""
 
     def draw(self, n: int) -> np.ndarray:
-        """Indices of the next candidates: n of them, or all of a smaller pool, or none when it has run dry."""
+        """Indices of the next n candidates. A smaller pool gives all it has, and one that ran dry gives none.
+
+        Two draws one after the other must name at least as many different pairs as `Setting.trained`, unless
+        the pool has run dry.
+        """
         return self.order.draw(n)
 
-    def observe(self, indices: np.ndarray, rewards: np.ndarray, means: np.ndarray) -> None:
-        """Margins of n pairs as the policy just saw them: implicit rewards, and nats per token, [n] each."""
+    def observe(self, indices: np.ndarray, u: np.ndarray, policy_mean: np.ndarray) -> None:
+        """Learn the margins that the policy just gave n pairs: u, and in nats per token, [n] each."""
 
     def strata_of(self, indices: np.ndarray) -> np.ndarray:
         """The stratum of each pair, for the log, [n]."""
@@ -95,21 +98,12 @@ class Curriculum:
         self.order.position = state["position"]
 
 
-def order_by_difficulty(difficulty: np.ndarray, seed: int) -> np.ndarray:
-    """Each pair's rank, [n]: 0 for the easiest and n - 1 for the hardest, ties by a seeded shuffle."""
-    shuffle = np.random.default_rng((seed, 1)).permutation(len(difficulty))
-    ranks = np.empty(len(difficulty), np.int64)
-    ranks[shuffle[np.argsort(difficulty[shuffle], kind="stable")]] = np.arange(len(difficulty))
-    return ranks
-
-
 @dataclass
 class ByDifficulty(Curriculum):
-    """What the curricula share that know how difficult a pair is.
+    """What curricula share that know how difficult a pair is.
 
-    `difficulty`: pass_rate, 1 less the share of the model's own answers that were right; reference_margin, minus the
-    reference's margin in nats per token; length, tokens of both responses; auto, the first where every pair has a pass
-    rate, else the second. `ranks` [n] is 0 for the easiest pair and size - 1 for the hardest, ties by a seeded shuffle.
+    `difficulty` is one of DIFFICULTIES, see `difficulty_of`. `ranks` [n] is 0 for the easiest pair and size -
+    1 for the hardest. A seeded shuffle breaks ties.
     """
 
     difficulty: str = "auto"
@@ -123,26 +117,31 @@ class ByDifficulty(Curriculum):
         missing = np.flatnonzero(np.isnan(setting.pass_rates))
         if self.difficulty == "pass_rate" and len(missing):
             raise UserError(
-                f"curriculum.difficulty=pass_rate: {len(missing)} of {self.size} pairs have no pass rate (the first is "
-                f"number {missing[0] + 1} of those kept); give pass_rate in the data, or choose difficulty=reference_margin"
+                f"curriculum.difficulty=pass_rate: {len(missing)} of {self.size} pairs have no pass rate "
+                f"(the first is number {missing[0] + 1} of those kept): give pass_rate in the data, or choose "
+                "difficulty=reference_margin"
             )
         self.ranks: np.ndarray | None = None
-        if self.difficulty == "length":
-            self.rank(setting.tokens)
-        elif self.difficulty != "reference_margin" and not len(missing):
-            self.rank(1 - setting.pass_rates)
+        difficulty = difficulty_of(self.difficulty, setting.pass_rates, setting.tokens)
+        if difficulty is not None:
+            self.rank(difficulty)
 
     def rank(self, difficulty: np.ndarray) -> None:
+        if missing := int(np.isnan(difficulty).sum()):
+            raise UserError(
+                f"{missing} of {self.size} pairs have no difficulty: the reference's log-probabilities of them are "
+                "not finite; try model.dtype=float32, or choose curriculum.difficulty=length"
+            )
         if difficulty.min() == difficulty.max():
             raise UserError(
-                "all pairs are equally difficult, so there is nothing to order them by: choose another "
+                "all pairs are equally difficult, so they cannot be ordered: choose another "
                 f"curriculum.difficulty than {self.difficulty}, or curriculum=none"
             )
         self.ranks = order_by_difficulty(difficulty, self.seed)
 
-    def refresh(self, step: int, ask: Ask) -> None:
-        if self.ranks is None:  # at the first step, when the policy still is the reference
-            self.rank(-mean_margin(ask(np.arange(self.size)).policy).cpu().numpy())
+    def refresh(self, step: int, stats_of: StatsOf) -> None:
+        if self.ranks is None:  # only at the first step, when the policy still is the reference
+            self.rank(-mean_margin(stats_of(np.arange(self.size)).policy).cpu().numpy())
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "ranks": torch.from_numpy(self.ranks)}
@@ -156,14 +155,15 @@ class ByDifficulty(Curriculum):
 class SageCurriculum(ByDifficulty):
     """Pools at the frontier of the policy's competence.
 
-    Pairs fall into `strata` equal quantiles of difficulty. Every `every` steps the policy is asked for the margins of
-    `probe` fixed pairs of each stratum, which are never trained on; competence is the exponential mean (`momentum`) of
-    the share of positive margins. A new pool of the share `pool` of all pairs is then drawn, in which the strata get
-    quotas: at least `floor` of the pool each, and the rest in proportion to
-    exp(-((competence - target) / width)^2 / 2). A pair whose latest margin exceeds `mastered_above` is retired; as many
-    retired pairs as there are probes, those not seen for longest, are asked for at every refresh, and come back
-    if they slipped. When too few are left, `when_dry` stops the run, or widens the pool by the least mastered.
-    `margin` is which margin all this looks at: implicit_reward, policy_mean or mixed.
+    Pairs are split into `strata` equal quantiles of difficulty. Every `every` steps the policy's margins on
+    `probe` fixed pairs of each stratum are measured. Probes are never trained on. Competence is the
+    exponential mean (`momentum`) of the share of positive margins. Then a new pool is drawn that holds the
+    share `pool` of all pairs. Each stratum gets at least `floor` of the pool, and the rest is divided in
+    proportion to exp(-((competence - target) / width)^2 / 2). A pair whose latest margin exceeds
+    `mastered_above` is retired. Every refresh measures again as many retired pairs as there are probes, those
+    not seen for longest. They come back if their margin has fallen. If too few pairs are left, `when_dry`
+    stops the run, or widens the pool by the pairs that are mastered least. `margin` is the margin that all
+    this looks at: implicit_reward, policy_mean or mixed.
     """
 
     every: int = 25
@@ -200,19 +200,19 @@ class SageCurriculum(ByDifficulty):
             )
         if self.size // self.strata < 2 * self.probe:
             raise UserError(
-                f"{self.size} pairs in curriculum.strata={self.strata} strata are {self.size // self.strata} each, too "
-                f"few for curriculum.probe={self.probe} probes and as many to train on: lower either"
+                f"{self.size} pairs in curriculum.strata={self.strata} strata are {self.size // self.strata} each, "
+                f"too few for curriculum.probe={self.probe} probes and as many pairs to train on: lower one of them"
             )
         self.pool_size = min(round(self.pool * self.size), self.size - self.strata * self.probe)
         if self.pool_size < setting.candidates:
             raise UserError(
-                f"curriculum.pool={self.pool} makes a pool of {self.pool_size} pairs, and {setting.candidates} "
-                "candidates are drawn at a time: raise it, or lower scorer.candidates_per_pair"
+                f"curriculum.pool={self.pool} makes a pool of {self.pool_size} pairs, and "
+                f"{setting.candidates} candidates are drawn at a time: raise it, or lower scorer.candidates_per_pair"
             )
         self.trained, self.candidates = setting.trained, setting.candidates
         self.step, self.refreshed = 0, -1
-        self.latest = np.full(self.size, np.nan)  # the margin when last seen
-        self.seen = np.full(self.size, -1, np.int64)  # and at which step that was
+        self.latest = np.full(self.size, np.nan)  # the margin when the pair was last seen
+        self.seen = np.full(self.size, -1, np.int64)  # the step at which that was
         self.competence = np.full(self.strata, np.nan)
         self.members = np.empty(0, np.int64)  # the pool
         self.quota = np.zeros(self.strata, np.int64)
@@ -222,7 +222,7 @@ class SageCurriculum(ByDifficulty):
         self.stratify()
 
     def stratify(self) -> None:
-        """stratum [n] from the ranks, and `probes` [strata, probe]: fixed by the seed."""
+        """Set `stratum` [n], `probes` [strata, probe] and `trainable` [n] from the ranks and the seed."""
         assert self.ranks is not None
         self.stratum = self.ranks * self.strata // self.size
         rng = np.random.default_rng((self.seed, 3))
@@ -232,39 +232,46 @@ class SageCurriculum(ByDifficulty):
                 for k in range(self.strata)
             ]
         )
+        self.trainable = np.ones(self.size, bool)
+        self.trainable[self.probes] = False
 
-    def refresh(self, step: int, ask: Ask) -> None:
-        super().refresh(step, ask)
+    def refresh(self, step: int, stats_of: StatsOf) -> None:
+        super().refresh(step, stats_of)
         self.step = step
         if self.refreshed >= 0 and step < self.refreshed + self.every:
             return
         self.refreshed = step
         retired = np.flatnonzero(self.retired())
         again = retired[np.argsort(self.seen[retired], kind="stable")][: self.probes.size]
-        stats = ask(np.concatenate([self.probes.ravel(), again]))
-        margins = stats.margin_by(self.margin).double().cpu().numpy()
+        stats = stats_of(np.concatenate([self.probes.ravel(), again]))
+        margins = stats.margin(self.margin).double().cpu().numpy()
         probed, rechecked = np.split(margins, [self.probes.size])
         self.latest[again], self.seen[again] = rechecked, step
-        # Before the first step implicit rewards are all 0: such a tie is half right.
-        accuracy = ((np.sign(probed) + 1) / 2).reshape(self.probes.shape).mean(1)
+        probed = probed.reshape(self.probes.shape)
+        if np.isnan(probed).all(1).any():
+            raise UserError(
+                f"step {step}: a stratum's competence is unknown, since all curriculum.probe={self.probe} margins "
+                "in it are NaN: lower optimizer.lr, or use model.dtype=float32"
+            )
+        # Before the first step implicit rewards are all 0. Such a tie counts as half right.
+        accuracy = np.nanmean((np.sign(probed) + 1) / 2, axis=1)
         old = np.where(np.isnan(self.competence), accuracy, self.competence)
         self.competence = self.momentum * old + (1 - self.momentum) * accuracy
         self.redraw()
 
     def retired(self) -> np.ndarray:
-        return self.latest > self.mastered_above  # never seen is NaN, which is not greater
+        """Which pairs are mastered, [n] bool. Probes are never trained on, so they do not count."""
+        return self.trainable & (
+            self.latest > self.mastered_above
+        )  # NaN, of pairs never seen, is not greater
 
     def redraw(self) -> None:
-        """A new pool by quota, out of the pairs that are neither probes nor retired."""
+        """Draw a new pool by quota from the pairs that are neither probes nor retired."""
         rng = np.random.default_rng((self.seed, 4, self.refreshed))
-        trainable = np.ones(self.size, bool)
-        trainable[self.probes] = False
-        alive = trainable & ~self.retired()
+        alive = self.trainable & ~self.retired()
         if alive.sum() < self.trained:
-            least = np.argsort(
-                np.where(trainable, self.latest, np.inf), kind="stable"
-            )  # NaN sorts last, and is alive
-            least = least[trainable[least] & ~alive[least]][: self.candidates - alive.sum()]
+            least = np.argsort(np.where(self.retired(), self.latest, np.inf), kind="stable")
+            least = least[self.retired()[least]][: self.candidates - alive.sum()]
             alive[least] = self.when_dry == "widen"
         shares = frontier_shares(self.competence, self.target, self.width, self.floor)
         available = np.bincount(self.stratum[alive], minlength=self.strata)
@@ -282,10 +289,8 @@ class SageCurriculum(ByDifficulty):
     def draw(self, n: int) -> np.ndarray:
         return self.members[self.order.draw(min(n, len(self.members)))] if len(self.members) else self.members
 
-    def observe(self, indices: np.ndarray, rewards: np.ndarray, means: np.ndarray) -> None:
-        self.latest[indices] = {"implicit_reward": rewards, "policy_mean": means, "mixed": rewards + means}[
-            self.margin
-        ]
+    def observe(self, indices: np.ndarray, u: np.ndarray, policy_mean: np.ndarray) -> None:
+        self.latest[indices] = margin_of_kind(self.margin, u, policy_mean)
         self.seen[indices] = self.step
 
     def strata_of(self, indices: np.ndarray) -> np.ndarray:
@@ -308,7 +313,10 @@ class SageCurriculum(ByDifficulty):
         return {**super().state_dict(), **arrays, "refreshed": self.refreshed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the state of another interval or pool size as it is, and of another number of strata by pair."""
+        """Restore a state. It may come from a run with a different interval or pool size.
+
+        If the number of strata changed, competence is averaged pair by pair.
+        """
         super().load_state_dict(state)
         self.stratify()
         for name in ("latest", "seen", "competence", "members", "quota"):
@@ -324,14 +332,14 @@ class SageCurriculum(ByDifficulty):
 
 
 def frontier_shares(competence: np.ndarray, target: float, width: float, floor: float) -> np.ndarray:
-    """Each stratum's share of the pool, [k], summing to 1: a floor, and a bump where competence is near the target."""
+    """Each stratum's share of the pool, [k], summing to 1: a floor, and a bump near the target."""
     exponent = -(((competence - target) / width) ** 2) / 2
     bump = np.exp(exponent - exponent.max())
     return floor + (1 - floor * len(competence)) * bump / bump.sum()
 
 
 def allot(shares: np.ndarray, available: np.ndarray, total: int) -> np.ndarray:
-    """Whole quotas [k] near shares * total; what a stratum cannot give, the others give by their shares."""
+    """Whole quotas [k] near shares * total. If a stratum has too few pairs, the others make up for it."""
     quota = np.zeros(len(shares), np.int64)
     while (left := min(total, available.sum()) - quota.sum()) > 0:
         wanted = np.where(quota < available, np.maximum(shares, 1e-9), 0.0)

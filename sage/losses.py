@@ -1,7 +1,7 @@
 """Preference losses: pure functions of summed log-probabilities, one small class each.
 
-Every class is a dataclass whose fields are its options; calling it maps per-pair log-probabilities to a loss per pair.
-u below is beta * margin, where margin = (chosen logratio) - (rejected logratio).
+Every class is a dataclass whose fields are its options; calling it maps per-pair log-probabilities to a loss
+per pair. u below is beta * margin, where margin = (chosen logratio) - (rejected logratio).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from sage.model.logps import PairLogps
 class Loss:
     """What all losses share: the implicit reward, and an NLL term on the chosen response.
 
-    nll_weight scales -log pi(chosen) / |chosen| (RPO, arXiv 2404.19733), which holds the chosen log-probabilities up.
+    nll_weight scales -log pi(chosen) / |chosen| (RPO, arXiv 2404.19733), which holds the chosen
+    log-probabilities up.
     """
 
     beta: float = 0.1
@@ -36,7 +37,8 @@ class Loss:
                 raise ValueError(f"loss.{f.name}={getattr(self, f.name)}: must be finite and not negative")
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-        """Implicit rewards of chosen and rejected, [n] each: beta * (log pi - log pi_ref), arXiv 2305.18290 eq. 5."""
+        """Implicit rewards of chosen and rejected, [n] each: beta * (log pi - log pi_ref), arXiv 2305.18290
+        eq. 5."""
         return self.beta * (policy.chosen - reference.chosen), self.beta * (
             policy.rejected - reference.rejected
         )
@@ -85,7 +87,8 @@ class CDPO(Loss):
 
 @dataclass
 class RobustDPO(CDPO):
-    """cDPO debiased so that its expectation under flipped labels is the clean DPO loss: arXiv 2403.00409, eq. 9.
+    """cDPO debiased so that its expectation under flipped labels is the clean DPO loss: arXiv 2403.00409, eq.
+    9.
 
     (-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e).
     """
@@ -99,8 +102,8 @@ class RobustDPO(CDPO):
 class IPO(Loss):
     """(h - 1/(2 beta))^2 with h the difference of logratios: arXiv 2310.12036, equation 17.
 
-    Logratios are averaged over response tokens, as the authors' correction in TRL does; summed ones tie the target
-    1/(2 beta) to the response's length.
+    Logratios are averaged over response tokens, as the authors' correction in TRL does; summed ones tie the
+    target 1/(2 beta) to the response's length.
     """
 
     def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -119,7 +122,8 @@ class Hinge(Loss):
 
 @dataclass
 class DPOP(Loss):
-    """DPO-Positive: u is lowered wherever the chosen response fell below the reference, arXiv 2402.13228, equation 3."""
+    """DPO-Positive: u is lowered wherever the chosen response fell below the reference, arXiv 2402.13228,
+    equation 3."""
 
     penalty: float = 50.0
 
@@ -130,7 +134,8 @@ class DPOP(Loss):
 
 @dataclass
 class SimPO(Loss):
-    """-log sigmoid(u - gamma) with the reward beta * log pi(y|x) / |y|, no reference: arXiv 2405.14734, equation 6.
+    """-log sigmoid(u - gamma) with the reward beta * log pi(y|x) / |y|, no reference: arXiv 2405.14734,
+    equation 6.
 
     target_margin is gamma, in units of reward.
     """

@@ -1,16 +1,17 @@
-"""Curricula that know a pair's difficulty before the run and never look at the policy: the usual baselines."""
+"""Curricula that know each pair's difficulty before the run and ignore the policy: the usual baselines."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from sage.curriculum import Ask, ByDifficulty, Setting, Shuffled
+from sage.curriculum import ByDifficulty, Setting, StatsOf
+from sage.order import Shuffled
 from sage.util.errors import UserError
 
 
 @dataclass
 class StaticFilter(ByDifficulty):
-    """One choice for the whole run: the pairs whose difficulty lies between two quantiles, in seeded random order."""
+    """The pairs whose difficulty lies between two quantiles, in seeded random order, for the whole run."""
 
     low: float = 0.67
     high: float = 1.0
@@ -20,8 +21,8 @@ class StaticFilter(ByDifficulty):
         start, end = round(self.low * self.size), round(self.high * self.size)
         if not 0 <= self.low < self.high <= 1 or end - start < setting.candidates:
             raise UserError(
-                f"curriculum.low={self.low} and curriculum.high={self.high} keep {max(end - start, 0)} of {self.size} "
-                f"pairs, and {setting.candidates} candidates are drawn at a time: keep more"
+                f"curriculum.low={self.low} and curriculum.high={self.high} keep {max(end - start, 0)} of "
+                f"{self.size} pairs, and {setting.candidates} candidates are drawn at a time: keep more"
             )
         self.start, self.order = start, Shuffled(end - start, self.seed)
 
@@ -32,7 +33,8 @@ class StaticFilter(ByDifficulty):
 
 @dataclass
 class EasyToHard(ByDifficulty):
-    """The easiest share `start` of the pairs at first, then ever more: all from the share `ramp` of the run on."""
+    """The easiest share `start` of the pairs at first, then more, and all from the share `ramp` of the run
+    on."""
 
     start: float = 0.2
     ramp: float = 0.5
@@ -45,8 +47,8 @@ class EasyToHard(ByDifficulty):
             )
         self.ramp_steps, self.step = self.ramp * setting.steps, 0
 
-    def refresh(self, step: int, ask: Ask) -> None:
-        super().refresh(step, ask)
+    def refresh(self, step: int, stats_of: StatsOf) -> None:
+        super().refresh(step, stats_of)
         self.step = step
 
     def draw(self, n: int) -> np.ndarray:

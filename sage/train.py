@@ -1,45 +1,48 @@
-"""Align a policy: the loop, in the order in which things happen. What it runs on is built in run.py."""
+"""Align a policy: the training loop, in the order in which things happen. training/setup.py builds its
+parts."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from sage.config import OptimizerConfig
-from sage.training import snr
 from sage.training.finite import not_finite
+from sage.training.hooks import Hook
 from sage.training.metrics import LOSS, PER_PAIR, means, per_pair
-from sage.training.run import Run
+from sage.training.setup import build_run
 from sage.training.tracking import Tracker
 from sage.util.progress import StepProgress, console
 
 
-def train(run_dir: Path) -> None:
-    """Run, or go on with, the run whose frozen config lies in `run_dir`. Every rank calls this."""
-    run = Run(run_dir)
+def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
+    """Start or resume the run whose frozen config is in `run_dir`. Every rank calls this.
+
+    `hooks` measure what the config does not name.
+    """
+    run = build_run(run_dir, hooks)
     cfg, engine, forward, state = run.cfg, run.engine, run.forward, run.state
+    tracker = Tracker(cfg, run_dir, state.step, engine.rank == 0)
     if state.step == 0:
         state.baseline = run.evaluate()
-    tracker = Tracker(cfg, run_dir, state.step, engine.rank == 0)
-    if state.step == 0 and state.baseline:
         tracker.log(0, state.baseline)
 
     with StepProgress(state.step, run.steps) as progress:
         while state.step < run.steps:
             started = time.perf_counter()
-            chosen = run.selection.batch(state.step, run.samples)
-            if not len(chosen):
+            choice = run.selection.choose(state.step)
+            if not len(choice.indices):
                 console.print(f"stopped early, after step {state.step}: the curriculum's pool has run dry")
                 break
-            if cfg.tracking.snr_every and (state.step + 1) % cfg.tracking.snr_every == 0:
-                tracker.log(state.step + 1, snr.measure(run, run.selection.candidates, chosen))
-            seen = torch.zeros(len(PER_PAIR), len(chosen), device=engine.device)
-            for work in forward.micro_batches(run.pairs, chosen, backward=True):
+            tracker.log(state.step + 1, run.before_step(choice))
+            seen = torch.zeros(len(PER_PAIR), len(choice.indices), device=engine.device)
+            for work in forward.micro_batches(run.pairs, choice.indices, backward=True):
                 logps, reference = engine(work.batch), run.reference(work.indices, work.batch)
-                losses = run.selection.loss(logps, reference)
+                losses = choice.objective(logps, reference)
                 engine.backward(losses.sum() * (work.weight / cfg.batch_size), work.last)
                 if work.weight:
                     seen[:, work.positions] = per_pair(run.loss, losses, logps, reference)
@@ -48,11 +51,13 @@ def train(run_dir: Path) -> None:
             # A step that is not finite changes nothing. The engine refuses such gradients by itself.
             grad_norm = engine.step(lr) if seen[LOSS].isfinite().all() else math.nan
             if not math.isfinite(grad_norm):
-                raise not_finite(state.step + 1, run.pairs.pair_ids()[chosen].tolist(), seen[LOSS], grad_norm)
-            run.selection.observe(chosen, seen, run.samples)
+                names = run.pairs.pair_ids()[choice.indices].tolist()
+                raise not_finite(state.step + 1, names, seen[LOSS], grad_norm)
+            run.selection.observe(choice.indices, seen)
             state.step += 1
             elapsed = time.perf_counter() - started
             state.seconds += elapsed
+
             metrics = None
             if state.step % cfg.log_every == 0 or state.step == run.steps:
                 metrics = {
@@ -73,14 +78,13 @@ def train(run_dir: Path) -> None:
                 run.save()
 
     after = run.evaluate()
-    if after:
-        tracker.log(state.step, after)
+    tracker.log(state.step, after)
     tracker.close()
     run.finish(after)
 
 
 def learning_rate(step: int, steps: int, cfg: OptimizerConfig) -> float:
-    """The rate of the update number `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    """The learning rate of update `step` (from 0) of `steps`: a linear warm-up, then the schedule."""
     warmup = math.ceil(cfg.warmup_ratio * steps)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from sage import losses
 from sage.losses import CDPO, DPO, DPOP, IPO, Hinge, RobustDPO, SimPO
 from sage.model.logps import PairLogps
-from sage.training.run import build
+from sage.training.setup import build
 from sage.util.errors import UserError
 
 N = 32

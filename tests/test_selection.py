@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -10,28 +11,24 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from sage.curriculum import Curriculum, SageCurriculum, Setting, allot, frontier_shares
-from sage.losses import DPO
-from sage.model.logps import LogitStats, PairLogps
-from sage.scorers import (
+from sage.baseline_scorers import (
     BetaDPO,
     Easiest,
     LargestGradient,
     LargestLoss,
     MarginGap,
-    PairStats,
     RandomFromPool,
     Rho,
-    Sage,
-    SageLogit,
-    curvature,
-    select,
-    signal,
 )
+from sage.curriculum import Curriculum, SageCurriculum, Setting, allot, frontier_shares
+from sage.losses import DPO
+from sage.model.logps import LogitStats, PairLogps
+from sage.scorers import PairStats, Sage, SageLogit, Uniform, curvature, select, signal
 from sage.static_curricula import EasyToHard, StaticFilter
-from sage.training.run import build
-from sage.training.samples import SampleLog
-from sage.training.selection import Selection, draws, read_margins
+from sage.training.metrics import PER_PAIR
+from sage.training.pair_log import PairLog
+from sage.training.selection import Selection, read_margins
+from sage.training.setup import build
 from sage.util.errors import UserError
 
 U = torch.linspace(-10, 10, 201)
@@ -107,8 +104,8 @@ def test_known_scores():
     assert torch.allclose(MarginGap()(stats), torch.tensor([0.0, -3.0, -2.0]))
     assert torch.allclose(Rho(margins_from="x")(stats), torch.tensor([0.6201145, 0.6445599, 0.0]), atol=1e-6)
     # policy_mean: u / beta / 10 tokens = -0.2, 0, 0.4 nats per token; mixed adds u
-    assert torch.allclose(stats.margin_by("policy_mean"), torch.tensor([-0.2, 0.0, 0.4]))
-    assert torch.allclose(stats.margin_by("mixed"), torch.tensor([-1.2, 0.0, 2.4]))
+    assert torch.allclose(stats.margin("policy_mean"), torch.tensor([-0.2, 0.0, 0.4]))
+    assert torch.allclose(stats.margin("mixed"), torch.tensor([-1.2, 0.0, 2.4]))
 
 
 def test_beta_dpo():
@@ -301,6 +298,30 @@ def test_mastered_pairs_retire_and_return_when_they_slip():
     assert set(mastered[:2]) <= set(curriculum.members) and not set(mastered[2:]) & set(curriculum.members)
 
 
+def test_probes_are_never_retired():
+    """Protects the recheck's places: probes are mastered too, and seen at every refresh, but only others come back."""
+    curriculum, policy = sage_curriculum(pool=0.8), Policy(np.full(40, 1.5))
+    curriculum.refresh(0, policy)
+    assert curriculum.metrics()["curriculum/retired"] == 0
+    mastered = curriculum.members[:12]
+    curriculum.observe(mastered, np.zeros(12), np.full(12, 1.5))
+    curriculum.refresh(5, policy)
+    again = policy.asked[-1][curriculum.probes.size :]
+    assert len(again) == curriculum.probes.size and set(again) <= set(mastered)
+    assert curriculum.metrics()["curriculum/retired"] == 12
+
+
+def test_probes_without_a_margin_do_not_poison_competence():
+    """Protects the quotas: a NaN probe is left out; only a stratum that has no other stops the run."""
+    curriculum, margins = sage_curriculum(momentum=0.0), np.full(40, 0.5)
+    margins[curriculum.probes[1, 0]] = math.nan
+    curriculum.refresh(0, Policy(margins))
+    assert curriculum.competence.tolist() == [1.0] * 4
+    margins[curriculum.probes[1]] = math.nan
+    with pytest.raises(UserError, match="competence is unknown"):
+        curriculum.refresh(5, Policy(margins))
+
+
 @pytest.mark.parametrize("when_dry, left", [("stop", 0), ("widen", 6)])
 def test_a_pool_that_runs_dry(when_dry, left):
     """All mastered: no pool, or the pairs that are mastered least."""
@@ -339,6 +360,10 @@ def sage_curriculum_draw(curriculum: SageCurriculum, state: dict) -> list[int]:
 # --- bad input
 
 
+def of_five(scorer) -> Setting:
+    return Setting.of(scorer, 2, np.zeros(5), np.ones(5), 10, 0)
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
@@ -349,7 +374,12 @@ def sage_curriculum_draw(curriculum: SageCurriculum, state: dict) -> list[int]:
         (lambda: Sage(temperature=-1.0), "temperature"),
         (lambda: Rho(), "margins_from is not set"),
         (lambda: BetaDPO(temperature=1.0), "temperature=0"),
-        (lambda: Curriculum(setting(n=5)), "6 candidates at a time and there are 5 pairs"),
+        (lambda: of_five(Sage()), "6 candidates at a time and there are 5 pairs"),
+        (lambda: of_five(Sage(candidates_per_pair=1, score_every=3)), "6 candidates at a time"),
+        (
+            lambda: StaticFilter(setting(), difficulty="reference_margin").rank(np.full(40, math.nan)),
+            "40 of 40",
+        ),
         (
             lambda: StaticFilter(setting(pass_rates=[0.5] * 39 + [math.nan]), difficulty="pass_rate"),
             "1 of 40 pairs",
@@ -373,7 +403,7 @@ def test_impossible_options_are_refused(make, words):
 class FakeRun:
     """A Selection over 12 pairs with given log-probabilities, and no model."""
 
-    def __init__(self, scorer, tmp_path, chosen=None):
+    def __init__(self, scorer, tmp_path, chosen=None, curriculum=None, rows=0):
         ids = np.array([f"p{i}" for i in range(12)], dtype=object)
         ones = torch.ones(12)
         self.policy = PairLogps(torch.arange(12.0) if chosen is None else chosen, torch.zeros(12), ones, ones)
@@ -391,13 +421,19 @@ class FakeRun:
                 None,
             )
         )
-        curriculum = Curriculum(Setting(np.zeros(12), np.ones(12), 10, *draws(scorer, 2), 0))
-        pairs = SimpleNamespace(pair_ids=lambda: ids)
-        self.selection = Selection(scorer, curriculum, DPO(), pairs, forward, reference, 2, 0)  # pyright: ignore
-        self.log = SampleLog(tmp_path, 0, 1, 0, main=True)
+        self.scorer, self.tmp_path, self.pairs = scorer, tmp_path, SimpleNamespace(pair_ids=lambda: ids)
+        curriculum = curriculum or Curriculum(Setting.of(scorer, 2, np.zeros(12), np.ones(12), 10, 0))
+        log = PairLog(tmp_path, expected=1, limit=rows, main=True)
+        self.selection = Selection(scorer, curriculum, DPO(), self.pairs, forward, reference, log, 2, 0)  # pyright: ignore
 
     def steps(self, *steps: int) -> list[list[int]]:
-        return [self.selection.batch(step, self.log).tolist() for step in steps]
+        """Choose, and observe zeros, as the loop does."""
+        batches = []
+        for step in steps:
+            choice = self.selection.choose(step)
+            self.selection.observe(choice.indices, torch.zeros(len(PER_PAIR), len(choice.indices)))
+            batches.append(choice.indices.tolist())
+        return batches
 
 
 def test_nan_scores_are_named_dropped_and_counted(tmp_path, capsys):
@@ -409,6 +445,95 @@ def test_nan_scores_are_named_dropped_and_counted(tmp_path, capsys):
     chosen[:4] = math.nan
     with pytest.raises(UserError, match="4 of 12 candidates have no finite score, for example p0"):
         run.steps(2)
+
+
+def test_a_resume_inside_an_interval_keeps_metrics_rows_and_objective(tmp_path):
+    """Protects selection/* and the per-pair log: steps that go on with an older scoring neither lose its numbers nor
+    log their pairs as if nothing had been scored."""
+
+    @dataclasses.dataclass
+    class Halving(LargestLoss):
+        def objective(self, loss, stats, chosen):
+            return dataclasses.replace(loss, beta=loss.beta / 2)
+
+    scorer = Halving(candidates_per_pair=3.0, score_every=4, reuse=2)
+    run, other = (FakeRun(scorer, tmp_path / name, rows=100) for name in ("run", "other"))
+    run.steps(0, 1)
+    assert sum(map(len, run.selection.log.rows)) == 12
+    other.selection.load_state_dict(run.selection.state_dict())
+    choice = other.selection.choose(2)
+    assert choice.objective.beta == run.selection.choose(2).objective.beta == 0.05
+    assert choice.candidates.tolist() == list(range(12))
+    other.selection.observe(choice.indices, torch.zeros(len(PER_PAIR), 2))
+    assert (
+        other.selection.metrics() == run.selection.metrics()
+        and "selection/mean_score" in other.selection.metrics()
+    )
+    assert not other.selection.log.rows
+
+
+def test_the_log_writes_the_same_margin_whether_scored_or_not(tmp_path):
+    """margin, signal and curvature are those of the implicit reward in every row; policy_mean stands beside them."""
+    run = FakeRun(Sage(margin="policy_mean", warmup_steps=1), tmp_path, torch.arange(12.0) * 3, rows=100)
+    run.steps(0, 1)
+    warm, scored = (table.to_pydict() for table in run.selection.log.rows)
+    assert warm["ranked_by"] == [None] * 2 and warm["score"] == [None] * 2 and warm["selected"] == [True] * 2
+    assert len(scored["score"]) == 6 and scored["ranked_by"] == ["policy_mean"] * 6
+    for pair_id, margin, mean, g, h in zip(
+        *(scored[name] for name in ("pair_id", "margin", "policy_mean", "signal", "curvature")), strict=True
+    ):
+        i = int(pair_id[1:])
+        sigmoid = 1 / (1 + math.exp(0.3 * i))  # of -u; the reference is 0, beta is 0.1
+        assert (margin, mean) == (pytest.approx(0.3 * i), pytest.approx(3.0 * i))
+        assert g == pytest.approx(0.1 * sigmoid) and h == pytest.approx(0.01 * sigmoid * (1 - sigmoid))
+
+
+def test_a_pool_that_names_too_few_pairs_ends_with_a_message(tmp_path):
+    """Protects from drawing forever: a curriculum that repeats itself can never fill the batch."""
+
+    class Stuck(Curriculum):
+        def draw(self, n):
+            return np.array([3] * n)
+
+    scorer = LargestLoss(candidates_per_pair=2.0)
+    stuck = Stuck(Setting.of(scorer, 2, np.zeros(12), np.ones(12), 10, 0))
+    with pytest.raises(UserError, match="only 1 different pairs, and 2 are chosen"):
+        FakeRun(scorer, tmp_path, curriculum=stuck).steps(0)
+
+
+def test_two_draws_always_suffice(tmp_path):
+    """Protects the bound on draws: as many pairs as are wanted, from passes that begin anywhere."""
+    scorer = LargestLoss(candidates_per_pair=1.0, score_every=6)
+    run = FakeRun(scorer, tmp_path)
+    for position in range(12):
+        run.selection.curriculum.order.position = position
+        assert sorted(np.concatenate([run.selection.choose(1).indices for _ in range(6)])) == list(range(12))
+
+
+def test_uniform_batches_may_be_larger_than_the_dataset(tmp_path):
+    """Protects small datasets under ordinary DPO: without scores a pair may come twice."""
+    assert of_five(Uniform()).candidates == 2
+    assert Setting.of(Uniform(), 8, np.zeros(5), np.ones(5), 10, 0).trained == 8
+
+
+def test_all_scores_nan_is_said_and_no_crash(tmp_path):
+    """Protects every gate and beta_dpo from an empty quantile or mean: the message names the pairs."""
+    gates = {"drop_curvature": 0.2, "drop_negative": 0.2}
+    for scorer in (Sage(**gates), BetaDPO(candidates_per_pair=3.0)):
+        with pytest.raises(UserError, match="6 of 6 candidates have no finite score"):
+            FakeRun(scorer, tmp_path, torch.full((12,), math.nan)).steps(1)
+    assert scorer.mean == scorer.std == 0.0
+    assert not Sage(drop_uncertainty=0.2, **gates).admitted(stats_of(torch.full((4,), math.nan))).any()
+
+
+@pytest.mark.parametrize("scorer", [BetaDPO(), Sage(temperature=0.5)], ids=["beta_dpo", "temperature"])
+def test_one_candidate_has_no_deviation(scorer):
+    """Protects from the standard deviation of one value, which is NaN and would spread to every later score."""
+    one = stats_of(torch.tensor([0.3]))
+    scores = scorer(one)
+    assert select(scores, 1, 0, scorer.noise(scores)).tolist() == [0]
+    later = scorer(stats_of(torch.linspace(-1, 1, 5)))
+    assert later.isfinite().all() and math.isfinite(scorer.noise(later))
 
 
 def test_scores_are_reused_for_an_interval(tmp_path):
@@ -446,4 +571,6 @@ def test_every_yaml_composes_and_builds(group):
             extra = ["scorer.margins_from=x"] if name == "rho" else []
             node = compose("train", [f"{group}={name}", "data.path=x", *extra])[group]
         built = build(group, node, **({"setting": setting(n=400)} if group == "curriculum" else {}))
-        assert type(built).__module__ == f"sage.{group}s" or group == "curriculum"
+        if group == "scorer":
+            ranked = torch.linspace(-1, 1, 8)
+            assert built(dataclasses.replace(stats_of(ranked), other_margin=ranked)).shape == (8,)

@@ -175,6 +175,7 @@ def test_the_log_says_what_was_scored(one_rank):
         s = 1 / (1 + math.exp(row["margin"]))
         assert row["signal"] == pytest.approx(0.1 * s, rel=1e-5)
         assert row["curvature"] == pytest.approx(0.01 * s * (1 - s), rel=1e-5)
+        assert row["ranked_by"] == "implicit_reward"
         assert row["score"] == pytest.approx(math.log1p(math.exp(-row["margin"])), rel=1e-5)
     best = sorted(rows, key=lambda row: -row["score"])[:4]
     assert {row["pair_id"] for row in best} == {row["pair_id"] for row in rows if row["selected"]}

@@ -1,8 +1,8 @@
-"""Score a whole preference set, forward only: what policy and reference make of every pair, and every score of it.
+"""Score a whole preference set, forward only: the policy's and the reference's numbers and the scores of every pair.
 
-While the pass goes on, RUN_DIR/forward/ takes what the models said, shard by shard; a killed run goes on with the shard
-that it was at. When all are there, RUN_DIR/scores/ is written, since strata and some scores look at the whole set, and
-forward/ is removed. A file gets its name when it is whole.
+The forward pass writes its numbers to RUN_DIR/forward/, shard by shard. A killed run resumes with the shard that it
+was working on. Strata and some scores need the whole set, so RUN_DIR/scores/ is written when all shards are there.
+Then forward/ is removed. A file gets its name when it is whole.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from rich.table import Table
 from torch import Tensor
 
 from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig, load
-from sage.curriculum import order_by_difficulty
 from sage.data.pairs import load_data
 from sage.data.source import write_rows
 from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
-from sage.model import loading
 from sage.model.engine import Frozen, init_distributed
 from sage.model.forward import PairForward
-from sage.model.policy import Policy
-from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, identity, logit_of, logps_of
+from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, logit_of, logps_of
 from sage.model.selfcheck import settle
+from sage.order import difficulty_of, order_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
-from sage.training.run import build, read_pairs
+from sage.training.base import open_model
 from sage.training.selection import read_margins
+from sage.training.setup import build, read_pairs
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
 from sage.util.progress import console, track_counts
@@ -47,33 +46,26 @@ BINS, BAR_WIDTH = 16, 50  # of the histogram
 
 
 def score_dataset(run_dir: Path) -> None:
-    """Do, or go on with, what the frozen config in `run_dir` says. Every rank calls this."""
+    """Start or resume the scoring whose frozen config is in `run_dir`. Every rank calls this."""
     cfg = load(run_dir)
     assert isinstance(cfg, ScoreConfig) and cfg.data.path is not None
     loss: Loss = build("loss", cfg.loss)
     scorers = {"score": build_scorer("scorer", cfg.scorer)}
     scorers |= {f"score_{name}": build_scorer(f"scorers.{name}", node) for name, node in cfg.scorers.items()}
     device = init_distributed()
-    dtype = loading.compute_dtype(cfg.model, device)
 
     models = {"policy": cfg.model}
     if cfg.reference_model is not None:
         models["reference"] = ModelConfig(
             cfg.reference_model, dtype=cfg.model.dtype, attention=cfg.model.attention, head=cfg.model.head
         )
-    folders = {
-        name: main_first(lambda model=model: loading.resolve_model(model, cfg.cache_dir))
-        for name, model in models.items()
-    }
-    tokenizers = {name: loading.load_tokenizer(folders[name], model) for name, model in models.items()}
-    if len({json.dumps(t.get_vocab(), sort_keys=True) for t in tokenizers.values()}) > 1:
+    bases = {name: open_model(model, device, cfg.seed, cfg.cache_dir) for name, model in models.items()}
+    if len({json.dumps(base.tokenizer.get_vocab(), sort_keys=True) for base in bases.values()}) > 1:
         raise UserError(
             f"reference_model={cfg.reference_model}: its tokens are not those of model.path={cfg.model.path}"
         )
-    pairs = read_pairs(cfg, tokenizers["policy"], run_dir)
-    identities = {
-        name: {"path": model.path, **identity(folders[name], model, dtype)} for name, model in models.items()
-    }
+    pairs = read_pairs(cfg, bases["policy"].tokenizer, run_dir)
+    identities = {name: {"path": base.cfg.path, **base.identity()} for name, base in bases.items()}
     manifest = {
         "pairs": {"path": cfg.data.path, "count": len(pairs), "fingerprint": pairs.fingerprint},
         "reference": identities["policy"],
@@ -85,26 +77,25 @@ def score_dataset(run_dir: Path) -> None:
     main_first(lambda: claim(run_dir, manifest))
 
     forwards = []
-    for name, model in models.items():
-        module = Policy(loading.load_model(folders[name], model, dtype, cfg.seed), model.head)
-        engine = Frozen(module, cfg.engine.zero_stage == 3, dtype, device)
-        layout = settle(engine, [pairs], cfg.data.packing, model.path)
+    for base in bases.values():
+        engine = Frozen(base.load(), cfg.engine.zero_stage == 3, base.dtype, device)
+        layout = settle(engine, [pairs], cfg.data.packing, base.cfg.path)
         forwards.append(PairForward(engine, cfg.micro_batch_tokens, layout))
     started = time.perf_counter()
-    done = ask(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)
+    done = run_models(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)
     if engine.rank == 0:
         finish(cfg, run_dir, manifest, loss, scorers, done / (time.perf_counter() - started))
 
 
 def build_scorer(name: str, node: dict[str, Any]) -> Scorer:
-    scorer = build(name, node)
-    if not isinstance(scorer, Scorer):
+    scorer: Scorer = build(name, node)
+    if not scorer.makes_scores:
         raise UserError(f"{name}._target_={node['_target_']} gives pairs no score: choose another")
     return scorer
 
 
 def claim(run_dir: Path, manifest: dict[str, Any]) -> None:
-    """Write what this folder's numbers depend on, or refuse where others were begun with.
+    """Write what this folder's numbers depend on, or refuse if the folder was begun with something else.
 
     Raises:
         UserError: naming the first part that differs.
@@ -116,28 +107,28 @@ def claim(run_dir: Path, manifest: dict[str, Any]) -> None:
     for part, value in manifest.items():
         if begun.get(part) != value:
             raise UserError(
-                f"{run_dir} was begun with another {part}: {begun.get(part)}, and now it is {value}; scores of the two must "
-                "not be mixed: choose another hydra.run.dir"
+                f"{run_dir} was begun with another {part}: {begun.get(part)}, and now it is {value}; their scores "
+                "must not be mixed: choose another hydra.run.dir"
             )
 
 
-def ask(
+def run_models(
     folder: Path,
     pairs: TokenizedPairs,
     shard_pairs: int,
     forward: PairForward,
     reference: PairForward | None = None,
 ) -> int:
-    """Put what the models say of every pair into `folder`, `shard_pairs` a file; returns for how many it was missing.
+    """Write the models' numbers of every pair to `folder`, `shard_pairs` pairs per file.
 
-    Without a `reference` the policy is its own.
+    Returns the number of pairs whose file was missing. Without a `reference` the policy is its own.
     """
     folder.mkdir(exist_ok=True)
     shards = [
         np.arange(start, min(start + shard_pairs, len(pairs))) for start in range(0, len(pairs), shard_pairs)
     ]
     missing = [number for number in range(len(shards)) if not shard_file(folder, number).exists()]
-    missing = forward.engine.gather(missing)[0]  # rank 0 writes them, so it knows
+    missing = forward.engine.gather(missing)[0]  # rank 0 writes the files, so it decides
     counts = [len(shards[number]) for number in missing]
     pair_ids, pass_rates, lengths = pairs.pair_ids(), pairs.pass_rates(), pairs.lengths().astype(np.int32)
     for number in track_counts(missing, "pairs", counts):
@@ -168,7 +159,7 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def to_table(columns: dict[str, Any]) -> pa.Table:
-    """Columns of tensors or arrays; NaN is null where the pairs had no value."""
+    """Columns of tensors or arrays. A missing pass rate becomes null."""
     return pa.table(
         {
             name: pa.array(
@@ -188,7 +179,7 @@ def finish(
     scorers: dict[str, Scorer],
     speed: float,
 ) -> None:
-    """From what the models said to RUN_DIR/scores/, the best rows where `top` asks for them, and a summary."""
+    """Write RUN_DIR/scores/, the best rows if `top` asks for them, and a summary."""
     parts = sorted((run_dir / FORWARD_FOLDER).glob("*.parquet"))
     forward = pa.concat_tables([pq.read_table(part) for part in parts])
     stats = PairStats.of(loss, logps_of(forward, "policy"), logps_of(forward, "reference"), logit_of(forward))
@@ -223,19 +214,20 @@ def finish(
 def derive(
     forward: pa.Table, stats: PairStats, scorers: dict[str, Scorer], strata: int, seed: int
 ) -> pa.Table:
-    """What follows from the forward pass, as columns beside it. DESIGN: margin is u, signal g, curvature h.
+    """The columns of the forward pass, and those that follow from them.
 
-    logit_signal is g^2 D, the squared norm of the loss's gradient by the logits, and logit_curvature h D + g (U_w + U_l),
-    a bound on the trace of its Hessian. Strata are quantiles of 1 - pass rate, or of minus the reference's mean margin
-    where a pair has none; 0 is the easiest.
+    margin is u, signal g and curvature h. logit_signal is g^2 D, the squared norm of the loss's gradient with respect
+    to the logits. logit_curvature is h D + g (U_w + U_l), a bound on the trace of its Hessian. Strata are quantiles of
+    difficulty, see `sage.order.difficulty_of` with kind auto; 0 is the easiest.
     """
     assert stats.logit
-    u = stats.margin
+    u = stats.u
     g, h = signal(u, stats.beta), curvature(u, stats.beta)
     squared_norm, chosen_uncertainty, rejected_uncertainty = stats.logit
-    difficulty = 1 - forward["pass_rate"].to_numpy().astype(np.float64)
-    if np.isnan(difficulty).any():
-        difficulty = -mean_margin(stats.reference).numpy()
+    lengths = forward["chosen_tokens"].to_numpy() + forward["rejected_tokens"].to_numpy()
+    pass_rates = forward["pass_rate"].to_numpy().astype(np.float64)
+    difficulty = difficulty_of("auto", pass_rates, lengths, mean_margin(stats.reference).numpy())
+    assert difficulty is not None
     columns = {
         "stratum": (order_by_difficulty(difficulty, seed) * strata // len(difficulty)).astype(np.int16),
         "margin": u,
@@ -255,7 +247,7 @@ def derive(
 
 
 def write_top(cfg: ScoreConfig, run_dir: Path, pair_ids: list[str]) -> Path:
-    """The rows of these pairs as they stand in the input, in RUN_DIR/top."""
+    """Write the rows of these pairs, unchanged, to RUN_DIR/top."""
     data, wanted = cfg.data, set(pair_ids)
     assert data.path is not None
     source = load_data(data).pairs
@@ -264,11 +256,11 @@ def write_top(cfg: ScoreConfig, run_dir: Path, pair_ids: list[str]) -> Path:
 
 
 def show(cfg: ScoreConfig, table: pa.Table, scores: np.ndarray, summary: dict[str, Any]) -> None:
-    """The summary on the terminal: quantiles per stratum, a histogram, and the extreme pairs where `show` asks."""
+    """Print the summary: quantiles per stratum, a histogram, and the extreme pairs if `show` asks for them."""
     if cfg.reference_model is None:
         console.print(
-            "reference_model is null: policy and reference are one model, so every margin (implicit reward) is 0; "
-            "policy_mean and the logit level still tell pairs apart"
+            "reference_model is null: policy and reference are the same model, so every margin (implicit reward) is "
+            "0; policy_mean and the logit level still distinguish pairs"
         )
     finite = np.isfinite(scores)
     if broken := table["pair_id"].filter(pa.array(~finite)).to_pylist():

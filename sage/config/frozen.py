@@ -26,6 +26,18 @@ MOVED = {
     "sage.curriculum.StaticFilter": "sage.static_curricula.StaticFilter",
     "sage.generation.HF": "sage.answering.generation.HF",
     "sage.generation.VLLM": "sage.answering.vllm.VLLM",
+    **{
+        f"sage.scorers.{name}": f"sage.baseline_scorers.{name}"
+        for name in (
+            "BetaDPO",
+            "Easiest",
+            "LargestGradient",
+            "LargestLoss",
+            "MarginGap",
+            "RandomFromPool",
+            "Rho",
+        )
+    },
 }
 
 
@@ -78,7 +90,7 @@ def up_to_date(written: dict[str, Any]) -> dict[str, Any]:
             for group in groups:
                 target = target.setdefault(group, {})
             target[renamed] = value
-    for node in written.values():
+    for node in [*written.values(), *written.get("scorers", {}).values()]:
         if isinstance(node, dict) and node.get("_target_") in MOVED:
             node["_target_"] = MOVED[node["_target_"]]
     if "data" in written and written["data"].get("problems", {}) is None:

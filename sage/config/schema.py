@@ -103,10 +103,16 @@ class TrainConfig(RunConfig):
     keep_checkpoints: int = key(2, "number of newest checkpoints to keep", low=1)
     log_every: int = key(1, "steps between log lines", low=1)
 
+    hooks: dict[str, dict[str, Any]] = key(
+        {}, "extra metrics: name -> your subclass of sage.training.hooks.Hook by _target_"
+    )
+
     def check(self) -> None:
         self.check_forward()
         for group in ("curriculum", "generation"):
             check_target(group, getattr(self, group))
+        for name, node in self.hooks.items():
+            check_target(f"hooks.{name}", node)
         check_benchmarks(self.benchmark)
         if self.data.path is None:
             check_prompt("data.problems", self.data.problems)
@@ -230,7 +236,7 @@ class ScoreConfig(TrainConfig):
         training = (
             "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark benchmark_limit "
             "save_every keep_checkpoints log_every model.gradient_checkpointing engine.offload data.eval_path "
-            "data.eval_split data.eval_limit"
+            "data.eval_split data.eval_limit hooks"
         )
         return {**super().ignored(), **because("which trains nothing", *training.split())}
 

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from sage.config import CONFIG_FILE, SUMMARY_FILE, read_frozen
-from sage.training.samples import FOLDER as SAMPLES_FOLDER
+from sage.training.pair_log import FOLDER as SAMPLES_FOLDER
 from sage.training.tracking import METRICS_FILE
 from sage.util.errors import UserError
 

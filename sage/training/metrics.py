@@ -1,4 +1,5 @@
-"""Named numbers from per-pair log-probabilities. Sums travel over ranks; means are taken once, at the end."""
+"""Named numbers from per-pair log-probabilities. Ranks exchange sums, and means are taken once, at the
+end."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sage.losses import Loss
 from sage.model.logps import PairLogps
+from sage.scorers import mean_margin
 
 PER_PAIR = (
     "loss",
@@ -27,12 +29,10 @@ LOSS = PER_PAIR.index("loss")
 
 @torch.no_grad()
 def per_pair(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
-    """The metrics of PER_PAIR for n pairs, [len(PER_PAIR), n].
-
-    policy_margins are reference-free and length-normalised: log pi(chosen)/|chosen| - log pi(rejected)/|rejected|.
-    """
+    """The metrics of PER_PAIR for n pairs, [len(PER_PAIR), n]. policy_margins are the policy's
+    `mean_margin`."""
     chosen, rejected = loss.rewards(policy, reference)
-    policy_margin = policy.chosen / policy.chosen_tokens - policy.rejected / policy.rejected_tokens
+    policy_margin = mean_margin(policy)
     return torch.stack(
         [
             losses,
@@ -49,12 +49,13 @@ def per_pair(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps
 
 
 def means(sums: Tensor, count: float, prefix: str = "") -> dict[str, float]:
-    """Name the global means: sums [len(PER_PAIR)] over all ranks and micro-batches, divided by `count` pairs."""
+    """The global means by name. `sums` [len(PER_PAIR)] go over all ranks and micro-batches, of `count`
+    pairs."""
     return {prefix + name: value / count for name, value in zip(PER_PAIR, sums.tolist(), strict=True)}
 
 
 def peak_memory_gb(device: torch.device) -> tuple[float, str]:
-    """Peak memory of this process so far, and what was measured: the CUDA allocator's, or resident memory."""
+    """Peak memory of this process so far, and its kind: what the CUDA allocator took, or resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9, "CUDA allocator"
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,12 +1,14 @@
-"""The one place where pairs are chosen: the curriculum's candidates, their scores, the global choice, what is logged.
+"""The one place where pairs are chosen: candidates from the curriculum, their scores, the choice, and its
+log.
 
-It runs alike on every rank, from numbers that are the same on every rank, so the choice does not depend on how many
+It runs on every rank, on numbers that are the same on every rank. So the choice does not depend on how many
 ranks there are.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,161 +22,178 @@ from sage.losses import Loss
 from sage.model.forward import PairForward
 from sage.model.logps import LogitStats, PairLogps
 from sage.model.reference import Cached, Reference, ask
-from sage.scorers import PairStats, Scorer, Uniform, curvature, select, signal
+from sage.scorers import PairStats, Scorer, curvature, select, signal
 from sage.training.metrics import PER_PAIR
-from sage.training.samples import SampleLog
+from sage.training.pair_log import PairLog
 from sage.util.errors import UserError
 from sage.util.progress import console
 
-REWARDS, MEANS = PER_PAIR.index("rewards/margins"), PER_PAIR.index("policy_margins")
+U, POLICY_MEAN = PER_PAIR.index("rewards/margins"), PER_PAIR.index("policy_margins")
+
+
+class Choice(NamedTuple):
+    """What one step trains on."""
+
+    indices: np.ndarray  # [batch_size] int64; empty if the curriculum's pool has run dry
+    objective: Loss  # the loss of these pairs
+    candidates: np.ndarray  # what they were chosen from, [m] int64
 
 
 class Selection:
-    """Names the pairs of each step. What decides the next choices is in its state_dict."""
+    """Names the pairs of each step. Its state_dict holds everything that decides the next choices."""
 
     def __init__(
         self,
-        scorer: Scorer | Uniform,
+        scorer: Scorer,
         curriculum: Curriculum,
         loss: Loss,
         pairs: TokenizedPairs,
         forward: PairForward,
         reference: Reference,
+        log: PairLog,
         batch_size: int,
         seed: int,
     ):
-        self.scorer, self.curriculum, self.base_loss, self.loss = scorer, curriculum, loss, loss
+        self.scorer, self.curriculum, self.loss, self.log = scorer, curriculum, loss, log
         self.pairs, self.pair_ids, self.forward, self.reference = pairs, pairs.pair_ids(), forward, reference
         self.batch_size, self.seed, self.step = batch_size, seed, 0
-        self.candidates = np.empty(0, np.int64)  # those of the latest choice
-        self.queue = self.candidates  # chosen, and not yet trained on
-        self.dropped = 0  # candidates whose score was NaN, so far
-        self.numbers: dict[str, float] = {}  # of the latest scoring
+        self.latest = Choice(np.empty(0, np.int64), loss, np.empty(0, np.int64))
+        self.queue = self.latest.indices  # chosen, and not yet trained on
+        self.dropped = 0  # candidates without a finite score, so far
+        self.numbers: dict[str, float] = {}  # of the latest scoring; empty if the queue was not scored
         self.other_margin = None
-        if isinstance(scorer, Scorer) and scorer.margins_from:
+        if scorer.margins_from is not None:
             self.other_margin = read_margins(scorer.margins_from, self.pair_ids)
 
-    def batch(self, step: int, log: SampleLog) -> np.ndarray:
-        """Indices of the pairs that this step trains on, [batch_size] int64; none when the pool has run dry.
-
-        `self.loss` is their objective.
-        """
-        self.step, self.loss = step, self.base_loss
-        self.curriculum.refresh(step, self.ask)
-        scorer, size = self.scorer, self.batch_size
+    def choose(self, step: int) -> Choice:
+        """The pairs of this step. Called once for every step, in order."""
+        self.step = step
+        self.curriculum.refresh(step, self.stats_of)
         if not len(self.queue):
-            if isinstance(scorer, Uniform) or step < scorer.warmup_steps:
-                self.numbers = {}
-                self.queue = self.candidates = self.curriculum.draw(size)
-            else:
-                self.queue = self.score(scorer, log)
+            self.latest = self.score() if self.scorer.scores_at(step) else self.draw()
+            self.queue = self.latest.indices
             if not len(self.queue) and step == 0:
                 raise UserError(
                     "the curriculum finds every pair mastered before the first step: raise its mastered_above"
                 )
-        chosen, self.queue = self.queue[:size], self.queue[size:]
-        return chosen
+        indices, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
+        return self.latest._replace(indices=indices)
 
-    def score(self, scorer: Scorer, log: SampleLog) -> np.ndarray:
-        """Score candidates and line up the best of them for the next `score_every` steps."""
-        asked, wanted = draws(scorer, self.batch_size)
+    def draw(self) -> Choice:
+        """A batch of candidates without a score."""
+        self.numbers = {}
+        candidates = self.curriculum.draw(self.batch_size)
+        return Choice(candidates, self.loss, candidates)
+
+    def score(self) -> Choice:
+        """Score candidates, and line up the best of them for the next `score_every` steps."""
+        scorer, (asked, wanted) = self.scorer, self.scorer.draws(self.batch_size)
         candidates = np.unique(self.curriculum.draw(asked))
-        while 0 < len(candidates) < wanted:  # a draw that straddles two passes may name a pair twice
+        if 0 < len(candidates) < wanted:  # a draw that spans two passes may name a pair twice
             candidates = np.union1d(candidates, self.curriculum.draw(asked))
-        self.candidates = candidates
         if not len(candidates):
-            return candidates
-        stats = self.ask(candidates)
+            return Choice(candidates, self.loss, candidates)
+        if len(candidates) < wanted:
+            raise UserError(
+                f"step {self.step}: the curriculum's pool has only {len(candidates)} different pairs, and "
+                f"{wanted} are chosen at a time: lower batch_size or scorer.score_every, or give the curriculum a "
+                "larger pool"
+            )
+        stats = self.stats_of(candidates)
         scores, admitted = scorer(stats), scorer.admitted(stats)
-        self.drop(scorer, candidates[~scores.isfinite().numpy()], len(candidates))
+        self.report_broken(candidates[~scores.isfinite().numpy()], len(candidates))
         picked = select(scores, wanted, self.seed + self.step, scorer.noise(scores), admitted)
         if len(picked) < wanted:
             raise UserError(
-                f"step {self.step}: only {len(picked)} of {len(candidates)} candidates have a score, {wanted} are needed"
+                f"step {self.step}: only {len(picked)} of {len(candidates)} candidates have a score, and "
+                f"{wanted} are needed"
             )
-        self.loss = scorer.objective(self.base_loss, stats, picked)
-        selected = torch.zeros(len(candidates), dtype=torch.bool)
-        selected[picked] = True
-        margin = stats.margin_by(scorer.margin)
+        objective = scorer.objective(self.loss, stats, picked)
+        assert type(objective) is type(self.loss), "a scorer changes the loss's options, not its class"
         self.numbers = {
             "selection/candidates": len(candidates),
             "selection/mean_score": scores[scores.isfinite()].mean().item(),
             "selection/mean_score_selected": scores[picked].mean().item(),
-            "selection/mean_margin_selected": margin[picked].mean().item(),
+            "selection/mean_margin_selected": stats.margin(scorer.margin)[picked].mean().item(),
             "selection/gated_share": 1 - admitted.float().mean().item(),
-            "selection/beta": self.loss.beta,
+            "selection/beta": objective.beta,
         }
-        if log.wants(self.step // scorer.score_every):
-            self.write(log, candidates, stats.beta, margin, scores, selected)
+        if self.log.wants(self.step // scorer.score_every):
+            selected = torch.zeros(len(candidates), dtype=torch.bool)
+            selected[picked] = True
+            self.write(candidates, stats.u, stats.margin("policy_mean"), selected, scores)
         winners = candidates[picked.numpy()]
         passes = [
             np.random.default_rng((self.seed, self.step, i)).permutation(winners) for i in range(scorer.reuse)
         ]
-        return np.concatenate(passes) if scorer.score_every > 1 else winners
+        order = np.concatenate(passes) if scorer.score_every > 1 else winners
+        return Choice(order, objective, candidates)
 
-    def ask(self, indices: np.ndarray) -> PairStats:
-        """What the policy makes of these pairs, on the CPU; the curriculum hears it too.
+    def stats_of(self, indices: np.ndarray) -> PairStats:
+        """The policy's present statistics of these pairs, on the CPU. The curriculum observes them too.
 
-        Costs a forward of each, but for the first step under a cached reference: the policy still is the reference.
+        Costs a forward of each pair. The first step is free under a cached reference, since the policy still
+        is the reference.
         """
-        needs_logit = isinstance(self.scorer, Scorer) and self.scorer.needs_logit
         reference, logit = ask(self.reference, self.forward, self.pairs, indices), None
         cache = self.reference if self.step == 0 and isinstance(self.reference, Cached) else None
-        if cache and (cache.logit or not needs_logit):
+        if cache and (cache.logit or not self.scorer.needs_logit):
             policy = reference
             logit = cache.logit and LogitStats(*(values[torch.from_numpy(indices)] for values in cache.logit))
         else:
-            policy, logit = self.forward.all_stats(self.pairs, indices, logit=needs_logit)
+            policy, logit = self.forward.all_stats(self.pairs, indices, logit=self.scorer.needs_logit)
         policy, reference = PairLogps(*map(Tensor.cpu, policy)), PairLogps(*map(Tensor.cpu, reference))
         logit = logit and LogitStats(*map(Tensor.cpu, logit))
-        stats = PairStats.of(self.base_loss, policy, reference, logit)
+        stats = PairStats.of(self.loss, policy, reference, logit)
         if self.other_margin is not None:
             stats.other_margin = self.other_margin[indices]
-        self.curriculum.observe(indices, stats.margin.numpy(), stats.margin_by("policy_mean").numpy())
+        self.curriculum.observe(indices, stats.u.numpy(), stats.margin("policy_mean").numpy())
         return stats
 
-    def observe(self, chosen: np.ndarray, seen: Tensor, log: SampleLog) -> None:
-        """Take note of what training saw of this step's pairs: PER_PAIR numbers, [len(PER_PAIR), n] from all ranks."""
-        rewards, means = seen[REWARDS].cpu(), seen[MEANS].cpu()
-        self.curriculum.observe(chosen, rewards.numpy(), means.numpy())
-        if not self.numbers and log.wants(self.step):
-            self.write(
-                log, chosen, self.base_loss.beta, rewards, None, torch.ones(len(chosen), dtype=torch.bool)
-            )
+    def observe(self, indices: np.ndarray, seen: Tensor) -> None:
+        """Note what training saw of this step's n pairs: PER_PAIR numbers from all ranks, [len(PER_PAIR),
+        n]."""
+        u, policy_mean = seen[U].cpu(), seen[POLICY_MEAN].cpu()
+        self.curriculum.observe(indices, u.numpy(), policy_mean.numpy())
+        if not self.numbers and self.log.wants(self.step):
+            self.write(indices, u, policy_mean, torch.ones(len(indices), dtype=torch.bool))
 
-    def drop(self, scorer: Scorer, broken: np.ndarray, candidates: int) -> None:
-        """Name and count the pairs whose score is NaN or infinite; `select` passes them over."""
+    def report_broken(self, broken: np.ndarray, candidates: int) -> None:
+        """Name and count the pairs whose score is NaN or infinite. `select` passes them over."""
         if not len(broken):
             return
         self.dropped += len(broken)
         names = ", ".join(self.pair_ids[broken[:5]])
         message = f"step {self.step}: {len(broken)} of {candidates} candidates have no finite score, for example {names}"
-        if len(broken) > scorer.max_nan * candidates:
+        if len(broken) > self.scorer.max_nan * candidates:
             raise UserError(
-                f"{message}: more than scorer.max_nan={scorer.max_nan} of them; look at these pairs, lower optimizer.lr, "
-                "or use model.dtype=float32"
+                f"{message}: more than scorer.max_nan={self.scorer.max_nan} of them; look at these pairs, lower "
+                "optimizer.lr, or use model.dtype=float32"
             )
         console.print(f"{message}; dropped")
 
     def write(
         self,
-        log: SampleLog,
         indices: np.ndarray,
-        beta: float,
         u: Tensor,
-        scores: Tensor | None,
+        policy_mean: Tensor,
         selected: Tensor,
+        scores: Tensor | None = None,
     ) -> None:
-        columns = {} if scores is None else {"score": scores.numpy()}
-        log.add(
+        """Log n pairs, with tensors [n]."""
+        scored = (
+            {} if scores is None else {"score": scores.numpy(), "ranked_by": [self.scorer.ranked_by] * len(u)}
+        )
+        self.log.add(
             self.step + 1,
             pair_id=self.pair_ids[indices],
             stratum=self.curriculum.strata_of(indices),
             margin=u.numpy(),
-            signal=signal(u, beta).numpy(),
-            curvature=curvature(u, beta).numpy(),
+            policy_mean=policy_mean.numpy(),
+            signal=signal(u, self.loss.beta).numpy(),
+            curvature=curvature(u, self.loss.beta).numpy(),
             selected=selected.numpy(),
-            **columns,
+            **scored,
         )
 
     def metrics(self) -> dict[str, float]:
@@ -182,25 +201,22 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "candidates": torch.from_numpy(self.candidates),
+            "candidates": torch.from_numpy(self.latest.candidates),
+            "objective": asdict(self.latest.objective),
             "queue": torch.from_numpy(self.queue),
+            "numbers": self.numbers,
             "dropped": self.dropped,
             "curriculum": self.curriculum.state_dict(),
-            "scorer": self.scorer.state_dict() if isinstance(self.scorer, Scorer) else {},
+            "scorer": self.scorer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.candidates, self.queue = state["candidates"].numpy(), state["queue"].numpy()
-        self.dropped = state["dropped"]
+        objective = replace(self.loss, **state["objective"])
+        self.queue = state["queue"].numpy()
+        self.latest = Choice(self.queue, objective, state["candidates"].numpy())
+        self.numbers, self.dropped = state["numbers"], state["dropped"]
         self.curriculum.load_state_dict(state["curriculum"])
-        if isinstance(self.scorer, Scorer):
-            self.scorer.load_state_dict(state["scorer"])
-
-
-def draws(scorer: Scorer | Uniform, batch_size: int) -> tuple[int, int]:
-    """How many candidates are asked for at a time, and how many distinct ones of them are wanted."""
-    wanted = batch_size * scorer.score_every // scorer.reuse
-    return round(scorer.candidates_per_pair * wanted), wanted
+        self.scorer.load_state_dict(state["scorer"])
 
 
 def read_margins(file: str, pair_ids: np.ndarray) -> Tensor:

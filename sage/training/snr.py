@@ -1,14 +1,14 @@
-"""The signal-to-noise ratio of updates, measured: how much of a batch's gradient its pairs have in common.
+"""The signal-to-noise ratio of updates: how much of a batch's gradient its pairs have in common.
 
-For g the gradient of one pair's loss, |E g|^2 is signal and tr Cov(g) is noise; their quotient tr Cov(g) / |E g|^2 is
-the gradient noise scale of McCandlish et al., arXiv 1812.06162, equation 2.8. An update averages B pairs, so its
-signal-to-noise ratio is B |E g|^2 / tr Cov(g).
+Let g be the gradient of one pair's loss. Its signal is |E g|^2 and its noise is tr Cov(g). The quotient tr
+Cov(g) / |E g|^2 is the gradient noise scale of McCandlish et al., arXiv 1812.06162, equation 2.8. An update
+averages B pairs, so its signal-to-noise ratio is B |E g|^2 / tr Cov(g).
 
-The step's own micro-batches will not do as samples: they are cut by length, and gradients depend on length, so their
-means differ by other than chance. So the batch is cut again, at random, and its gradient taken a second time, by
-`torch.autograd.grad` on the module itself: it touches neither .grad nor DeepSpeed's hooks, and training goes on bit
-for bit as if nothing had been measured. The price is one more forward and backward of each measured batch, and memory for
-two more gradients, one of them in float32.
+The step's own micro-batches cannot serve as samples. They are cut by length, and gradients depend on length,
+so their means differ by more than chance. Therefore the batch is cut again, at random, and its gradient is
+taken a second time by `torch.autograd.grad` on the module itself. That touches neither .grad nor DeepSpeed's
+hooks, so training is bit for bit the same. The price is one more forward and backward of each measured batch,
+and memory for two more gradients, one of them in float32.
 """
 
 from __future__ import annotations
@@ -23,26 +23,32 @@ import torch
 from torch import Tensor
 
 from sage.data.packing import collate, pair_tokens
+from sage.losses import Loss
+from sage.training.hooks import Hook
 from sage.training.run import Run
+from sage.training.selection import Choice
 
 MIN_GROUPS = 8  # the standard error of tr Cov from k groups can reach sqrt(2 / (k - 1)) of its value
 
 
 class Moments(NamedTuple):
-    signal: float  # |E g|^2; an unbiased estimate of it falls below 0 where the noise hides it
+    signal: float  # |E g|^2. Its unbiased estimate may be negative, if the noise hides it
     noise: float  # tr Cov(g), of one pair
 
     def snr(self, pairs: int) -> float:
-        """Of an update that averages this many pairs; nan where no two gradients differ."""
+        """Of an update that averages this many pairs. NaN if all gradients are equal."""
         return pairs * self.signal / self.noise if self.noise > 0 else math.nan
 
 
 def estimate(pairs: int, groups: int, sum_of_squares: float, squared_mean: float) -> Moments:
-    """Unbiased moments of the gradient of one pair, from k groups of b_i pairs (B in all) with mean gradients g_i.
+    """Unbiased moments of the gradient of one pair, from k groups of b_i pairs (B in all) with mean gradients
+    g_i.
 
-    E |g_i|^2 = |E g|^2 + tr Cov(g) / b_i, so sum_i b_i |g_i|^2 - B |mean|^2 is k - 1 times tr Cov(g) on average, and
-    |mean|^2 exceeds |E g|^2 by tr Cov(g) / B: a one-way analysis of variance, for equal and unequal b_i alike. Over
-    random groups of one given batch, the average noise is the trace of that batch's sample covariance.
+    E |g_i|^2 = |E g|^2 + tr Cov(g) / b_i. So sum_i b_i |g_i|^2 - B |mean|^2 is k - 1 times tr Cov(g) on
+    average, and
+    |mean|^2 exceeds |E g|^2 by tr Cov(g) / B. This is a one-way analysis of variance, for equal and unequal
+    b_i. Over random groups of one given batch, the average noise is the trace of that batch's sample
+    covariance.
 
     Args:
         pairs, groups: B and k.
@@ -50,7 +56,7 @@ def estimate(pairs: int, groups: int, sum_of_squares: float, squared_mean: float
         squared_mean: |sum_i b_i g_i / B|^2.
 
     Raises:
-        ValueError: a single group does not show how gradients differ.
+        ValueError: there is only one group, which does not show how gradients differ.
     """
     if groups < 2:
         raise ValueError("the noise of a gradient cannot be estimated from a single group of pairs")
@@ -59,28 +65,40 @@ def estimate(pairs: int, groups: int, sum_of_squares: float, squared_mean: float
 
 
 def cut(indices: np.ndarray, most: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Random groups of at most `most` pairs, and at least MIN_GROUPS groups where there are as many pairs.
+    """Random groups of at most `most` pairs, and at least MIN_GROUPS groups if there are that many pairs.
 
-    Their sizes differ by at most one and depend on no pair: groups whose size followed their pairs' lengths would be
-    biased.
+    Their sizes differ by at most one and depend on no pair. Groups whose size followed their pairs' lengths
+    would be biased.
     """
     groups = min(len(indices), max(MIN_GROUPS, -(-len(indices) // most)))
     return np.array_split(rng.permutation(indices), groups)
 
 
-def measure(run: Run, candidates: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+class SNR(Hook):
+    """Measures every `every` steps, as snr/*."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def before_step(self, run: Run, choice: Choice) -> dict[str, float]:
+        return {} if (run.state.step + 1) % self.every else measure(run, choice)
+
+
+def measure(run: Run, choice: Choice) -> dict[str, float]:
     """Metrics of the batch about to be trained on, and of as many pairs drawn uniformly from its candidates.
 
-    Without selection the two are one batch, measured once. Every rank calls this. A quotient that the estimates do not
-    give (of no noise, or by a uniform signal that is not above 0) is left out: to average several measurements, average
-    signal and noise apart and divide last.
+    Without selection the two are one batch, which is measured once. Every rank calls this. A quotient is left
+    out if the estimates do not give it: there is no noise, or the uniform signal is not above 0. To average
+    several measurements, average signal and noise separately and divide last.
     """
     started = time.perf_counter()
+    chosen, candidates, objective = choice.indices, choice.candidates, choice.objective
     rng = np.random.default_rng((run.cfg.seed, run.state.step))
     with torch.random.fork_rng([run.engine.device] if run.engine.device.type == "cuda" else []):
-        selected = uniform = batch_moments(run, chosen, rng)
+        selected = uniform = batch_moments(run, objective, chosen, rng)
         if len(candidates) > len(chosen):
-            uniform = batch_moments(run, rng.choice(candidates, len(chosen), replace=False), rng)
+            others = rng.choice(candidates, len(chosen), replace=False)
+            uniform = batch_moments(run, objective, others, rng)
     values = {
         "snr/selected": selected.snr(len(chosen)),
         "snr/uniform": uniform.snr(len(chosen)),
@@ -96,8 +114,9 @@ def measure(run: Run, candidates: np.ndarray, chosen: np.ndarray) -> dict[str, f
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def batch_moments(run: Run, indices: np.ndarray, rng: np.random.Generator) -> Moments:
-    """Moments of the loss's gradient over the trained parameters, from the batch `indices` over all ranks."""
+def batch_moments(run: Run, objective: Loss, indices: np.ndarray, rng: np.random.Generator) -> Moments:
+    """Moments of the objective's gradient in the trained parameters, from the batch `indices` over all
+    ranks."""
     forward, engine = run.forward, run.engine
     prefix = forward.prefix(run.pairs)
     tokens = pair_tokens(run.pairs.lengths()[indices], forward.layout, prefix)
@@ -110,7 +129,7 @@ def batch_moments(run: Run, indices: np.ndarray, rng: np.random.Generator) -> Mo
     sum_of_squares = torch.zeros((), dtype=torch.float64, device=engine.device)
     for group in groups[engine.rank :: engine.world_size]:
         batch = collate([run.pairs[int(i)] for i in group], forward.layout, prefix).to(engine.device)
-        losses = run.selection.loss(engine.policy(batch), run.reference(group, batch))
+        losses = objective(engine.policy(batch), run.reference(group, batch))
         gradients = torch.autograd.grad(losses.mean(), parameters, materialize_grads=True)
         sum_of_squares += len(group) * squared_norm(gradients)
         for sum_, gradient in zip(total, gradients, strict=True):
@@ -121,5 +140,5 @@ def batch_moments(run: Run, indices: np.ndarray, rng: np.random.Generator) -> Mo
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Of all tensors as one vector: a float64 scalar."""
+    """The squared norm of all tensors as one vector, a float64 scalar."""
     return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).square().sum()

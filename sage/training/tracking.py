@@ -1,4 +1,4 @@
-"""Where metrics go: always RUN_DIR/metrics.jsonl, and Weights & Biases when asked."""
+"""Where metrics go: always to RUN_DIR/metrics.jsonl, and to Weights & Biases if asked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Tracker:
-    """Writes metrics on rank 0 and nowhere else.
+    """Writes metrics, on rank 0 only.
 
-    On resume, lines past the checkpoint are moved to metrics.superseded.jsonl: their steps are about to be run again.
+    On resume, lines after the checkpoint move to metrics.superseded.jsonl: their steps are about to run
+    again.
     """
 
     def __init__(self, cfg: TrainConfig, run_dir: Path, step: int, main: bool):
@@ -29,6 +30,9 @@ class Tracker:
             self.wandb = start_wandb(cfg.tracking, cfg, run_dir)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a step. Nothing is written if there are none."""
+        if not metrics:
+            return
         if self.file:
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
@@ -43,7 +47,7 @@ class Tracker:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Move the lines after `step`, and a line that a kill cut short, out of the way."""
+    """Move away the lines after `step`, and a line that a kill cut short."""
     keep, superseded = [], []
     for line in path.read_text().splitlines():
         try:
@@ -60,7 +64,8 @@ def rewind(path: Path, step: int) -> None:
 
 
 def start_wandb(tracking: TrackingConfig, cfg: TrainConfig, run_dir: Path):
-    """Open a run; offline unless the user is logged in or says online. One folder is one run, also after a resume."""
+    """Open a run: offline unless the user is logged in or says online. A resumed folder stays the same
+    run."""
     import dataclasses
     import hashlib
 

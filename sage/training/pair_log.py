@@ -1,7 +1,8 @@
-"""The per-pair log: RUN_DIR/samples/*.parquet, one row for each pair that a step scored or trained on.
+"""The per-pair log: RUN_DIR/samples/*.parquet, with one row for each pair that a step scored or trained on.
 
-Files end where checkpoints do and are renamed into place when whole, so that a resumed run drops exactly the files of
-the steps that it runs again. The size is bounded: where all rows of a run would pass the limit, every n-th event is kept.
+A file ends where a checkpoint does, and gets its name when it is whole. So a resumed run drops exactly the
+files of the steps that it runs again. The size is bounded: if a run would log more rows than the limit, only
+every n-th event (a scoring, or a step without one) is kept.
 """
 
 from __future__ import annotations
@@ -21,23 +22,30 @@ SCHEMA = pa.schema(
         ("step", pa.int32()),
         ("pair_id", pa.string()),
         ("stratum", pa.int16()),
-        ("margin", pa.float32()),
-        ("signal", pa.float32()),
-        ("curvature", pa.float32()),
-        ("score", pa.float32()),
+        ("margin", pa.float32()),  # u, of the implicit reward
+        ("policy_mean", pa.float32()),
+        ("signal", pa.float32()),  # of u
+        ("curvature", pa.float32()),  # of u
+        ("score", pa.float32()),  # null in a step that scored nothing
+        ("ranked_by", pa.string()),  # the margin that the score depends on; null if none
         ("selected", pa.bool_()),
     ]
 )
 FLUSH_ROWS = 50_000
 
 
-class SampleLog:
-    """Written by rank 0. `expected` is the rows of the whole run, `limit` how many may be kept (0: none)."""
+class PairLog:
+    """Written by rank 0. `expected` is the number of rows of the whole run; at most `limit` are kept (0:
+    none)."""
 
-    def __init__(self, run_dir: Path, step: int, expected: int, limit: int, main: bool):
-        self.folder, self.rows, self.events = run_dir / FOLDER, [], []
+    def __init__(self, run_dir: Path, expected: int, limit: int, main: bool):
+        self.folder, self.rows = run_dir / FOLDER, []
         self.stride = math.ceil(expected / limit) if limit and main else 0
-        if main:
+        self.main = main
+
+    def rewind(self, step: int) -> None:
+        """Delete the files of the steps after `step`, which are about to run again."""
+        if self.main:
             for file in self.folder.glob("*.parquet"):
                 if int(file.stem) > step:
                     file.unlink()
@@ -47,7 +55,7 @@ class SampleLog:
         return bool(self.stride) and event % self.stride == 0
 
     def add(self, step: int, **columns: object) -> None:
-        """The n rows of one step: its columns by name, arrays of n values; a missing column is null."""
+        """Add the n rows of one step. Columns are arrays of n values by name; a missing column is null."""
         n = len(columns["pair_id"])  # pyright: ignore
         columns["step"] = [step] * n
         arrays = [
@@ -58,7 +66,7 @@ class SampleLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held, under the number of its first step."""
+        """Write the rows held in memory, under the number of their first step."""
         if not self.rows:
             return
         table = pa.concat_tables(self.rows)

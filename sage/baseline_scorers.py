@@ -1,0 +1,133 @@
+"""Scorers that others proposed, to compare with: the usual baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage.losses import Loss
+from sage.scorers import PairStats, Ranking, deviation, mean_margin, signal
+
+
+@dataclass
+class LargestLoss(Ranking):
+    """-log sigmoid(u)."""
+
+    def __call__(self, stats: PairStats) -> Tensor:
+        return -F.logsigmoid(stats.margin(self.margin))
+
+
+@dataclass
+class LargestGradient(Ranking):
+    """EL2N (arXiv 2107.07075), the norm of the error at the logits: sigmoid(-u) sqrt(D)."""
+
+    uses_logit: ClassVar[bool] = True
+
+    def __call__(self, stats: PairStats) -> Tensor:
+        assert stats.logit
+        return signal(stats.margin(self.margin), 1.0) * stats.logit.squared_norm.sqrt()
+
+
+@dataclass
+class Easiest(Ranking):
+    """The largest margin: pairs that the policy already has right."""
+
+    def __call__(self, stats: PairStats) -> Tensor:
+        return stats.margin(self.margin)
+
+
+@dataclass
+class MarginGap(Ranking):
+    """The most negative margin of a fixed model: the reference (`mean_margin`), or that of `margins_from`."""
+
+    @property
+    def ranked_by(self) -> str:
+        return "margins_from" if self.margins_from else "reference_mean"
+
+    def __call__(self, stats: PairStats) -> Tensor:
+        return -(mean_margin(stats.reference) if stats.other_margin is None else stats.other_margin)
+
+
+@dataclass
+class Rho(Ranking):
+    """Reducible loss (arXiv 2206.07137): the loss minus that of another model (`margins_from`).
+
+    The other model was trained on held-out pairs.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.margins_from is None:
+            raise ValueError(
+                "scorer.margins_from is not set: rho needs the margins of a model that was trained on "
+                "held-out pairs; give a Parquet file with pair_id and margin"
+            )
+
+    def __call__(self, stats: PairStats) -> Tensor:
+        assert stats.other_margin is not None
+        return F.logsigmoid(stats.other_margin) - F.logsigmoid(stats.margin(self.margin))
+
+
+@dataclass
+class RandomFromPool(Ranking):
+    """All candidates score alike: a random draw among those that pass the gates."""
+
+    @property
+    def ranked_by(self) -> None:
+        return None
+
+    def __call__(self, stats: PairStats) -> Tensor:
+        return torch.zeros_like(stats.u)
+
+
+@dataclass
+class BetaDPO(Ranking):
+    """beta-DPO (arXiv 2407.08639), as in its authors' code: a Gaussian filter, and a beta for each batch.
+
+    With m_i the candidates' margins in nats, M and s are running means of the batch's mean and standard
+    deviation. Pairs are drawn with weights exp(-(m_i - M)^2 / 2 s^2). The loss takes beta * (1 + scale *
+    (mean m of the drawn pairs - M)).
+    """
+
+    scale: float = 0.6
+    momentum: float = 0.9
+    MIN_BETA: ClassVar[float] = 1e-3
+    MIN_STD: ClassVar[float] = 1e-6  # before the first step all margins are equal
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_every != 1 or self.temperature:
+            raise ValueError(
+                "beta_dpo adapts beta in every step and draws by its own weights: keep "
+                "scorer.score_every=1 and scorer.temperature=0"
+            )
+        self.mean, self.std = 0.0, 0.0
+
+    @property
+    def ranked_by(self) -> str:
+        return "implicit_reward"
+
+    def __call__(self, stats: PairStats) -> Tensor:
+        m = stats.u / stats.beta
+        finite = m[m.isfinite()]
+        if len(finite):
+            self.mean = self.momentum * self.mean + (1 - self.momentum) * finite.mean().item()
+            self.std = self.momentum * self.std + (1 - self.momentum) * deviation(m)
+        return -0.5 * ((m - self.mean) / max(self.std, self.MIN_STD)) ** 2
+
+    def noise(self, scores: Tensor) -> float:
+        return 1.0  # the scores are logarithms of the weights to draw by
+
+    def objective(self, loss: Loss, stats: PairStats, chosen: Tensor) -> Loss:
+        gap = (stats.u[chosen] / stats.beta).mean().item() - self.mean
+        return replace(loss, beta=max(loss.beta * (1 + self.scale * gap), self.MIN_BETA))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "std": self.std}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.std = state["mean"], state["std"]

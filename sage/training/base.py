@@ -1,0 +1,39 @@
+"""The model that a run starts from."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from sage.config import ModelConfig
+from sage.model import loading
+from sage.model.policy import Policy
+from sage.model.reference import identity
+from sage.util import ranks
+
+
+class BaseModel(NamedTuple):
+    """A model on disk. Its weights are not loaded yet."""
+
+    cfg: ModelConfig
+    folder: str
+    tokenizer: Any
+    dtype: torch.dtype
+    seed: int  # of the weights that are not in the folder: a fresh adapter's
+
+    def load(self) -> Policy:
+        model = loading.load_model(self.folder, self.cfg, self.dtype, self.seed)
+        return Policy(model, self.cfg.head)
+
+    def identity(self) -> dict[str, str]:
+        """What the model's log-probabilities depend on. Reads all weights."""
+        return identity(self.folder, self.cfg, self.dtype)
+
+
+def open_model(model: ModelConfig, device: torch.device, seed: int, cache_dir: str) -> BaseModel:
+    """Find a model's folder, downloading or converting it if needed, and load its tokenizer."""
+    dtype = loading.compute_dtype(model, device)
+    loading.check_head(model, device)
+    folder = ranks.main_first(lambda: loading.resolve_model(model, cache_dir))
+    return BaseModel(model, folder, loading.load_tokenizer(folder, model), dtype, seed)

@@ -1,0 +1,82 @@
+"""What a run is judged by: its loss on held-out pairs, and its accuracy on benchmarks. Both are hooks."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+
+from sage.answering.accuracy import run_benchmarks
+from sage.answering.attempts import Sampler
+from sage.data.chat import ChatFormat
+from sage.data.tokens import TokenizedPairs
+from sage.model.reference import Cached, Reference, ask
+from sage.training.hooks import Hook
+from sage.training.metrics import means, per_pair
+from sage.training.run import Run
+from sage.util import ranks
+from sage.util.progress import console
+
+
+class HeldOut(Hook):
+    """The metrics of PER_PAIR on held-out pairs, as eval/*."""
+
+    def __init__(self, pairs: TokenizedPairs, reference: Reference):
+        self.pairs, self.reference = pairs, reference
+
+    def evaluate(self, run: Run) -> dict[str, float]:
+        forward, everything = run.forward, np.arange(len(self.pairs))
+        costs = dict(forward.costs)
+        reference = ask(self.reference, forward, self.pairs, everything)
+        if run.state.step == 0 and isinstance(self.reference, Cached):
+            logps = reference  # the policy has not moved yet
+        else:
+            logps = forward.all_logps(self.pairs, everything, "held-out pairs")
+        forward.costs.update(costs)  # evaluation is no cost of training
+        metrics = per_pair(run.loss, run.loss(logps, reference), logps, reference)
+        return {**means(metrics.sum(1), len(everything), "eval/"), "eval/pairs": len(everything)}
+
+
+class Benchmarks(Hook):
+    """Greedy accuracy on the config's benchmarks and its interval, as benchmark/*. Rank 0 has them, the
+    others none.
+
+    It exports the policy and loads it from that folder, as `sage eval` does. So it works with every engine,
+    sharding and adapter.
+    """
+
+    def evaluate(self, run: Run) -> dict[str, float]:
+        cfg, engine = run.cfg, run.engine
+        folder = run.run_dir / "benchmarks" / f"step_{run.state.step}"
+        exported = folder / "policy"
+        cuda = [engine.device] if engine.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda):  # loading an adapter seeds it
+            run.export(exported)
+            ranks.barrier()
+            model = replace(cfg.model, path=str(exported), lora=None, adapter_path=None)
+            greedy = replace(cfg.sampling, temperature=0.0)
+            with Sampler(
+                model,
+                instantiate(cfg.generation),
+                greedy,
+                seed=cfg.seed,
+                chat=ChatFormat.of(cfg.data),
+                cache_dir=cfg.cache_dir,
+            ) as sampler:
+                results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder)
+        ranks.barrier()
+        if engine.rank == 0:
+            shutil.rmtree(exported)
+        metrics: dict[str, float] = {}
+        for name, result in results.items():
+            low, high = result["interval"]
+            console.print(
+                f"step {run.state.step}: {name} accuracy {result['accuracy']:.1%} ({low:.1%} to {high:.1%}) "
+                f"of {result['problems']} problems"
+            )
+            for key, value in (("accuracy", result["accuracy"]), ("low", low), ("high", high)):
+                metrics[f"benchmark/{name}/{key}"] = value
+        return metrics

@@ -1,0 +1,27 @@
+"""Extra metrics: what a run measures besides its own loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sage.training.run import Run
+    from sage.training.selection import Choice
+
+
+class Hook:
+    """Measures something in a run. Subclass it and override what you need.
+
+    Name the class by `hooks.NAME._target_` in the config, or pass an object to `sage.train.train`. Every rank
+    calls every method, in the same order, so a method may use collectives. It must return the same numbers on
+    every rank. It must not disturb training: no gradients left behind, and no draws from torch's global
+    generator. Files belong in `run.run_dir`, and only rank 0 (`run.engine.rank`) writes them.
+    """
+
+    def before_step(self, run: Run, choice: Choice) -> dict[str, float]:
+        """Metrics of the pairs that the step is about to train on, logged under this step's number."""
+        return {}
+
+    def evaluate(self, run: Run) -> dict[str, float]:
+        """Metrics of the policy: before the first step, every `eval_every` steps, and at the end."""
+        return {}

@@ -1,0 +1,219 @@
+"""Build a run from its frozen config, part by part.
+
+The order matters. Data comes first, so that bad input fails before a model is loaded. The reference comes
+after the model, while the policy is still the initial one. The checkpoint of an interrupted run comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from sage.config import TrainConfig, load
+from sage.curriculum import Curriculum, Setting
+from sage.data.chat import ChatFormat
+from sage.data.pairs import PairSet, load_data
+from sage.data.tokens import TokenizedPairs, tokenize_pairs
+from sage.losses import Loss
+from sage.model.engine import Engine, Frozen, init_distributed
+from sage.model.forward import PairForward
+from sage.model.policy import Policy
+from sage.model.reference import Absent, Cached, Online, Reference, Scored
+from sage.model.selfcheck import settle
+from sage.scorers import Scorer
+from sage.training import checkpoint
+from sage.training.base import BaseModel, open_model
+from sage.training.checkpoint import TrainState
+from sage.training.evaluation import Benchmarks, HeldOut
+from sage.training.hooks import Hook
+from sage.training.pair_log import PairLog
+from sage.training.run import Run
+from sage.training.selection import Selection
+from sage.training.snr import SNR
+from sage.util import ranks
+from sage.util.errors import UserError
+from sage.util.progress import console
+
+
+def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
+    """The run in `run_dir`, where it begins or where its last checkpoint stopped. Every rank calls this."""
+    cfg = load(run_dir)
+    assert isinstance(cfg, TrainConfig)
+    loss: Loss = build("loss", cfg.loss)
+    scorer: Scorer = build("scorer", cfg.scorer)
+    hooks = [*(build(f"hooks.{name}", node) for name, node in cfg.hooks.items()), *hooks]
+    if cfg.data.scores and loss.reference_free:
+        raise UserError(
+            f"data.scores={cfg.data.scores} is a reference cache, and this loss needs no reference"
+        )
+    device = init_distributed()
+    torch.manual_seed(cfg.seed)
+
+    base = open_model(cfg.model, device, cfg.seed, cfg.cache_dir)
+    data = read_data(cfg, base.tokenizer, run_dir)
+    curriculum = build_curriculum(cfg, scorer, data)
+    identity = base.identity()
+    scored = Scored(cfg.data.scores, data.pairs, identity) if cfg.data.scores else None
+
+    engine, forward = build_engine(cfg, base, data, device)
+    reference, held_out_reference = build_references(cfg, base, identity, loss, forward, data, scored)
+    forward.reset_costs()  # what a warm cache would have saved is not a cost of training
+
+    rows = data.steps * scorer.draws(cfg.batch_size)[0] // scorer.score_every
+    log = PairLog(run_dir, rows, cfg.tracking.sample_rows, main=engine.rank == 0)
+    selection = Selection(
+        scorer, curriculum, loss, data.pairs, forward, reference, log, cfg.batch_size, cfg.seed
+    )
+    state = restore(run_dir, engine, forward, selection, data.pairs)
+    built_in: list[Hook] = []
+    if data.held_out is not None and held_out_reference is not None:
+        built_in.append(HeldOut(data.held_out, held_out_reference))
+    if cfg.benchmark:
+        built_in.append(Benchmarks())
+    if cfg.tracking.snr_every:
+        built_in.append(SNR(cfg.tracking.snr_every))
+    return Run(
+        cfg,
+        run_dir,
+        base,
+        loss,
+        data.pairs,
+        data.steps,
+        engine,
+        forward,
+        reference,
+        selection,
+        state,
+        [*built_in, *hooks],
+    )
+
+
+class Data(NamedTuple):
+    pairs: TokenizedPairs
+    held_out: TokenizedPairs | None
+    steps: int  # of the whole run
+
+
+def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
+    pairs = read_pairs(cfg, tokenizer, run_dir)
+    held_out = read_pairs(cfg, tokenizer, run_dir, held_out=True) if cfg.data.eval_path else None
+    return Data(pairs, held_out, cfg.steps or math.ceil((cfg.epochs or 0) * len(pairs) / cfg.batch_size))
+
+
+def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool = False) -> TokenizedPairs:
+    """The config's pairs, or its held-out ones, tokenised; says how many there are, and what was dropped."""
+    data = cfg.data
+    path = data.eval_path if held_out else data.path
+
+    def work() -> tuple[PairSet, TokenizedPairs]:
+        source = load_data(data, held_out)
+        return source, tokenize_pairs(
+            source.pairs,
+            tokenizer,
+            chat=ChatFormat.of(data),
+            max_length=data.max_length,
+            num_proc=data.num_proc,
+            cache_dir=cfg.cache_dir,
+            max_bad=data.max_bad,
+        )
+
+    source, pairs = ranks.main_first(work)
+    for note in source.notes + pairs.notes:
+        console.print(f"{path}: {note}")
+    dropped = Counter(row.reason for row in source.dropped)
+    dropped.update({reason: len(ids) for reason, ids in pairs.dropped.items() if ids})
+    console.print(f"{path}: {len(pairs)} pairs" + (f", dropped: {dict(dropped)}" if dropped else ""))
+    if data.list_dropped and not console.quiet:
+        rows = [row._asdict() for row in source.dropped]
+        rows += [
+            {"pair_id": pair_id, "reason": reason, "detail": pairs.details.get(pair_id)}
+            for reason, ids in pairs.dropped.items()
+            for pair_id in ids
+        ]
+        with (run_dir / "dropped.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"path": path, **row}) + "\n" for row in rows)
+    return pairs
+
+
+def build_curriculum(cfg: TrainConfig, scorer: Scorer, data: Data) -> Curriculum:
+    tokens = data.pairs.lengths()[:, 1:].sum(1)
+    setting = Setting.of(scorer, cfg.batch_size, data.pairs.pass_rates(), tokens, data.steps, cfg.seed)
+    return build("curriculum", cfg.curriculum, setting=setting)
+
+
+def build_engine(
+    cfg: TrainConfig, base: BaseModel, data: Data, device: torch.device
+) -> tuple[Engine, PairForward]:
+    """Load the policy, put it under the engine, and check it against the model's own code."""
+    engine = Engine(base.load(), cfg.engine, cfg.optimizer, base.dtype, device)
+    asked = [data.pairs] if data.held_out is None else [data.pairs, data.held_out]
+    layout = settle(engine, asked, cfg.data.packing, cfg.model.path)
+    return engine, PairForward(engine, cfg.micro_batch_tokens, layout)
+
+
+def build_references(
+    cfg: TrainConfig,
+    base: BaseModel,
+    identity: dict[str, str],
+    loss: Loss,
+    forward: PairForward,
+    data: Data,
+    scored: Scored | None,
+) -> tuple[Reference, Reference | None]:
+    """The references of the training pairs and of the held-out pairs, if there are any."""
+    engine, policy = forward.engine, forward.engine.policy
+    assert isinstance(policy, Policy)
+
+    @cache
+    def frozen() -> Frozen:  # one copy serves both
+        copy = base.load()
+        copy.follow(policy)
+        return Frozen(copy, cfg.engine.zero_stage == 3, base.dtype, engine.device)
+
+    def reference_of(pairs: TokenizedPairs, name: str) -> Reference:
+        if loss.reference_free:
+            return Absent(pairs)
+        if cfg.reference == "online" and cfg.model.lora and not cfg.model.adapter_path:
+            return Online(engine, adapters_off=True)
+        if cfg.reference == "online":
+            return Online(frozen(), adapters_off=False)
+        key = {**identity, "layout": forward.layout, "backend": policy.backend}
+        return Cached(forward, pairs, key, cfg.cache_dir, name)
+
+    training = scored or reference_of(data.pairs, "training")
+    return training, reference_of(data.held_out, "held-out") if data.held_out is not None else None
+
+
+def restore(
+    run_dir: Path, engine: Engine, forward: PairForward, selection: Selection, pairs: TokenizedPairs
+) -> TrainState:
+    """Load the newest checkpoint into the run's parts, or give the state of a run that has none."""
+    state = TrainState(pairs.fingerprint, engine.world_size)
+    if saved := checkpoint.list_checkpoints(run_dir):
+        state = checkpoint.restore(engine, state, saved[-1])
+        selection.load_state_dict(state.selection)
+        forward.costs.update(state.costs)
+        console.print(f"resumed from {saved[-1]}")
+    selection.log.rewind(state.step)
+    return state
+
+
+def build(group: str, node: dict[str, Any], **arguments: Any) -> Any:
+    """Instantiate the class that a `_target_` group names.
+
+    Raises:
+        UserError: the class refuses the values it was given.
+    """
+    try:
+        return instantiate(node, _partial_=True)(**arguments)  # Hydra would take the arguments apart
+    except (InstantiationException, TypeError, ValueError) as e:
+        raise UserError(f"{group}: {e.__cause__ or e}") from e
