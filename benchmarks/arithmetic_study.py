@@ -1,10 +1,11 @@
-"""Which pairs deserve a gradient? Methods side by side on the arithmetic task, each through sage's own training loop.
+"""Which pairs deserve a gradient? Methods side by side on the arithmetic task, through sage's own training loop.
 
 OMP_NUM_THREADS=1 python benchmarks/arithmetic_study.py run RESULTS.jsonl      tune, then five seeds; resumable
-python benchmarks/arithmetic_study.py table RESULTS.jsonl                      what docs/arithmetic.md shows
+python benchmarks/arithmetic_study.py table RESULTS.jsonl                      print what docs/arithmetic.md shows
 
-Every method gets the same grid of learning rates and betas, one seed, and keeps what is best on the validation problems;
-then it runs five other seeds and answers the test problems. A run that is already in RESULTS.jsonl is not run again.
+Every method gets the same grid of learning rates and betas with one seed, and keeps the settings that are best on
+the validation problems. Then it runs five other seeds and answers the test problems. A run that RESULTS.jsonl
+already holds is not repeated.
 """
 
 from __future__ import annotations

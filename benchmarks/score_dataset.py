@@ -1,12 +1,13 @@
-"""Throughput of `sage score-dataset` against the bare forward of the same model, side by side in one process.
+"""Throughput of `sage score-dataset` against the bare forward of the same model, in one process.
 
     python benchmarks/score_dataset.py                      # the demo's model, 48 of its pairs
     python benchmarks/score_dataset.py --model FOLDER --pairs 2000 --rounds 5
 
-Both run the same pairs in the same micro-batches, with the statistics at the logits. "Bare" starts from tensors that were
-put together beforehand and throws its results away; "score-dataset" is all that the command does per shard: planning,
-putting together, gathering over ranks, and writing Parquet to disk. The two take turns, so that a machine that slows down
-slows both; the ratio is that of the best rounds. A third line is the bare forward without the statistics at the logits.
+Both run the same pairs in the same micro-batches, with the statistics at the logits. "bare" starts from tensors that
+were built beforehand and discards its results. "score-dataset" does all that the command does per shard: it plans
+and builds micro-batches, gathers results over ranks, and writes Parquet to disk. The two alternate, so that a
+machine that slows down slows both. The ratio is that of the best rounds. A third line is the bare forward without
+the statistics at the logits.
 """
 
 from __future__ import annotations

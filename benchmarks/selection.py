@@ -1,10 +1,10 @@
-"""What choosing pairs costs beside the forward passes: milliseconds a step, with everything the whole method does.
+"""What choosing pairs costs besides the forward passes: milliseconds per step, with the whole method switched on.
 
     python benchmarks/selection.py [--pairs 200000] [--batch 32] [--steps 200]
 
-The curriculum keeps half of the pairs in its pool and redraws it every 25 steps; the scorer takes the best third of 96
-candidates behind every margin-level gate; every row goes to the per-pair log. The model is replaced by a table of
-log-probabilities, so that what is left is the bookkeeping.
+The curriculum keeps half of the pairs in its pool and redraws it every 25 steps. The scorer takes the best third of
+96 candidates behind every margin-level gate. Every row goes to the per-pair log. A table of log-probabilities
+replaces the model, so only the bookkeeping is measured.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""A task with known truth: does the method find the pairs that it says it finds, and does finding them help?
+"""A task with known truth: does the method find the pairs that it claims to find, and does finding them help?
 
     python benchmarks/synthetic.py [--methods NAME ...] [--out FILE.json]
 
-A pair is a vector x in R^40. The policy is the linear Bradley-Terry model: it writes one of two one-token answers, and
-log pi(chosen) - log pi(rejected) = theta . x. The truth is w. The reference theta_0 is w with noise on 30 coordinates
-and the wrong sign on the other 10: a systematic error. x is turned so that w . x > 0, and then drawn by its margin
-under the reference in units of that margin's deviation:
+A pair is a vector x in R^160. The policy is the linear Bradley-Terry model. It writes one of two one-token answers,
+and log pi(chosen) - log pi(rejected) = theta . x. The truth is w. The reference theta_0 is w with noise, and with the
+wrong sign on 120 of the coordinates, which is a systematic error. x is turned so that w . x > 0. It is then drawn by
+its margin under the reference, in units of that margin's standard deviation:
 
     mastered 40%         above 1             the reference is surely right
-    boundary 20%         within 0.3 of 0     it does not know
-    error 20%            below -1            it is surely wrong
+    boundary 20%         within 0.3 of 0     the reference does not know
+    error 20%            below -1            the reference is surely wrong
     flipped 20%          any of the above, in their proportions, turned around: a wrong label
 
-Held-out accuracy is the share of clean pairs, in the proportions of the first three, with theta . x > 0. Difficulty is
-1 - the share of 8 answers that theta_0 gets right by the label, right or flipped. Everything that chooses pairs is the
-package's own: scorers, curricula, Selection, built from conf/. Only the model is a toy.
+Held-out accuracy is the share of clean pairs, in the proportions of the first three kinds, with theta . x > 0.
+Difficulty is 1 - the share of 8 answers that theta_0 gets right by the label, which may be flipped. The scorers,
+curricula and selection are the package's own, built from conf/. Only the model is a toy.
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 A curriculum is a dataclass whose fields are its options. It is built from a Setting, which holds what is
 known of the pairs before the first step. Every step calls it: `refresh` may redraw its pool, `draw` names
 candidates, and `observe` reports the margins that training and scoring saw. Its whole state is one dict of
-plain data that goes into the checkpoint. It behaves the same on every rank.
-
-The constants are ours. docs/sage.md gives the reasons.
+plain data that goes into the checkpoint. It behaves the same on every rank. The constants are ours. docs/sage.md gives the reasons.
 """
 
 # No `from __future__ import annotations`: under Python 3.10 OmegaConf cannot resolve an InitVar that is a
@@ -76,8 +74,7 @@ class Curriculum:
     def draw(self, n: int) -> np.ndarray:
         """Indices of the next n candidates. A smaller pool gives all it has, and one that ran dry gives none.
 
-        Two draws one after the other must name at least as many different pairs as `Setting.trained`, unless
-        the pool has run dry.
+        Two draws in a row must name at least `Setting.trained` different pairs, unless the pool has run dry.
         """
         return self.order.draw(n)
 
@@ -118,8 +115,8 @@ class ByDifficulty(Curriculum):
         if self.difficulty == "pass_rate" and len(missing):
             raise UserError(
                 f"curriculum.difficulty=pass_rate: {len(missing)} of {self.size} pairs have no pass rate "
-                f"(the first is number {missing[0] + 1} of those kept): give pass_rate in the data, or choose "
-                "difficulty=reference_margin"
+                f"(the first is number {missing[0] + 1} of those kept): give pass_rate in the data, "
+                "or choose curriculum.difficulty=reference_margin"
             )
         self.ranks: np.ndarray | None = None
         difficulty = difficulty_of(self.difficulty, setting.pass_rates, setting.tokens)
@@ -129,8 +126,8 @@ class ByDifficulty(Curriculum):
     def rank(self, difficulty: np.ndarray) -> None:
         if missing := int(np.isnan(difficulty).sum()):
             raise UserError(
-                f"{missing} of {self.size} pairs have no difficulty: the reference's log-probabilities of them are "
-                "not finite; try model.dtype=float32, or choose curriculum.difficulty=length"
+                f"{missing} of {self.size} pairs have no difficulty: the reference's log-probabilities of "
+                "them are not finite; try model.dtype=float32, or choose curriculum.difficulty=length"
             )
         if difficulty.min() == difficulty.max():
             raise UserError(
@@ -200,14 +197,16 @@ class SageCurriculum(ByDifficulty):
             )
         if self.size // self.strata < 2 * self.probe:
             raise UserError(
-                f"{self.size} pairs in curriculum.strata={self.strata} strata are {self.size // self.strata} each, "
-                f"too few for curriculum.probe={self.probe} probes and as many pairs to train on: lower one of them"
+                f"{self.size} pairs in curriculum.strata={self.strata} strata are "
+                f"{self.size // self.strata} each, too few for curriculum.probe={self.probe} probes and as "
+                "many pairs to train on: lower one of them"
             )
         self.pool_size = min(round(self.pool * self.size), self.size - self.strata * self.probe)
         if self.pool_size < setting.candidates:
             raise UserError(
                 f"curriculum.pool={self.pool} makes a pool of {self.pool_size} pairs, and "
-                f"{setting.candidates} candidates are drawn at a time: raise it, or lower scorer.candidates_per_pair"
+                f"{setting.candidates} candidates are drawn at a time: raise it, or lower "
+                "scorer.candidates_per_pair"
             )
         self.trained, self.candidates = setting.trained, setting.candidates
         self.step, self.refreshed = 0, -1
@@ -250,8 +249,8 @@ class SageCurriculum(ByDifficulty):
         probed = probed.reshape(self.probes.shape)
         if np.isnan(probed).all(1).any():
             raise UserError(
-                f"step {step}: a stratum's competence is unknown, since all curriculum.probe={self.probe} margins "
-                "in it are NaN: lower optimizer.lr, or use model.dtype=float32"
+                f"step {step}: all {self.probe} probes of a stratum have a NaN margin, so its competence is "
+                "unknown: lower optimizer.lr, or use model.dtype=float32"
             )
         # Before the first step implicit rewards are all 0. Such a tie counts as half right.
         accuracy = np.nanmean((np.sign(probed) + 1) / 2, axis=1)

@@ -1,7 +1,8 @@
 """Preference losses: pure functions of summed log-probabilities, one small class each.
 
-Every class is a dataclass whose fields are its options; calling it maps per-pair log-probabilities to a loss
-per pair. u below is beta * margin, where margin = (chosen logratio) - (rejected logratio).
+A loss is a dataclass whose fields are its options. Calling it maps the log-probabilities of n pairs to n
+losses. Below, u is beta * m, where m = (chosen logratio) - (rejected logratio). To add a loss, subclass
+`Loss` here or in any importable module, and name the class by `_target_` in one YAML under conf/loss/.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from sage.model.logps import PairLogps
 class Loss:
     """What all losses share: the implicit reward, and an NLL term on the chosen response.
 
-    nll_weight scales -log pi(chosen) / |chosen| (RPO, arXiv 2404.19733), which holds the chosen
-    log-probabilities up.
+    nll_weight scales -log pi(chosen) / |chosen| (RPO, arXiv 2404.19733). It keeps the log-probabilities of
+    chosen responses from falling.
     """
 
     beta: float = 0.1
@@ -37,8 +38,10 @@ class Loss:
                 raise ValueError(f"loss.{f.name}={getattr(self, f.name)}: must be finite and not negative")
 
     def rewards(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-        """Implicit rewards of chosen and rejected, [n] each: beta * (log pi - log pi_ref), arXiv 2305.18290
-        eq. 5."""
+        """Implicit rewards of chosen and rejected, [n] each.
+
+        beta * (log pi - log pi_ref): arXiv 2305.18290, equation 5.
+        """
         return self.beta * (policy.chosen - reference.chosen), self.beta * (
             policy.rejected - reference.rejected
         )
@@ -87,10 +90,9 @@ class CDPO(Loss):
 
 @dataclass
 class RobustDPO(CDPO):
-    """cDPO debiased so that its expectation under flipped labels is the clean DPO loss: arXiv 2403.00409, eq.
-    9.
+    """cDPO without its bias: its expectation under flipped labels is the clean DPO loss.
 
-    (-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e).
+    (-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e): arXiv 2403.00409, equation 9.
     """
 
     def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -102,8 +104,8 @@ class RobustDPO(CDPO):
 class IPO(Loss):
     """(h - 1/(2 beta))^2 with h the difference of logratios: arXiv 2310.12036, equation 17.
 
-    Logratios are averaged over response tokens, as the authors' correction in TRL does; summed ones tie the
-    target 1/(2 beta) to the response's length.
+    Logratios are averaged over response tokens, which is the authors' correction in TRL. With sums, the
+    target 1/(2 beta) would depend on the response's length.
     """
 
     def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -122,8 +124,10 @@ class Hinge(Loss):
 
 @dataclass
 class DPOP(Loss):
-    """DPO-Positive: u is lowered wherever the chosen response fell below the reference, arXiv 2402.13228,
-    equation 3."""
+    """DPO-Positive (arXiv 2402.13228, equation 3): lowers u by how far the chosen response fell.
+
+    The fall is measured against the reference, and scaled by `penalty`.
+    """
 
     penalty: float = 50.0
 
@@ -134,10 +138,9 @@ class DPOP(Loss):
 
 @dataclass
 class SimPO(Loss):
-    """-log sigmoid(u - gamma) with the reward beta * log pi(y|x) / |y|, no reference: arXiv 2405.14734,
-    equation 6.
+    """-log sigmoid(u - gamma) without a reference: arXiv 2405.14734, equation 6.
 
-    target_margin is gamma, in units of reward.
+    The reward is beta * log pi(y|x) / |y|. target_margin is gamma, in units of reward.
     """
 
     beta: float = 2.0

@@ -1,5 +1,4 @@
-"""Align a policy: the training loop, in the order in which things happen. training/setup.py builds its
-parts."""
+"""Align a policy: the training loop, in the order in which things happen. setup.py builds its parts."""
 
 from __future__ import annotations
 

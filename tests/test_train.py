@@ -24,11 +24,25 @@ from sage.data.packing import plan
 from sage.data.pairs import load_pairs
 from sage.data.tokens import tokenize_pairs
 from sage.train import learning_rate
+from sage.training.hooks import Hook
+from sage.training.run import Run
+from sage.training.selection import Choice
 
 STEPS, BATCH = 10, 7
 ZERO = (0, 1, 2, 3)
 each_stage = pytest.mark.parametrize("stage", ZERO)
 slow = pytest.mark.slow
+
+
+class Counting(Hook):
+    """A hook as a user writes it: metrics of each step's pairs and of each evaluation, and a file of its own."""
+
+    def before_step(self, run: Run, choice: Choice) -> dict[str, float]:
+        return {"count/pairs": len(choice.indices), "count/beta": choice.objective.beta}
+
+    def evaluate(self, run: Run) -> dict[str, float]:
+        (run.run_dir / f"count_{run.state.step}.txt").write_text("here")
+        return {"count/parameters": float(sum(p.numel() for p in run.engine.policy.parameters()))}
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +161,7 @@ def one_rank(common, benchmark, tmp_path_factory) -> Path:
         "evaluated": [f"data.eval_path={common[2].split('=')[1]}", "eval_every=5", *benchmark],
         "dropout": ["+model/lora=default", "model.lora.dropout=0.2"],
         "dropout_evaluated": ["+model/lora=default", "model.lora.dropout=0.2", "eval_every=2", *benchmark],
+        "hooked": ["eval_every=5", "+hooks.count._target_=test_train.Counting"],
         "wandb": ["tracking=wandb", "tracking.mode=offline", "steps=2"],
         "simpo": ["loss=simpo"],
         "cdpo": ["loss=cdpo"],
@@ -410,6 +425,18 @@ def test_evaluation_changes_nothing_and_sums_right(one_rank):
 
 
 @slow
+def test_a_hook_measures_and_changes_nothing(one_rank):
+    """Protects studies: a class named in the config logs beside every step and evaluation, without held-out pairs."""
+    run = one_rank / "hooked"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "count/parameters" in line] == [0, 5, STEPS]
+    assert [line["count/pairs"] for line in lines if "count/pairs" in line] == [BATCH] * STEPS
+    assert (run / "count_5.txt").exists()
+    assert json.loads((run / "summary.json").read_text())["after"]["count/parameters"] > 0
+    assert column(run, "loss") == column(one_rank / "zero0", "loss")
+
+
+@slow
 def test_evaluation_answers_benchmarks(one_rank, two_ranks):
     """Six problems before training, every five steps and after it, from one rank and from the shards of two alike."""
     answers = {}
@@ -553,7 +580,7 @@ def test_lora(one_rank, tiny_model, stage):
 @slow
 @pytest.mark.parametrize("reference", ["cached", "online"])
 def test_going_on_from_an_adapter(one_rank, reference):
-    """Trap 4: the stored adapter is the reference too, so step 0 is ln 2, and training starts from it."""
+    """The stored adapter is the reference too, so step 0 is ln 2, and training starts from it."""
     run = one_rank / f"adapter_{reference}"
     first = metrics(run)[0]
     assert abs(first["loss"] - math.log(2)) < 1e-6 and abs(first["rewards/margins"]) < 1e-6

@@ -1,8 +1,8 @@
-"""Score a whole preference set, forward only: the policy's and the reference's numbers and the scores of every pair.
+"""Score a whole preference set, forward only: every pair's log-probabilities and scores.
 
-The forward pass writes its numbers to RUN_DIR/forward/, shard by shard. A killed run resumes with the shard that it
-was working on. Strata and some scores need the whole set, so RUN_DIR/scores/ is written when all shards are there.
-Then forward/ is removed. A file gets its name when it is whole.
+The forward pass writes its numbers to RUN_DIR/forward/, shard by shard. A killed run resumes with the shard
+that it was working on. Strata and some scores need the whole set, so RUN_DIR/scores/ is written when all
+shards are there. Then forward/ is removed. A file gets its name when it is whole.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def claim(run_dir: Path, manifest: dict[str, Any]) -> None:
     for part, value in manifest.items():
         if begun.get(part) != value:
             raise UserError(
-                f"{run_dir} was begun with another {part}: {begun.get(part)}, and now it is {value}; their scores "
-                "must not be mixed: choose another hydra.run.dir"
+                f"{run_dir} was begun with another {part}: {begun.get(part)}, and now it is {value}; "
+                "their scores must not be mixed: choose another hydra.run.dir"
             )
 
 
@@ -216,9 +216,9 @@ def derive(
 ) -> pa.Table:
     """The columns of the forward pass, and those that follow from them.
 
-    margin is u, signal g and curvature h. logit_signal is g^2 D, the squared norm of the loss's gradient with respect
-    to the logits. logit_curvature is h D + g (U_w + U_l), a bound on the trace of its Hessian. Strata are quantiles of
-    difficulty, see `sage.order.difficulty_of` with kind auto; 0 is the easiest.
+    margin is u, signal g and curvature h. logit_signal is g^2 D, the squared norm of the loss's gradient with
+    respect to the logits. logit_curvature is h D + g (U_w + U_l), a bound on the trace of its Hessian. Strata
+    are quantiles of difficulty, see `sage.order.difficulty_of` with kind auto; 0 is the easiest.
     """
     assert stats.logit
     u = stats.u
@@ -256,11 +256,11 @@ def write_top(cfg: ScoreConfig, run_dir: Path, pair_ids: list[str]) -> Path:
 
 
 def show(cfg: ScoreConfig, table: pa.Table, scores: np.ndarray, summary: dict[str, Any]) -> None:
-    """Print the summary: quantiles per stratum, a histogram, and the extreme pairs if `show` asks for them."""
+    """Print the summary: quantiles per stratum, a histogram, and `show` pairs of each extreme."""
     if cfg.reference_model is None:
         console.print(
-            "reference_model is null: policy and reference are the same model, so every margin (implicit reward) is "
-            "0; policy_mean and the logit level still distinguish pairs"
+            "reference_model is null: policy and reference are the same model, so every margin (implicit "
+            "reward) is 0; policy_mean and the logit level still distinguish pairs"
         )
     finite = np.isfinite(scores)
     if broken := table["pair_id"].filter(pa.array(~finite)).to_pylist():

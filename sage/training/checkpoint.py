@@ -8,14 +8,13 @@ renamed; a folder of the final name is complete.
 from __future__ import annotations
 
 import pickle
-import random
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from sage.model.engine import Engine
 from sage.util.errors import UserError
@@ -35,29 +34,25 @@ class TrainState:
     costs: dict[str, float] = field(default_factory=dict)
     baseline: dict[str, float] = field(default_factory=dict)  # held-out metrics before the first step
     seconds: float = 0.0  # spent in steps
-    rng: list[dict[str, Any]] = field(default_factory=list)  # one entry per rank
+    rng: list[dict[str, Tensor | None]] = field(default_factory=list)  # one entry per rank
 
 
-def rng_state() -> dict[str, Any]:
-    """The states of this rank's generators, as plain numbers and tensors that `weights_only` admits."""
-    name, keys, pos, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
+def rng_state() -> dict[str, Tensor | None]:
+    """The states of torch's generators on this rank, which an adapter's dropout draws from.
+
+    Nothing else draws from a global generator: data order, selection and sampling have seeded ones of their own.
+    """
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), pos, has_gauss, cached),
-        "python": (version, list(internal), gauss),
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Tensor | None]) -> None:
+    assert state["torch"] is not None
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
-    name, keys, pos, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
 
 
 def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:

@@ -41,11 +41,10 @@ class HeldOut(Hook):
 
 
 class Benchmarks(Hook):
-    """Greedy accuracy on the config's benchmarks and its interval, as benchmark/*. Rank 0 has them, the
-    others none.
+    """Greedy accuracy on the config's benchmarks and its interval, as benchmark/*.
 
-    It exports the policy and loads it from that folder, as `sage eval` does. So it works with every engine,
-    sharding and adapter.
+    Rank 0 has these metrics, the others none. The policy is exported and loaded from that folder, as
+    `sage eval` does. So this works with every engine, sharding and adapter.
     """
 
     def evaluate(self, run: Run) -> dict[str, float]:

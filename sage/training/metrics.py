@@ -1,5 +1,4 @@
-"""Named numbers from per-pair log-probabilities. Ranks exchange sums, and means are taken once, at the
-end."""
+"""Named numbers from per-pair log-probabilities. Ranks add up sums; means are taken once, at the end."""
 
 from __future__ import annotations
 
@@ -29,8 +28,10 @@ LOSS = PER_PAIR.index("loss")
 
 @torch.no_grad()
 def per_pair(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
-    """The metrics of PER_PAIR for n pairs, [len(PER_PAIR), n]. policy_margins are the policy's
-    `mean_margin`."""
+    """The metrics of PER_PAIR for n pairs, [len(PER_PAIR), n].
+
+    policy_margins are the policy's `mean_margin`.
+    """
     chosen, rejected = loss.rewards(policy, reference)
     policy_margin = mean_margin(policy)
     return torch.stack(
@@ -49,8 +50,7 @@ def per_pair(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps
 
 
 def means(sums: Tensor, count: float, prefix: str = "") -> dict[str, float]:
-    """The global means by name. `sums` [len(PER_PAIR)] go over all ranks and micro-batches, of `count`
-    pairs."""
+    """The global means by name, from sums [len(PER_PAIR)] over `count` pairs."""
     return {prefix + name: value / count for name, value in zip(PER_PAIR, sums.tolist(), strict=True)}
 
 

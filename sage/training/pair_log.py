@@ -35,8 +35,10 @@ FLUSH_ROWS = 50_000
 
 
 class PairLog:
-    """Written by rank 0. `expected` is the number of rows of the whole run; at most `limit` are kept (0:
-    none)."""
+    """Written by rank 0.
+
+    `expected` is the number of rows of the whole run. At most `limit` rows are kept; 0 keeps none.
+    """
 
     def __init__(self, run_dir: Path, expected: int, limit: int, main: bool):
         self.folder, self.rows = run_dir / FOLDER, []

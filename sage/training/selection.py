@@ -1,5 +1,4 @@
-"""The one place where pairs are chosen: candidates from the curriculum, their scores, the choice, and its
-log.
+"""Which pairs each step trains on: candidates, their scores, the choice among them, and its log.
 
 It runs on every rank, on numbers that are the same on every rank. So the choice does not depend on how many
 ranks there are.
@@ -96,8 +95,8 @@ class Selection:
         if len(candidates) < wanted:
             raise UserError(
                 f"step {self.step}: the curriculum's pool has only {len(candidates)} different pairs, and "
-                f"{wanted} are chosen at a time: lower batch_size or scorer.score_every, or give the curriculum a "
-                "larger pool"
+                f"{wanted} are chosen at a time: lower batch_size or scorer.score_every, or give "
+                "the curriculum a larger pool"
             )
         stats = self.stats_of(candidates)
         scores, admitted = scorer(stats), scorer.admitted(stats)
@@ -151,8 +150,7 @@ class Selection:
         return stats
 
     def observe(self, indices: np.ndarray, seen: Tensor) -> None:
-        """Note what training saw of this step's n pairs: PER_PAIR numbers from all ranks, [len(PER_PAIR),
-        n]."""
+        """Note what training saw of the step's n pairs: PER_PAIR from all ranks, [len(PER_PAIR), n]."""
         u, policy_mean = seen[U].cpu(), seen[POLICY_MEAN].cpu()
         self.curriculum.observe(indices, u.numpy(), policy_mean.numpy())
         if not self.numbers and self.log.wants(self.step):
@@ -164,11 +162,14 @@ class Selection:
             return
         self.dropped += len(broken)
         names = ", ".join(self.pair_ids[broken[:5]])
-        message = f"step {self.step}: {len(broken)} of {candidates} candidates have no finite score, for example {names}"
+        message = (
+            f"step {self.step}: {len(broken)} of {candidates} candidates have no finite score, "
+            f"for example {names}"
+        )
         if len(broken) > self.scorer.max_nan * candidates:
             raise UserError(
-                f"{message}: more than scorer.max_nan={self.scorer.max_nan} of them; look at these pairs, lower "
-                "optimizer.lr, or use model.dtype=float32"
+                f"{message}: more than scorer.max_nan={self.scorer.max_nan} of them; look at these pairs, "
+                "lower optimizer.lr, or use model.dtype=float32"
             )
         console.print(f"{message}; dropped")
 
@@ -230,7 +231,7 @@ def read_margins(file: str, pair_ids: np.ndarray) -> Tensor:
     found = dict(zip(columns["pair_id"], columns["margin"], strict=True))
     if missing := [name for name in pair_ids if name not in found]:
         raise UserError(
-            f"scorer.margins_from={file}: {len(missing)} of {len(pair_ids)} training pairs are not in it, for example "
-            f"{missing[0]!r}: it was made from other data"
+            f"scorer.margins_from={file}: {len(missing)} of {len(pair_ids)} training pairs are not in it, "
+            f"for example {missing[0]!r}: it was made from other data"
         )
     return torch.tensor([found[name] for name in pair_ids], dtype=torch.float32)

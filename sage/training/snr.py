@@ -41,8 +41,9 @@ class Moments(NamedTuple):
 
 
 def estimate(pairs: int, groups: int, sum_of_squares: float, squared_mean: float) -> Moments:
-    """Unbiased moments of the gradient of one pair, from k groups of b_i pairs (B in all) with mean gradients
-    g_i.
+    """Unbiased moments of the gradient of one pair.
+
+    They come from k groups of b_i pairs (B in all) with mean gradients g_i.
 
     E |g_i|^2 = |E g|^2 + tr Cov(g) / b_i. So sum_i b_i |g_i|^2 - B |mean|^2 is k - 1 times tr Cov(g) on
     average, and
@@ -115,8 +116,7 @@ def measure(run: Run, choice: Choice) -> dict[str, float]:
 
 
 def batch_moments(run: Run, objective: Loss, indices: np.ndarray, rng: np.random.Generator) -> Moments:
-    """Moments of the objective's gradient in the trained parameters, from the batch `indices` over all
-    ranks."""
+    """Moments of the objective's gradient in the trained parameters, from all ranks' pairs `indices`."""
     forward, engine = run.forward, run.engine
     prefix = forward.prefix(run.pairs)
     tokens = pair_tokens(run.pairs.lengths()[indices], forward.layout, prefix)

@@ -64,8 +64,7 @@ def rewind(path: Path, step: int) -> None:
 
 
 def start_wandb(tracking: TrackingConfig, cfg: TrainConfig, run_dir: Path):
-    """Open a run: offline unless the user is logged in or says online. A resumed folder stays the same
-    run."""
+    """Open a run, offline unless the user is logged in or asks for online. A resume continues it."""
     import dataclasses
     import hashlib
 
