@@ -165,8 +165,9 @@ def explain(error: BaseException, word: str, arguments: Sequence[str]) -> str:
             return advice
     for pattern, advise in ADVICE.items():
         if match := re.search(pattern, text):
-            argument = next((a for a in arguments if key_of(a) == match[1]), f"{match[1]}=...")
-            return advise(argument, match[1], text)
+            typed = [a for a in reversed(arguments) if key_of(a) == match[1]] or [f"{match[1]}=..."]
+            named = next((a for a in typed if a.lstrip("+") in text), typed[0])
+            return advise(named, match[1], text)
     if match := re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)|Could not override '([^']+)'", text):
         full = re.search(r"full_key: (\S+)", text)
         key = full[1] if full else match[1] or match[2]
@@ -196,7 +197,7 @@ def no_option(argument: str, missing: str, text: str) -> str:
 
 def without_plus(argument: str, key: str, text: str) -> str:
     if not argument.startswith("+"):
-        return f"{key} is chosen more than once: keep one of them"
+        return f"{key} is chosen more than once: keep one; in an experiment's file, write `override /{key}: OPTION`"
     return f"{argument}: {key} is set already: write {argument.lstrip('+')}, without the +"
 
 
@@ -211,6 +212,7 @@ ADVICE: dict[str, Callable[[str, str, str], str]] = {
         f"{argument}: {key} is a config group without a default, so its option is added: write +{argument}"
     ),
     r"(\S+) appears more than once in the final defaults list": without_plus,
+    r"Multiple values for (\S+)\. To override": without_plus,
     r"An item is already at '([^']+)'": without_plus,
     r"Ambiguous value for argument '([^'=]+)=": lambda argument, key, _: (
         f"{argument}: a comma separates the values of a sweep, which needs -m. As one text, write {quoted(argument)}; "
@@ -249,12 +251,14 @@ def unreadable(argument: str) -> str | None:
 def quoted(argument: str) -> str | None:
     """The argument as a shell and Hydra both read it as one text, or None if there is no such form."""
     key, _, value = argument.partition("=")
-    form = key + '="' + value.strip("\"'").replace('"', '\\"') + '"'
+    value = value.strip("\"'")
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + (m[2] and '\\"'), value)
+    form = f'{key}="{escaped}"'
     try:
-        OverridesParser.create().parse_override(form)
+        read = OverridesParser.create().parse_override(form).value()
     except HydraException:
         return None
-    return shlex.quote(form)
+    return shlex.quote(form) if read == value else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the reference of every config key and option: python scripts/config_reference.py docs/config.md."""
+"""Write the reference of all config keys and options: python scripts/config_reference.py docs/config.md."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from pathlib import Path
 
 from omegaconf import MISSING, OmegaConf
 
-from sage.config import SCHEMAS, TrainConfig
+from sage.config import SCHEMAS, LoraConfig, ModelConfig, TrainConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HEAD = """\
 # Config reference
 
-Made by `make docs` from `sage/config/` and `conf/`; do not edit it by hand.
+`make docs` writes this page from `sage/config/` and `conf/`. Do not edit it by hand.
 
-Set a key with `key=value`, choose a group's option with `group=option`, add one with `+group=option`. A key that is
-not listed here is refused, with the nearest one that is.
+Set a key with `key=value`, choose a group's option with `group=option`, and add one with `+group=option`. Keys that are
+not listed here are refused, and the error names the nearest key that is.
 
 ## Keys
 
-`???` = must be given. The defaults are those of the schema; an option or an experiment may set others.
+`???` must be given. An option or an experiment may set other values than these defaults.
 """
 TABLE = "| key | type | default | meaning |\n|---|---|---|---|\n"
 GROUPS = """
 ## Options of each group
 
-`(default)` marks the option that `sage train` takes when none is named.
+`(default)` marks the option that `sage train` uses if you name none. The last column lists what an option sets; all other
+keys of the group keep their defaults.
 """
 
 
@@ -94,24 +95,22 @@ def flow(value: typing.Any) -> str:
         return "{" + ", ".join(f"{k}: {flow(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(flow, value)) + "]"
-    return (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value).replace("\n", "\\n")
 
 
 def limits(metadata: typing.Mapping[str, typing.Any]) -> str:
     if metadata["choices"]:
         return f" ({', '.join(map(str, metadata['choices']))})"
-    low, high = metadata["low"], metadata["high"]
-    if low is not None and high is not None:
-        return f" ({low} to {high})"
-    return f" (at least {low})" if low is not None else ""
+    bounds = {"low": "at least", "above": "greater than", "high": "at most", "below": "less than"}
+    said = [f"{words} {metadata[name]}" for name, words in bounds.items() if metadata[name] is not None]
+    return f" ({' and '.join(said)})" if said else ""
 
 
 def options() -> Iterator[str]:
-    defaults = OmegaConf.load(CONF / "plan.yaml")["defaults"]  # pyright: ignore
+    files = (OmegaConf.load(CONF / name) for name in ("plan.yaml", "train.yaml"))
+    defaults = [entry for file in files for entry in file["defaults"]]  # pyright: ignore
     taken = {(k, v) for entry in defaults if not isinstance(entry, str) for k, v in entry.items()}
     groups = sorted({file.parent for file in CONF.rglob("*.yaml")} - {CONF})
     for folder in groups:
@@ -142,7 +141,16 @@ def settings(file: Path, group: str) -> str:
         pairs = [(None, entry)] if isinstance(entry, str) else list(entry.items())
         chosen += [re.sub(r"^(override )?/", "", f"{k}={v}") if k else f"all of {v}" for k, v in pairs]
     prefix = "" if group == "experiment" else group.replace("/", ".") + "."
-    return ", ".join(f"`{text}`" if "=" in text else text for text in chosen + list(leaves(content, prefix)))
+    default = [] if group == "experiment" else list(leaves(schema_defaults(group), prefix))
+    chosen += [leaf for leaf in leaves(content, prefix) if leaf not in default]
+    return ", ".join(f"`{text}`" if "=" in text else text for text in chosen) or "the defaults"
+
+
+def schema_defaults(group: str) -> dict:
+    """The defaults of a group in the schema of `sage train`; empty if an option's class has them."""
+    root = TrainConfig(model=ModelConfig(lora=LoraConfig())) if group == "model/lora" else TrainConfig()
+    found = OmegaConf.select(OmegaConf.structured(root), group.replace("/", "."))
+    return typing.cast(dict, OmegaConf.to_container(found)) if found else {}
 
 
 def leaves(node: dict, prefix: str) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from omegaconf import OmegaConf
 
 from sage import cli, config, worker
 from sage.util.errors import UserError
+from sage.util.output import Outliving
 
 CONF = REPO / "conf"
 OPTIONS = sorted(
@@ -207,7 +210,28 @@ BAD_OVERRIDES = {
     "unknown option": (["loss=dpoo"], ["loss", "dpoo", "did you mean 'dpo'"]),
     "unknown group": (["los=dpo"], ["los"]),
     "unknown experiment": (["+experiment=dem"], ["experiment", "'dem'", "did you mean 'demo'"]),
-    "not an override": (["steps"], ["steps"]),
+    "not an override": (["steps"], ["'steps'", "key=value"]),
+    "no key": (["=3"], ["'=3'", "key=value"]),
+    "group without a plus": (["benchmark=gsm8k"], ["write +benchmark=gsm8k"]),
+    "experiment without a plus": (["experiment=demo"], ["write +experiment=demo"]),
+    "adapter without a plus": (["model/lora=default"], ["write +model/lora=default"]),
+    "key of an adapter that is not there": (["model.lora.r=8"], ["+model/lora=default"]),
+    "free key without a plus": (
+        ["data.template_arguments.thinking=true"],
+        ["write +data.template_arguments.thinking="],
+    ),
+    "group with a superfluous plus": (["+loss=ipo"], ["write loss=ipo, without the +"]),
+    "key with a superfluous plus": (["+optimizer.lr=1"], ["write optimizer.lr=1, without the +"]),
+    "number for a group": (["loss=5"], ["config group", "loss=dpo"]),
+    "unknown key of Hydra": (["+hydra.run.dirr=x"], ["hydra.run.dirr", "--cfg hydra"]),
+    "None for a number": (["data.limit=None"], ["write data.limit=null"]),
+    "value with a bracket": (["data.path=/tmp/a(1).jsonl"], ["write 'data.path=\"/tmp/a(1).jsonl\"'"]),
+    "value with an equals sign": (["data.path=a=b.jsonl"], ["write 'data.path=\"a=b.jsonl\"'"]),
+    "value with a letter beyond ASCII": (["data.path=é.jsonl"], ["write 'data.path=\"é.jsonl\"'"]),
+    "value with a tilde": (["data.path=~/a.jsonl"], ["write 'data.path=\"~/a.jsonl\"'"]),
+    "value with a comma": (["data.path=a,b.jsonl"], ["needs -m", "'data.path=\"a,b.jsonl\"'"]),
+    "key without effect": (["pairing.samples=2"], ["pairing.samples has no effect on `sage train`"]),
+    "interpolation of nothing": (["name=${nope}"], ["nope"]),
     "experiment without pairs or problems": (
         ["data.path=null"],
         ["data.path=FILE", "data.problems.path=FILE"],
@@ -339,6 +363,53 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_message(tiny_model, pai
     assert "not finite" in result.stderr and "optimizer.lr" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "final").exists()
+
+
+# --- readers that leave
+
+
+def test_a_stream_outlives_its_reader():
+    """After the first write that finds no reader, later ones go nowhere, without an error."""
+    reading, writing = os.pipe()
+    stream = io.TextIOWrapper(Outliving(writing, "w", closefd=False), write_through=True)
+    os.close(reading)
+    for _ in range(2):
+        stream.write("a line\n")
+    assert os.fstat(writing).st_rdev == os.stat(os.devnull).st_rdev
+    os.close(writing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["train", "--help"], ["train", "--cfg", "job", "+experiment=demo"]])
+def test_a_command_ends_quietly_when_its_reader_leaves(words, tmp_path):
+    program = Path(sys.executable).with_name("sage")
+    line = f"{shlex.quote(str(program))} {' '.join(words)} | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_training_run_goes_on_when_its_reader_leaves(tiny_model, pair_file, tmp_path):
+    program = Path(sys.executable).with_name("sage")
+    words = [
+        program,
+        "train",
+        "model=hf",
+        f"model.path={tiny_model}",
+        f"data.path={pair_file}",
+        "steps=2",
+        "batch_size=4",
+        "data.max_length=256",
+        "micro_batch_tokens=1024",
+        f"cache_dir={tmp_path / 'cache'}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path)
+    assert process.stdout
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
 
 
 # --- completion

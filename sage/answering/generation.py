@@ -16,7 +16,7 @@ import torch
 from sage.answering.agreement import context_of, find_decoder
 from sage.answering.decoders import PlainGenerate
 from sage.answering.responses import NO_ROOM, Decoder, Request, Response, Sampling
-from sage.config import ModelConfig, SamplingConfig
+from sage.config import ModelConfig, SamplingConfig, key
 from sage.model import loading
 from sage.util.progress import console
 
@@ -34,15 +34,13 @@ class Source(NamedTuple):
 class HF:
     """transformers on this process's device, with a batch that is refilled as responses finish.
 
-    batch_size: responses that are generated side by side.
-    prefill_tokens: most tokens, padding included, of one forward over prompts.
-    chunk: responses between two saves of a command's progress. Each chunk starts with an empty batch, so a
-        resumed run meets the same batches as an undisturbed one and gets the same numbers, bit for bit.
+    Each chunk starts with an empty batch, so a resumed run meets the same batches as an undisturbed one and gets the
+    same numbers, bit for bit.
     """
 
-    batch_size: int = 16
-    prefill_tokens: int = 8192
-    chunk: int = 64
+    batch_size: int = key(16, "responses that are generated side by side", low=1)
+    prefill_tokens: int = key(8192, "tokens, with padding, in one forward pass over prompts", low=1)
+    chunk: int = key(64, "responses between two saves of a command's progress", low=1)
 
     @contextmanager
     def open(self, source: Source, sampling: SamplingConfig) -> Iterator[HFGenerator]:

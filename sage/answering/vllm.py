@@ -12,23 +12,18 @@ from typing import Any
 
 from sage.answering.generation import Source
 from sage.answering.responses import NO_ROOM, Request, Response, response_of
-from sage.config import SamplingConfig
+from sage.config import SamplingConfig, key
 from sage.model import loading
 from sage.util.errors import UserError
 
 
 @dataclass
 class VLLM:
-    """vLLM in a process of its own, whose GPU memory is free again when it ends.
+    """vLLM in a process of its own, whose GPU memory is free again when it ends."""
 
-    tensor_parallel: GPUs that share one copy of the model.
-    memory_fraction: share of each GPU's memory that vLLM may take.
-    chunk: responses between two saves of a command's progress.
-    """
-
-    tensor_parallel: int = 1
-    memory_fraction: float = 0.9
-    chunk: int = 2048
+    tensor_parallel: int = key(1, "GPUs that share one copy of the model", low=1)
+    memory_fraction: float = key(0.9, "share of each GPU's memory that vLLM may take", above=0, high=1)
+    chunk: int = key(2048, "responses between two saves of a command's progress", low=1)
 
     @contextmanager
     def open(self, source: Source, sampling: SamplingConfig) -> Iterator[VLLMGenerator]:

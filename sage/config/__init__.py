@@ -14,6 +14,7 @@ from sage.config.groups import (
     ProblemsConfig,
     SamplingConfig,
     TrackingConfig,
+    key,
 )
 from sage.config.keys import groups, known_keys, nearest, refusal, unknown_keys
 from sage.config.schema import SCHEMAS, BuildPairsConfig, EvalConfig, RunConfig, ScoreConfig, TrainConfig
@@ -42,6 +43,7 @@ __all__ = [
     "check_target",
     "freeze",
     "groups",
+    "key",
     "known_keys",
     "load",
     "nearest",
