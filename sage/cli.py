@@ -35,6 +35,7 @@ commands
   build-pairs       sample responses to problems, verify them, make preference pairs
   score-dataset     score every pair with forward passes only, and write the best rows
   eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
+  verify FILE       verdicts on responses that are already there; verify RUN_DIR: on those of a finished eval
   resume RUN_DIR    continue an interrupted run exactly
   report RUN...     what runs did, and how they compare: on the terminal, as one HTML page, as CSV
 
@@ -78,6 +79,8 @@ def resume() -> None:
     cfg = config.load(run_dir)
     if (run_dir / config.SUMMARY_FILE).exists():
         raise UserError(f"{run_dir}: this run is finished; its summary.json holds the results")
+    if not isinstance(cfg, config.RunConfig):
+        raise UserError(f"{run_dir}: `sage {cfg.command}` has no state to continue from: start it again")
     launch.preflight(cfg)
     launch.start(cfg.world_size, run_dir)
 
@@ -92,6 +95,18 @@ def evaluate() -> None:
     print_comparison(Path(sys.argv[2]), Path(sys.argv[3]))
 
 
+def verify() -> None:
+    """`sage verify FILE` is `sage verify path=FILE`, whatever the file is called."""
+    if (
+        sys.argv[1:]
+        and not sys.argv[1].startswith("-")
+        and ("=" not in sys.argv[1] or Path(sys.argv[1]).exists())
+    ):
+        quoted = sys.argv[1].replace("\\", "\\\\").replace("'", "\\'")
+        sys.argv[1] = f"path='{quoted}'"
+    hydra_command("verify")()
+
+
 def report_runs() -> None:
     from sage.commands.report import report as write_report
 
@@ -101,6 +116,7 @@ def report_runs() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     **{word: hydra_command(word) for word in config.SCHEMAS},
     "eval": evaluate,
+    "verify": verify,
     "resume": resume,
     "report": report_runs,
 }

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from sage import config
 from sage.answering.problems import read_problems
-from sage.config import BuildPairsConfig, EvalConfig, RunConfig, TrainConfig
+from sage.config import BuildPairsConfig, CommandConfig, EvalConfig, RunConfig, TrainConfig, VerifyConfig
 from sage.data.pairs import load_data
 from sage.data.source import resolve_path
 from sage.util.errors import UserError
@@ -70,8 +70,13 @@ def preflight(cfg: RunConfig) -> None:
     read_inputs(cfg)
 
 
-def run(cfg: RunConfig, run_dir: Path) -> None:
+def run(cfg: CommandConfig, run_dir: Path) -> None:
     """Check, freeze and start one run, and wait for it. Exits with the ranks' status when they fail."""
+    if isinstance(cfg, VerifyConfig):  # no model, no ranks
+        from sage.commands.verify import verify
+
+        return verify(cfg, run_dir)
+    assert isinstance(cfg, RunConfig)
     if isinstance(cfg, TrainConfig) and not isinstance(cfg, BuildPairsConfig) and cfg.data.path is None:
         cfg.data.path = str(built_pairs(cfg))
     preflight(cfg)

@@ -64,7 +64,13 @@ def further_keys(word: str) -> str:
     """What a command's schema adds to that of `sage train`."""
     hints = typing.get_type_hints(SCHEMAS[word])
     known = {f.name for f in dataclasses.fields(TrainConfig)}
-    rows = [row(f, hints[f.name]) for f in dataclasses.fields(SCHEMAS[word]) if f.name not in known]
+    rows = []
+    for f in dataclasses.fields(SCHEMAS[word]):
+        if f.name not in known and dataclasses.is_dataclass(group := hints[f.name]):
+            nested = typing.get_type_hints(group)
+            rows += [row(g, nested[g.name], f"{f.name}.") for g in dataclasses.fields(group)]
+        elif f.name not in known:
+            rows.append(row(f, hints[f.name]))
     return f"\n### only in `sage {word}`\n\n{TABLE}{''.join(rows)}" if rows else ""
 
 

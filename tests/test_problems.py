@@ -91,6 +91,24 @@ def test_boxed_row_and_parquet(tmp_path):
     assert problem == Problem("1", "?", r"\frac{1}{2}", row["solution"], "3")
 
 
+@pytest.mark.parametrize(
+    "solution, answer",
+    [
+        (r"so the count is $\boxed 2$.", "2"),
+        (r"so $x=\boxed{\text{(C)}}$.", r"\text{(C)}"),
+        (r"so $\boxed12$ remain.", "12"),
+        (r"so $\fbox{$\frac{1}{2}$}$.", r"$\frac{1}{2}$"),
+        (r"so $\boxed\frac{3}{4}$ and we are done.", r"\frac{3}{4}"),
+    ],
+)
+def test_boxes_as_math_writes_them(tmp_path, solution, answer):
+    r"""MATH's own rows have boxes without braces; such a row is a problem like any other."""
+    file = write_jsonl(tmp_path / "p.jsonl", [{"problem": "?", "solution": solution}])
+    columns = {"prompt": "problem", "answer": "solution"}
+    (problem,) = load_problems(str(file), columns=columns, answer_from="boxed")
+    assert problem.answer == answer
+
+
 def test_joined_prompt_and_limit(tmp_path):
     """A prompt may be two columns, of which one may be null; limit reads no further."""
     rows = [

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHARED_DATA
+from conftest import SHARED_DATA, write_jsonl
 
+from sage import cli
 from sage.answering.answers import find_answer
 from sage.answering.verify import MEMORY, Verifier
+from sage.config import EvalConfig, ProblemsConfig, VerifyConfig, freeze
+from sage.config.groups import ResponseColumns
+from sage.util.errors import UserError
 
 HARD = Path(__file__).parent / "data" / "verdicts.jsonl"
 SHARED_CASES = SHARED_DATA.parent / "cases" / "verdicts.jsonl"
@@ -221,3 +227,111 @@ def test_hostile_text_is_wrong_and_nothing_more(verifier, response):
     """Ten thousand braces, control characters, a megabyte: a verdict, no exception."""
     (verdict,) = verifier.verify([response], ["5"])
     assert not verdict.correct
+
+
+# --- sage verify
+
+GIVEN = [
+    {"output": "The answer is 12 apples for 4 children.", "gold": 12, "model": "a"},
+    {"output": r"\boxed{x + x}", "gold": "2x", "model": "b"},
+    {"output": "I do not know.", "gold": "3", "model": "a"},
+    {"output": "So $x = 3$ or $x = 5$.", "gold": [3, 5], "model": "b"},
+]
+
+
+def test_verify_a_file(tmp_path, monkeypatch, capsys):
+    """`sage verify FILE` takes any file name, keeps the rows, adds verdicts, and says the accuracy."""
+    file = write_jsonl(tmp_path / "it's a=b.jsonl", GIVEN)
+    words = [
+        "columns.response=output",
+        "columns.answer=gold",
+        "workers=1",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["sage", "verify", str(file), *words])
+    cli.main()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "verdicts.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k in GIVEN[0]} for row in rows] == GIVEN
+    assert [(row["correct"], row["extracted"], row["rule"]) for row in rows] == [
+        (True, "12", "phrase/number"),
+        (True, "x + x", "boxed/math"),
+        (False, None, "none"),
+        (True, "$x = 3$, $x = 5$", "last/text"),
+    ]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["right"], summary["responses"], summary["no_answer"]) == (3, 4, 0.25)
+    assert summary["interval"] == pytest.approx([0.30064, 0.95441], abs=1e-4)  # Wilson's, of 3 in 4
+    assert "accuracy 75.0%, 95% interval 30.1% to 95.4%: 3 of 4 right, 1 without" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"response": "5"}, r"v\.jsonl:2: no column 'answer'; it has response: set columns\.answer=COLUMN"),
+        ({"response": None, "answer": "5"}, "v.jsonl:2: the response is not a text but NoneType"),
+        ({"response": "5", "answer": " "}, "v.jsonl:2: the answer is empty"),
+        ({"response": "5", "answer": {"value": 5}}, "v.jsonl:2: the answer is neither a text nor a number"),
+    ],
+)
+def test_verify_refuses_bad_rows(tmp_path, row, message):
+    """A row that cannot be judged is named before any work, and nothing is written."""
+    from sage.commands.verify import verify
+
+    file = write_jsonl(tmp_path / "v.jsonl", [{"response": "5", "answer": "5"}, row])
+    with pytest.raises(UserError, match=message):
+        verify(VerifyConfig(path=str(file)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_verify_answers_inside_solutions_and_keeps_other_files(tmp_path):
+    """GSM8K's own column as the truth; an output file that exists is not overwritten."""
+    from sage.commands.verify import verify
+
+    file = write_jsonl(tmp_path / "v.jsonl", [{"text": "It is 1,005.", "answer": "2 + 3 = 5\n#### 1,005"}])
+    output = tmp_path / "out.jsonl"
+    columns = ResponseColumns(response="text")
+    cfg = VerifyConfig(path=str(file), answer_from="hash", columns=columns, output=str(output))
+    verify(cfg, tmp_path / "run")
+    assert json.loads(output.read_text())["correct"] is True
+    with pytest.raises(UserError, match=r"out\.jsonl: this file exists"):
+        verify(cfg, tmp_path / "again")
+
+
+def test_verify_a_finished_evaluation_again(tmp_path):
+    """Verdicts and numbers are made anew in a folder that --compare takes; the old folder stays."""
+    from sage.answering.attempts import Attempt, read_attempts, write_lines
+    from sage.commands.evaluate import compare
+    from sage.commands.verify import verify
+
+    old = tmp_path / "old"
+    model = {"_target_": "sage.answering.generation.HF"}
+    cfg = EvalConfig(benchmark={"toy": ProblemsConfig(path="toy.jsonl")}, generation=model)
+    cfg.model.path = "toy"
+    freeze(cfg, old)
+    with pytest.raises(UserError, match="is not a finished evaluation"):
+        verify(VerifyConfig(path=str(old)), tmp_path / "early")
+    said = ["The answer is 12 apples for 4 children.", "So it is 5."]
+    # What an earlier version thought: the last number counts.
+    attempts = [
+        Attempt(str(i), 0, "?", text, 9, "end", "12", text[-2:], False, "last/number", None)
+        for i, text in enumerate(said)
+    ]
+    write_lines(old / "toy" / "generations.jsonl", attempts)
+    (old / "summary.json").write_text(json.dumps({"model": "toy", "benchmarks": {"toy": {"accuracy": 0.0}}}))
+    before = {file: file.read_bytes() for file in old.rglob("*") if file.is_file()}
+
+    verify(VerifyConfig(path=str(old), workers=1), tmp_path / "new")
+    assert before == {file: file.read_bytes() for file in old.rglob("*") if file.is_file()}
+    rows = read_attempts(tmp_path / "new" / "toy" / "generations.jsonl")
+    assert [(row.correct, row.extracted) for row in rows] == [(True, "12"), (False, "5")]
+    summary = json.loads((tmp_path / "new" / "summary.json").read_text())
+    assert (summary["mean_accuracy"], summary["benchmarks"]["toy"]["accuracy"]) == (0.5, 0.5)
+    assert summary["model"] == "toy" and summary["verified_again_from"] == str(old)
+    assert compare(old, tmp_path / "new")["toy"]["gained"] == ["0"]
+
+
+def test_verify_needs_no_torch():
+    """Judging generations must not take the time and memory that loading torch takes."""
+    program = "import sys, sage.cli, sage.launch, sage.commands.verify; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

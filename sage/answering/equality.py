@@ -43,8 +43,11 @@ def same(given: str, truth: str, formula: Compare) -> bool:
     given, truth = canonical(given), canonical(truth)
     if max((depth for text in (given, truth) for _, depth in _depths(text)), default=0) > DEEPEST:
         return given == truth or formula(given, truth)
+    if match := LABEL.match(given):
+        return _same(given, truth, formula) or _same(given[match.end() :], truth, formula)
+    # Two dozen is 24, and 2 where the question asks for dozens.
     return _same(given, truth, formula) or (
-        bool(match := LABEL.match(given)) and _same(given[match.end() :], truth, formula)
+        " dozen" in given and _same(given.replace(" dozen", "", 1), truth, formula)
     )
 
 

@@ -10,7 +10,10 @@ import re
 
 from sage.answering.spelling import SCALES, SPOKEN
 
-FORMULA = re.compile(r"\$\$[^$]+\$\$|\$[^$\n]+\$|\\\(.*?\\\)|\\\[.*?\\\]", re.S)
+# "$35 + $22" holds amounts, not a formula. A formula's dollars have a space inside on both sides or on neither.
+FORMULA = re.compile(
+    r"\$\$[^$]+\$\$|\$(?! )[^$\n]+(?<! )\$(?!\d)|\$ [^$\n]* \$(?!\d)|\\\(.*?\\\)|\\\[.*?\\\]", re.S
+)
 CURRENCY = r"[$€£]"
 THOUSANDS = r"\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?:[ \u00a0\u202f\u2009]\d{3})+(?!\d)"
 VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
@@ -54,7 +57,8 @@ STOPS = re.compile(
 FILLER = re.compile(
     r"(?:therefore|thus|then|hence|simply|just|exactly|precisely|clearly|indeed|still|actually|now|definitely|probably"
     r"|either|both|approximately|about|around|roughly|equal to|option|choice|letter|always|only|also"
-    r"|found to be|the (?:number|value|set|interval|pair)|going to be|given by|[,:]|that|≈|=|\\approx)(?![A-Za-z])\s*",
+    r"|found to be|the (?:number|value|set|interval|pair)|going to be|given by"
+    r"|[,:]|that|≈|=|\\approx)(?![A-Za-z])\s*",
     re.I,
 )
 NO = r"\bnot|n['’]t|\bnever|\bneither|\bnor|\bcannot|\bno longer"
@@ -159,6 +163,7 @@ def last_number(text: str) -> str | None:
         start = match.start()
         if RULED_OUT.search(text, max(start - 40, 0), start):
             continue
-        in_latex = IN_LATEX & {*text[:start][-1:], *text[match.end() :][:1]}
+        after = re.sub(r"^/(?=[A-Za-z])", "", text[match.end() : match.end() + 2])  # 60/hour is 60
+        in_latex = IN_LATEX & {*text[:start][-1:], *after[:1]}
         return None if in_latex or OR.search(text, max(start - 80, 0), start) else half(match[0])
     return None

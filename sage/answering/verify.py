@@ -30,6 +30,8 @@ MEMORY = 2 << 30  # bytes of address space that a worker may have
 PATIENCE = 60  # an answer may take this many times its CPU time by the clock
 READY = "ready\n"
 
+JOINED = re.compile(r"\s*(?:,|,?\s*\b(?:and|or)\b)\s*")
+
 CHOICE = re.compile(r"\(?([A-J])\)?\.?")
 CHOSEN = re.compile(r"\W*\(?([A-J])\)?(?=$|[.:,;)/&\s])")
 MORE_CHOSEN = re.compile(r"[\s)]*(?:(?:[,/&;]|or\b|and\b)\s*)+\(?[A-J]\b")
@@ -136,12 +138,20 @@ def _at_end(text: str, truth: str) -> str | None:
         after = text[formulas[-1].end() :] if formulas else text
         if number := last_number(after):
             return number
-        if formulas:
-            return formulas[-1][0].rsplit("=", 1)[-1]
-    elif formulas:
-        return formulas[-1][0]
+        if formulas and len(several := _last_formulas(text, formulas)) == 1:
+            return several[0].rsplit("=", 1)[-1]
+    if formulas:
+        return ", ".join(_last_formulas(text, formulas))
     sentence = re.split(r"(?<=[.!?])\s+", lines[-1])[-1].rstrip(".")
     return first_answer(sentence) if re.search(r"\\(?!boxed|fbox)[a-z]|[\d=√π∞]", sentence) else None
+
+
+def _last_formulas(text: str, formulas: list[re.Match[str]]) -> list[str]:
+    """The last formula, after those that stand with it in a list: "$3$ or $5$"."""
+    first = len(formulas) - 1
+    while first and JOINED.fullmatch(text, formulas[first - 1].end(), formulas[first].start()):
+        first -= 1
+    return [formula[0] for formula in formulas[first:]]
 
 
 def _by_choice(where: str, text: str, truth: str) -> Verdict:

@@ -94,10 +94,10 @@ def read_responses(cfg: VerifyConfig) -> tuple[list[dict[str, Any]], list[str], 
                 raise row.record
             if not isinstance(row.record, dict):
                 raise UserError("not an object with columns")
-            response = column(row.record, "response", cfg.response)
+            response, answer = (column(row.record, ours, cfg) for ours in ("response", "answer"))
             if not isinstance(response, str):
-                raise UserError(f"{cfg.response} is not a text but {type(response).__name__}")
-            answers.append(answer_of(column(row.record, "answer", cfg.answer), cfg))
+                raise UserError(f"the response is not a text but {type(response).__name__}")
+            answers.append(answer_of(answer, cfg))
             responses.append(response)
             records.append(row.record)
         except UserError as error:
@@ -106,9 +106,10 @@ def read_responses(cfg: VerifyConfig) -> tuple[list[dict[str, Any]], list[str], 
     return records, responses, answers
 
 
-def column(record: dict[str, Any], key: str, name: str) -> Any:
+def column(record: dict[str, Any], ours: str, cfg: VerifyConfig) -> Any:
+    name = cfg.columns.given().get(ours, ours)
     if name not in record:
-        raise UserError(f"no column {name!r}; it has {', '.join(record)}; name the right one with {key}=COLUMN")
+        raise UserError(f"no column {name!r}; it has {', '.join(record)}: set columns.{ours}=COLUMN")
     return record[name]
 
 
@@ -116,14 +117,18 @@ def answer_of(value: Any, cfg: VerifyConfig) -> str:
     """The true answer as text: of a list, its elements joined by commas."""
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, str | int | float) for part in parts):
-        raise UserError(f"{cfg.answer} is neither a text nor a number")
-    text = ", ".join(str(int(p)) if isinstance(p, float) and p.is_integer() else str(p) for p in parts).strip()
+        raise UserError("the answer is neither a text nor a number")
+    text = ", ".join(
+        str(int(p)) if isinstance(p, float) and p.is_integer() else str(p) for p in parts
+    ).strip()
     if not (answer := ANSWERS[cfg.answer_from](text)):
-        raise UserError(f"{cfg.answer} has no answer (answer_from={cfg.answer_from})")
+        raise UserError(f"no {cfg.answer_from} answer in {text[-40:]!r}" if text else "the answer is empty")
     return answer
 
 
-def judge_all(cfg: VerifyConfig, responses: Sequence[str], answers: Sequence[str], name: str) -> list[Verdict]:
+def judge_all(
+    cfg: VerifyConfig, responses: Sequence[str], answers: Sequence[str], name: str
+) -> list[Verdict]:
     def batches() -> Iterator[list[Verdict]]:
         for start in range(0, len(responses), BATCH):
             chosen = slice(start, start + BATCH)
@@ -142,7 +147,9 @@ def verify_evaluation(cfg: VerifyConfig, source: Path, run_dir: Path) -> None:
 
     evaluation = load(source)
     if not isinstance(evaluation, EvalConfig) or not (source / SUMMARY_FILE).is_file():
-        raise UserError(f"{source} is not a finished evaluation: `sage eval` writes one, `sage resume` finishes it")
+        raise UserError(
+            f"{source} is not a finished evaluation: `sage eval` writes one, `sage resume` finishes it"
+        )
     summary = json.loads((source / SUMMARY_FILE).read_text(encoding="utf-8"))
     freeze(evaluation, run_dir)  # so that `sage eval --compare` takes the copy
     results = {}

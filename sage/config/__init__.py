@@ -17,7 +17,16 @@ from sage.config.groups import (
     key,
 )
 from sage.config.keys import groups, known_keys, nearest, refusal, unknown_keys
-from sage.config.schema import SCHEMAS, BuildPairsConfig, EvalConfig, RunConfig, ScoreConfig, TrainConfig
+from sage.config.schema import (
+    SCHEMAS,
+    BuildPairsConfig,
+    CommandConfig,
+    EvalConfig,
+    RunConfig,
+    ScoreConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 
 __all__ = [
     "CONFIG_FILE",
@@ -25,6 +34,7 @@ __all__ = [
     "SUMMARY_FILE",
     "BuildPairsConfig",
     "ChatConfig",
+    "CommandConfig",
     "DataConfig",
     "EngineConfig",
     "EvalConfig",
@@ -39,6 +49,7 @@ __all__ = [
     "ScoreConfig",
     "TrackingConfig",
     "TrainConfig",
+    "VerifyConfig",
     "check",
     "check_target",
     "freeze",

@@ -17,7 +17,7 @@ from sage.config.keys import suggestion
 from sage.util.errors import UserError
 
 if TYPE_CHECKING:
-    from sage.config.schema import RunConfig
+    from sage.config.schema import CommandConfig
 
 # Group -> the class that its `_target_` must extend. By name, so that `sage --help` does not import torch.
 BASES = {
@@ -41,7 +41,7 @@ def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, 
             yield f"{prefix}{f.name}", f, value
 
 
-def check(cfg: RunConfig) -> None:
+def check(cfg: CommandConfig) -> None:
     """Raise UserError for values out of range and for combinations that cannot run."""
     for name, f, value in walk(cfg):
         check_value(name, f.metadata, value)

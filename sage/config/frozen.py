@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sage.config.checks import check
 from sage.config.keys import RENAMED, known_keys, refusal, refuse_altered, refuse_ignored, unknown_keys
-from sage.config.schema import SCHEMAS, RunConfig
+from sage.config.schema import SCHEMAS, CommandConfig
 from sage.util.errors import UserError
 
 CONFIG_FILE = "config.yaml"  # in a run directory: the config of the run
@@ -41,7 +41,7 @@ MOVED = {
 }
 
 
-def load(source: DictConfig | str | Path, typed: Sequence[str] = ()) -> RunConfig:
+def load(source: DictConfig | str | Path, typed: Sequence[str] = ()) -> CommandConfig:
     """Read a composed config, or a run directory's frozen one, into its command's dataclass and check it.
 
     `typed` are the overrides of the command line that the config was composed from.
@@ -56,7 +56,7 @@ def load(source: DictConfig | str | Path, typed: Sequence[str] = ()) -> RunConfi
     for key in unknown_keys(source):
         raise refusal(key, known_keys(schema), schema.command)
     try:
-        cfg: RunConfig = OmegaConf.to_object(source)  # pyright: ignore
+        cfg: CommandConfig = OmegaConf.to_object(source)  # pyright: ignore
     except OmegaConfBaseException as e:
         raise UserError(str(e).splitlines()[0] + (f" (key {e.full_key})" if e.full_key else "")) from e
     refuse_ignored(cfg.ignored(), typed, schema.command)
@@ -98,7 +98,7 @@ def up_to_date(written: dict[str, Any]) -> dict[str, Any]:
     return written
 
 
-def freeze(cfg: RunConfig, run_dir: Path) -> None:
+def freeze(cfg: CommandConfig, run_dir: Path) -> None:
     """Write the one resolved config that every rank of a run reads.
 
     Raises:

@@ -109,6 +109,12 @@ class ProblemColumns(Columns):
 
 
 @dataclass
+class ResponseColumns(Columns):
+    response: str | None = key(None, "the source's column of responses")
+    answer: str | None = key(None, "the source's column of true answers")
+
+
+@dataclass
 class ProblemsConfig:
     path: str | None = key(
         None,

@@ -21,6 +21,7 @@ from sage.config.groups import (
     OptimizerConfig,
     PairingConfig,
     ProblemsConfig,
+    ResponseColumns,
     SamplingConfig,
     TrackingConfig,
     key,
@@ -40,11 +41,24 @@ GENERATION_IGNORES: dict[str, str] = because(
 
 
 @dataclass
-class RunConfig:
+class CommandConfig:
     """The keys of every command. A command's own class adds keys, and a `check` of their combinations."""
 
     command: str = key(MISSING, "the command that this config is for")
     name: str = key(MISSING, "names the run's folder")
+
+    def check(self) -> None:
+        """Raise UserError if values that are valid alone cannot run together."""
+
+    def ignored(self) -> dict[str, str]:
+        """Keys and groups that have no effect on this command, each with the reason."""
+        return {}
+
+
+@dataclass
+class RunConfig(CommandConfig):
+    """The keys of the commands that run a model, in one or more ranks."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     seed: int = key(0, "seed of everything that is drawn: data order, dropout, selection, responses", low=0)
     world_size: int = key(1, "ranks (processes) on this machine, one per GPU", low=1)
@@ -56,10 +70,6 @@ class RunConfig:
         """Raise UserError if values that are valid alone cannot run together."""
         if self.model.lora is None and self.model.adapter_path is not None:
             raise UserError("model.adapter_path needs an adapter: add +model/lora=default")
-
-    def ignored(self) -> dict[str, str]:
-        """Keys and groups that have no effect on this command, each with the reason."""
-        return {}
 
 
 @dataclass
@@ -278,12 +288,39 @@ GENERATION_IGNORES = dict.fromkeys(
     ("model.head", "model.gradient_checkpointing"), "which only samples responses"
 )
 
+
+@dataclass
+class VerifyConfig(CommandConfig):
+    command: str = key("verify", "the command that this config is for", choices=("verify",))
+    name: str = key("verify", "names the run's folder")
+    path: str | None = key(
+        None,
+        "responses and their true answers, in any form that data.path takes; or the folder of a finished eval",
+    )
+    split: str = key("test", "split of a hub dataset or an Arrow DatasetDict")
+    columns: ResponseColumns = field(default_factory=ResponseColumns)
+    answer_from: str = key(
+        "plain",
+        "how the true answer stands in its column: after ####, in the last \\boxed{}, or alone",
+        choices=("hash", "boxed", "plain"),
+    )
+    output: str | None = key(None, "file to write; null = RUN_DIR/verdicts.jsonl")
+    limit: int | None = key(None, "use only the first N rows", low=1)
+    workers: int | None = key(None, "processes that compare formulas; null = one per CPU core", low=1)
+    timeout: float = key(5.0, "seconds of CPU time that one answer may take", low=0.1)
+
+    def check(self) -> None:
+        if self.path is None:
+            raise UserError("no file: `sage verify FILE` takes responses with their true answers")
+
+
 # Command word -> its schema. The command composes conf/WORD.yaml, which names WORD_schema (a dash becomes _).
-SCHEMAS: dict[str, type[RunConfig]] = {
+SCHEMAS: dict[str, type[CommandConfig]] = {
     "train": TrainConfig,
     "build-pairs": BuildPairsConfig,
     "score-dataset": ScoreConfig,
     "eval": EvalConfig,
+    "verify": VerifyConfig,
 }
 
 
