@@ -10,7 +10,7 @@ import re
 
 from sage.answering.spelling import SCALES, SPOKEN
 
-# "$35 + $22" holds amounts, not a formula. A formula's dollars have a space inside on both sides or on neither.
+# "$35 + $22" holds amounts, not a formula: a formula has a space inside both of its dollars or neither.
 FORMULA = re.compile(
     r"\$\$[^$]+\$\$|\$(?! )[^$\n]+(?<! )\$(?!\d)|\$ [^$\n]* \$(?!\d)|\\\(.*?\\\)|\\\[.*?\\\]", re.S
 )

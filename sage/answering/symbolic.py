@@ -1,8 +1,8 @@
 """Whether two formulas are equal. Runs in a process that may be killed: sympy can hang, or take all memory.
 
 math-verify reads the LaTeX. It does not compare numbers, since it compares floats, where 1/2006! equals
-1/2004!. Numbers are compared as exact rationals. Other constants, and functions at several points, are compared
-at high precision, relative to their size.
+1/2004!. Numbers are compared as exact rationals. Other constants, and functions at several points, are
+compared at high precision, relative to their size.
 """
 
 from __future__ import annotations
