@@ -192,6 +192,12 @@ class DataConfig(ChatConfig):
     max_bad: float = key(
         0.01, "largest share of bad rows; they are dropped and counted, and more are refused", low=0, high=1
     )
+    answers: str | None = key(
+        None,
+        "verify both responses of pairs that have an answer; drop = drop pairs whose chosen is wrong or whose "
+        "rejected is right; check = only count and list them",
+        choices=(None, "check", "drop"),
+    )
     max_length: int = key(
         2048, "pairs whose prompt + longer response have more tokens are dropped and counted", low=2
     )
@@ -202,7 +208,9 @@ class DataConfig(ChatConfig):
         "padded: one row per response; auto = shared if the model's attention allows it, else padded",
         choices=("auto", "shared", "unshared", "padded"),
     )
-    list_dropped: bool = key(False, "write every dropped pair and the reason to RUN_DIR/dropped.jsonl")
+    list_dropped: bool = key(
+        True, "write every dropped row and pair, with its reason, to RUN_DIR/dropped.jsonl"
+    )
 
 
 @dataclass

@@ -25,6 +25,14 @@ KINDS = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+WRAPPERS = (
+    "data",
+    "rows",
+    "examples",
+    "instances",
+    "train",
+    "test",
+)  # names of lists that hold a file's rows
 BATCH = 1000  # rows of an Arrow table that become Python objects at a time
 
 
@@ -113,13 +121,15 @@ def _unwrap(name: str, value: dict[str, Any], split: str) -> list[Any] | None:
         and rows
         and all(isinstance(row, dict) and not {"role", "from", "type"} & row.keys() for row in rows)
     }
-    if not lists:
-        return None
     if split in lists:
         return lists[split]
+    if len(lists) < len(
+        value
+    ):  # beside rows there may be a version; beside a row's tools there is its prompt
+        lists = {key: rows for key, rows in lists.items() if key in WRAPPERS}
     if len(lists) > 1:
         raise UserError(f"{name}: no list {split!r}; it has {', '.join(lists)}. Say which with data.split")
-    return next(iter(lists.values()))
+    return next(iter(lists.values()), None)
 
 
 def _read_csv(name: str, file: Path) -> Iterator[tuple[int, Any]]:

@@ -58,7 +58,7 @@ def load_data(data: DataConfig, held_out: bool = False) -> PairSet:
     """The training pairs that a config names, or its held-out ones."""
     path = data.eval_path if held_out else data.path
     assert path is not None
-    return read_pair_set(
+    source = read_pair_set(
         path,
         split=data.eval_split if held_out else data.split,
         columns=data.columns.given(),
@@ -66,6 +66,11 @@ def load_data(data: DataConfig, held_out: bool = False) -> PairSet:
         max_bad=data.max_bad,
         chat=data.chat_template is not False,
     )
+    if data.answers and not any(source.pairs["answer"]):
+        raise UserError(
+            f"data.answers={data.answers}: no row of {path} has an answer; name its column with data.columns.answer"
+        )
+    return source
 
 
 def read_pair_set(
@@ -265,13 +270,13 @@ def _sampled(values: Mapping[str, Any]) -> dict[str, Any]:
     all are null.
     """
     sampled = {name: values.get(name) for name in SAMPLED}
-    if sampled["prompt_ids"] is None or sampled["tokenizer"] is None:
-        return dict.fromkeys(sampled)
+    if sampled["tokenizer"] is None:
+        return dict.fromkeys(SAMPLED)
     for name in IDS:
         ids = sampled[name]
-        if ids is None:
-            continue
-        if not isinstance(ids, list) or not all(type(index) is int and 0 <= index < 2**31 for index in ids):
+        if ids is not None and not (
+            isinstance(ids, list) and ids and all(type(index) is int and 0 <= index < 2**31 for index in ids)
+        ):
             raise UserError(f"{name} is not a list of token ids")
     if not isinstance(sampled["tokenizer"], str):
         raise UserError("tokenizer is not the fingerprint of a tokenizer")

@@ -18,10 +18,11 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from sage.answering.check import check_answers, without
 from sage.config import TrainConfig, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat
-from sage.data.pairs import PairSet, load_data
+from sage.data.pairs import load_data
 from sage.data.tokens import TokenizedPairs, tokenize_pairs
 from sage.losses import Loss
 from sage.model.engine import Engine, Frozen, init_distributed
@@ -113,11 +114,20 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
     """The config's pairs, or its held-out ones, tokenised; says how many there are, and what was dropped."""
     data = cfg.data
     path = data.eval_path if held_out else data.path
-
-    def work() -> tuple[PairSet, TokenizedPairs]:
-        source = load_data(data, held_out)
-        return source, tokenize_pairs(
-            source.pairs,
+    source = ranks.main_first(lambda: load_data(data, held_out))
+    rows = source.pairs
+    notes = list(source.notes)
+    if data.answers:
+        drop = data.answers == "drop"
+        check = ranks.main_only(lambda: check_answers(rows))
+        notes.append(check.summary(drop))
+        list_rows(run_dir / "answers.jsonl", path, [found._asdict() for found in check.findings], held_out)
+        rows = without(rows, check.findings) if drop else rows
+        if not len(rows):
+            raise UserError(f"{path}: data.answers=drop leaves no pair; data.answers=check lists them")
+    pairs = ranks.main_first(
+        lambda: tokenize_pairs(
+            rows,
             tokenizer,
             chat=ChatFormat.of(data),
             max_length=data.max_length,
@@ -125,23 +135,29 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
             cache_dir=cfg.cache_dir,
             max_bad=data.max_bad,
         )
-
-    source, pairs = ranks.main_first(work)
-    for note in source.notes + pairs.notes:
-        console.print(f"{path}: {note}")
-    dropped = Counter(row.reason for row in source.dropped)
-    dropped.update({reason: len(ids) for reason, ids in pairs.dropped.items() if ids})
-    console.print(f"{path}: {len(pairs)} pairs" + (f", dropped: {dict(dropped)}" if dropped else ""))
-    if data.list_dropped and not console.quiet:
-        rows = [row._asdict() for row in source.dropped]
-        rows += [
-            {"pair_id": pair_id, "reason": reason, "detail": pairs.details.get(pair_id)}
-            for reason, ids in pairs.dropped.items()
-            for pair_id in ids
-        ]
-        with (run_dir / "dropped.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"path": path, **row}) + "\n" for row in rows)
+    )
+    dropped = [row._asdict() for row in source.dropped]
+    dropped += [
+        {"pair_id": pair_id, "reason": reason, "detail": pairs.details.get(pair_id)}
+        for reason, ids in pairs.dropped.items()
+        for pair_id in ids
+    ]
+    counts = dict(Counter(row["reason"] for row in dropped))
+    notes.append(f"{len(pairs)} pairs" + (f", dropped: {counts}" if counts else ""))
+    if source.dropped:
+        notes.append(f"the first dropped row is {source.dropped[0].place}: {source.dropped[0].detail}")
+    for note in [*pairs.notes, *notes]:
+        console.print(f"{path}: {note}", markup=False)
+    if data.list_dropped:
+        list_rows(run_dir / "dropped.jsonl", path, dropped, held_out)
     return pairs
+
+
+def list_rows(file: Path, path: str | None, rows: list[dict[str, Any]], held_out: bool) -> None:
+    """List rows of the training pairs in a file of the run; those of the held-out pairs are added to it."""
+    if not console.quiet and (rows or file.exists()):
+        with file.open("a" if held_out else "w", encoding="utf-8") as out:
+            out.writelines(json.dumps({"path": path, **row}) + "\n" for row in rows)
 
 
 def build_curriculum(cfg: TrainConfig, scorer: Scorer, data: Data) -> Curriculum:
