@@ -221,3 +221,14 @@ def test_a_response_does_not_depend_on_its_neighbours(name, capsys):
         assert said.count("\n") == 1
     else:
         assert not said
+
+
+def test_the_check_runs_in_float32_and_leaves_every_tensor_as_it_was():
+    """In 16 bits, rounding would hide a fault or be taken for one; RoPE's frequencies stay in float32 throughout."""
+    model = build("gemma2").to(torch.bfloat16)
+    model.model.rotary_emb.to(torch.float32)
+    before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    decoder, faults = find_decoder(model, prompts(), 40, 3, 30)
+    assert isinstance(decoder, RefilledBatch) and not faults
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sage.answering.responses import Choose, Row
 
-SPARE = 64  # columns beyond the longest row, so that columns need not be moved at every step
+SPARE = 32  # unused columns that are tolerated, so that columns need not be moved at every step
 
 
 class SlotLayer(DynamicLayer):
@@ -111,6 +111,7 @@ class RefilledBatch:
     def __init__(self, model: Any, batch_size: int, prefill_tokens: int):
         self.model, self.batch_size, self.prefill_tokens = model, batch_size, prefill_tokens
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.cache_name, self.base_cache_name = cache_name(model), cache_name(model.base_model)
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row], choose: Choose) -> Iterator[Row]:
@@ -127,7 +128,7 @@ class RefilledBatch:
                 slots = self.fill(slots, active, entering, columns)
             assert slots is not None
             longest = max(map(len, active)) - 1
-            if slots.end == slots.columns or slots.end - longest > SPARE + longest // 4:
+            if slots.end == slots.columns or slots.end - longest > SPARE:
                 slots.align(longest)
             choose(self.step(slots, active), active)
             for place in reversed(range(len(active))):
@@ -156,7 +157,9 @@ class RefilledBatch:
                 row[: len(prompt) - 1] = torch.tensor(prompt[:-1])
             # Padding is on the right, where causal attention keeps it out of the prompts.
             cache = DynamicCache()
-            self.model.base_model(input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True)
+            self.model.base_model(
+                input_ids=ids.to(self.model.device), use_cache=True, **{self.base_cache_name: cache}
+            )
             if kinds := {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}:
                 raise TypeError(f"its cache has layers of {', '.join(sorted(kinds))}")
             if slots is None:  # `not slots` would be wrong: an empty Cache is false
@@ -188,12 +191,17 @@ class RefilledBatch:
         logits = self.model(
             input_ids=torch.tensor(last, device=device)[:, None],
             attention_mask=(columns >= slots.end - lengths[:, None]).long(),
-            past_key_values=slots,
             use_cache=True,
+            **{self.cache_name: slots},
             **positions,
         ).logits[:, -1]
         slots.end += 1
         return logits
+
+
+def cache_name(module: Any) -> str:
+    """What a forward calls its cache, which transformers renamed."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 class PlainGenerate:
