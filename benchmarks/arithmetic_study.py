@@ -1,11 +1,11 @@
-"""Which pairs deserve a gradient? Methods side by side on the arithmetic task, through sage's own training loop.
+"""Which pairs deserve a gradient? Methods side by side on the arithmetic task, in sage's own training loop.
 
-OMP_NUM_THREADS=1 python benchmarks/arithmetic_study.py run RESULTS.jsonl      tune, then five seeds; resumable
-python benchmarks/arithmetic_study.py table RESULTS.jsonl                      print what docs/arithmetic.md shows
+OMP_NUM_THREADS=1 python benchmarks/arithmetic_study.py run RESULTS.jsonl    tune, then five seeds; resumable
+python benchmarks/arithmetic_study.py table RESULTS.jsonl    print the tables of docs/arithmetic.md
 
-Every method gets the same grid of learning rates and betas with one seed, and keeps the settings that are best on
-the validation problems. Then it runs five other seeds and answers the test problems. A run that RESULTS.jsonl
-already holds is not repeated.
+Every method gets the same grid of learning rates and betas with one seed, and keeps the settings that are
+best on the validation problems. Then it runs five other seeds and answers the test problems. A run that
+RESULTS.jsonl already holds is not repeated.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def load(file: Path) -> list[dict[str, Any]]:
 
 
 def run(file: Path, methods: list[str]) -> None:
-    """Whatever is missing in the results: the grid on validation problems, then the seeds on test problems."""
+    """Run what the results lack: the grid on validation problems, then the seeds on test problems."""
     console.quiet = True
     logging.disable_progress_bar()
     for method, settings in product(methods, GRID):
@@ -167,7 +167,7 @@ def tuned(lines: list[dict[str, Any]], method: str) -> dict[str, float]:
     return max(tried, key=lambda line: best(line["curve"]))["settings"]
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- the table
 
 
 def curves(lines: list[dict[str, Any]], method: str, name: str) -> np.ndarray:
@@ -220,7 +220,7 @@ def grid_table(lines: list[dict[str, Any]]) -> None:
 
 
 def table(file: Path) -> None:
-    """The last four columns: what it took to reach the target, on the mean curve; in the mean of the seeds."""
+    """Print the results. The last four columns: what the mean curve and the seeds needed to reach the target."""
     lines = load(file)
     grid_table(lines)
     target = curves(lines, "dpo", "accuracy").mean(0).max()

@@ -3,11 +3,11 @@
     python benchmarks/score_dataset.py                      # the demo's model, 48 of its pairs
     python benchmarks/score_dataset.py --model FOLDER --pairs 2000 --rounds 5
 
-Both run the same pairs in the same micro-batches, with the statistics at the logits. "bare" starts from tensors that
-were built beforehand and discards its results. "score-dataset" does all that the command does per shard: it plans
-and builds micro-batches, gathers results over ranks, and writes Parquet to disk. The two alternate, so that a
-machine that slows down slows both. The ratio is that of the best rounds. A third line is the bare forward without
-the statistics at the logits.
+Both run the same pairs in the same micro-batches, with the statistics at the logits. "bare" starts from
+tensors that were built beforehand and discards its results. "score-dataset" does all that the command does
+per shard: it plans and builds micro-batches, gathers results over ranks, and writes Parquet to disk. The two
+alternate, so that a machine that slows down slows both. The ratio is that of the best rounds. A third line is
+the bare forward without the statistics at the logits.
 """
 
 from __future__ import annotations
@@ -95,12 +95,14 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - started)
     tokens = int(pairs.lengths().sum())
     print(
-        f"{len(pairs)} pairs, {tokens} tokens, {len(batches)} micro-batches, {dtype}, {device}, load {os.getloadavg()[0]:.1f}"
+        f"{len(pairs)} pairs, {tokens} tokens, {len(batches)} micro-batches, {dtype}, {device}, "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     for name, values in seconds.items():
         best = min(values)
         print(
-            f"{name:22} {len(pairs) / best:8.2f} pairs/s {tokens / best:10.0f} tokens/s   rounds: {[round(v, 3) for v in values]}"
+            f"{name:22} {len(pairs) / best:8.2f} pairs/s {tokens / best:10.0f} tokens/s   "
+            f"rounds: {[round(v, 3) for v in values]}"
         )
     print(f"score-dataset / bare: {min(seconds['bare']) / min(seconds['score-dataset']):.3f}")
     ranks.leave()

@@ -1,10 +1,10 @@
-"""What choosing pairs costs besides the forward passes: milliseconds per step, with the whole method switched on.
+"""What choosing pairs costs besides the forward passes: milliseconds per step, with the whole method on.
 
     python benchmarks/selection.py [--pairs 200000] [--batch 32] [--steps 200]
 
-The curriculum keeps half of the pairs in its pool and redraws it every 25 steps. The scorer takes the best third of
-96 candidates behind every margin-level gate. Every row goes to the per-pair log. A table of log-probabilities
-replaces the model, so only the bookkeeping is measured.
+The curriculum keeps half of the pairs in its pool and redraws it every 25 steps. The scorer takes the best
+third of 96 candidates behind every margin-level gate. Every row goes to the per-pair log. A table of
+log-probabilities replaces the model, so only the bookkeeping is measured.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ def main() -> None:
             times.append(1000 * (time.process_time() - started))
     redraws = np.array(times[:: curriculum.every])
     print(
-        f"{n} pairs, {len(curriculum.members)} in the pool, {setting.candidates} candidates for {args.batch} a step"
+        f"{n} pairs, {len(curriculum.members)} in the pool, {setting.candidates} candidates "
+        f"for {args.batch} a step"
     )
     print(
-        f"CPU time, ms a step: mean {np.mean(times):.2f}, median {np.median(times):.2f}; redrawing {redraws.mean():.1f}"
+        f"CPU time, ms a step: mean {np.mean(times):.2f}, median {np.median(times):.2f}; "
+        f"redrawing {redraws.mean():.1f}"
     )
 
 

@@ -2,19 +2,19 @@
 
     python benchmarks/synthetic.py [--methods NAME ...] [--out FILE.json]
 
-A pair is a vector x in R^160. The policy is the linear Bradley-Terry model. It writes one of two one-token answers,
-and log pi(chosen) - log pi(rejected) = theta . x. The truth is w. The reference theta_0 is w with noise, and with the
-wrong sign on 120 of the coordinates, which is a systematic error. x is turned so that w . x > 0. It is then drawn by
-its margin under the reference, in units of that margin's standard deviation:
+A pair is a vector x in R^160. The policy is the linear Bradley-Terry model. It writes one of two one-token
+answers, and log pi(chosen) - log pi(rejected) = theta . x. The truth is w. The reference theta_0 is w with
+noise, and with the wrong sign on 120 of the coordinates, which is a systematic error. x is turned so that
+w . x > 0. It is then drawn by its margin under the reference, in units of that margin's standard deviation:
 
     mastered 40%         above 1             the reference is surely right
     boundary 20%         within 0.3 of 0     the reference does not know
     error 20%            below -1            the reference is surely wrong
     flipped 20%          any of the above, in their proportions, turned around: a wrong label
 
-Held-out accuracy is the share of clean pairs, in the proportions of the first three kinds, with theta . x > 0.
-Difficulty is 1 - the share of 8 answers that theta_0 gets right by the label, which may be flipped. The scorers,
-curricula and selection are the package's own, built from conf/. Only the model is a toy.
+Held-out accuracy is the share of clean pairs, in the proportions of the first three kinds, with
+theta . x > 0. Difficulty is 1 - the share of 8 answers that theta_0 gets right by the label, which may be
+flipped. The scorers, curricula and selection are the package's own, built from conf/. Only the model is a toy.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def composed(*overrides: str) -> Any:
 
 
 def run(overrides: list[str], seed: int, steps: int, lr: float) -> dict[str, list[float]]:
-    """Per step: held-out accuracy after it, the shares of errors and flipped labels in its batch, and the cost so far."""
+    """Per step: held-out accuracy, shares of errors and flipped labels in the batch, and the cost so far."""
     cfg, task = composed(*overrides), copy.copy(new_task(seed))
     scorer = build("scorer", cfg.scorer)
     setting = Setting.of(scorer, BATCH, task.pass_rates, np.ones(PAIRS, np.int64), steps, seed)
@@ -223,7 +223,7 @@ def tune(name: str) -> float:
 
 
 def summary(history: dict[str, list[float]], goal: float) -> dict[str, float]:
-    """Of one run: where it ends, after how many trained pairs it first reaches `goal`, and whom its batches held."""
+    """One run: final accuracy, trained pairs until it reaches `goal`, and the kinds in its batches."""
     accuracy, errors, flipped = (np.array(history[k]) for k in ("accuracy", "errors", "flipped"))
     reached = np.flatnonzero(accuracy >= goal)
     return {
@@ -254,7 +254,8 @@ def main() -> None:
     histories: dict[str, list[dict[str, list[float]]]] = {}
     goals: list[float] = []
     print(
-        "| method | lr | final accuracy | pairs to the goal | cost to it | errors, best 10 of the first 50 steps | flipped, first 50 |"
+        "| method | lr | final accuracy | pairs to the goal | cost to it "
+        "| errors, best 10 of the first 50 steps | flipped, first 50 |"
     )
     print("|---|---|---|---|---|---|---|")
     for name in dict.fromkeys([next(iter(METHODS)), *args.methods]):

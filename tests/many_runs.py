@@ -1,4 +1,4 @@
-"""Many training runs in one process per rank, since importing torch and DeepSpeed takes longer than a tiny run.
+"""Many training runs in one process per rank. Importing torch and DeepSpeed takes longer than a tiny run.
 
 Tests call `freeze` for each run and then `execute`; as a script this file is what every rank runs.
 """

@@ -1,4 +1,4 @@
-"""The packaged arithmetic task: what its files promise, and that training on it raises the accuracy it measures."""
+"""The packaged arithmetic task: its files keep their promises, and training on it raises its accuracy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def final_number(response: str) -> str:
 
 
 def test_problems_have_their_true_answers_and_no_split_shares_one():
-    """Protects every accuracy measured on this task: a wrong answer or a leaked problem would spoil them unseen."""
+    """Protects every accuracy measured on this task from wrong answers and leaked problems."""
     prompts = []
     for split in SPLITS:
         problems = read(f"problems_{split}")
@@ -34,7 +34,7 @@ def test_problems_have_their_true_answers_and_no_split_shares_one():
 
 
 def test_pairs_prefer_the_right_answer():
-    """Protects the labels: chosen is right, rejected is wrong, and a pass rate says that both were sampled."""
+    """Protects the labels: chosen is right, rejected is wrong, and the pass rate shows that both occurred."""
     for split in SPLITS:
         for pair in read(f"pairs_{split}"):
             assert final_number(pair["chosen"]) == pair["answer"] != final_number(pair["rejected"])
@@ -48,8 +48,8 @@ def test_it_stays_small():
 
 @pytest.mark.slow
 def test_a_few_steps_raise_the_accuracy(tmp_path):
-    """Protects the task's purpose, the whole path from pairs to a model that answers better, and that an evaluation inside
-    training gives what `sage eval` gives."""
+    """Protects the task's purpose, the whole path from pairs to a model that answers better, and that an
+    evaluation inside training gives what `sage eval` gives."""
     cache = f"cache_dir={tmp_path / 'cache'}"
     overrides = ["+experiment=arithmetic", "steps=20", "optimizer.warmup_ratio=0", "data.eval_limit=32"]
     freeze(tmp_path / "run", *overrides, "+benchmark=arithmetic", "benchmark_limit=200", cache)

@@ -90,7 +90,7 @@ def test_every_loss_is_covered():
 @each
 @pytest.mark.parametrize("nll_weight", [0.0, 0.4])
 def test_value_and_gradient_against_the_formula(loss, naive, nll_weight):
-    """Protects the formulas, and the NLL term, with their gradients (by central differences of the naive one)."""
+    """Protects the formulas, the NLL term, and their gradients, by central differences of the naive forms."""
     loss = dataclasses.replace(loss, nll_weight=nll_weight)
     policy, reference = random_logps()
     leaves = policy.chosen.requires_grad_(), policy.rejected.requires_grad_()
@@ -132,7 +132,7 @@ def test_at_the_reference_dpo_is_ln2_and_rewards_are_zero():
 
 
 def test_conservative_and_robust_differ():
-    """Trap 5: one is a cross-entropy against soft labels, the other its debiased form; both are DPO at zero smoothing."""
+    """One is a cross-entropy on soft labels, the other removes its bias. Without smoothing both are DPO."""
     policy, reference = random_logps()
     conservative, debiased = (c(label_smoothing=0.2)(policy, reference) for c in (CDPO, RobustDPO))
     assert (conservative - debiased).abs().min() > 1e-3
@@ -160,7 +160,7 @@ def test_simpo_ignores_the_reference():
 
 @pytest.mark.parametrize("file", sorted((REPO / "conf" / "loss").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_yaml_builds_and_states_every_field(file):
-    """Trap 5: a loss name that is not wired must fail; a YAML that hides a field hides it from --cfg job too."""
+    """Protects from a loss name that is not wired, and from a field that its YAML hides."""
     node = OmegaConf.to_container(OmegaConf.load(file))
     loss = instantiate(node)
     assert {f.name for f in dataclasses.fields(loss)} == set(node) - {"_target_"}

@@ -1,4 +1,4 @@
-"""score-dataset against plain transformers, after a kill, on two ranks; and what `sage train` makes of its files."""
+"""score-dataset against plain transformers, after a kill and on two ranks, and training from its files."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def table_of(run: Path) -> dict[str, np.ndarray]:
 
 @slow
 def test_columns_equal_plain_transformers(runs, pairs, tiny_model, other_model):
-    """Protects every number of a shard, from logits of one unpadded row at a time and the formulas of the design."""
+    """Protects every number of a shard: compares with the logits of one unpadded row at a time."""
     from transformers import AutoModelForCausalLM
 
     @torch.no_grad()
@@ -227,8 +227,7 @@ def files(run: Path) -> dict[str, bytes]:
 
 @slow
 def test_a_killed_run_goes_on_and_leaves_the_same_files(runs, common, tmp_path):
-    """Protects whole shards: what a kill -9 leaves is kept and not asked again, and the end is the undisturbed one, byte
-    for byte."""
+    """Protects whole shards: a resume keeps what a kill -9 left, and ends with equal files, byte for byte."""
     run = freeze(tmp_path / "run", *common, *IN_SINGLES, command="score-dataset")
     worker = subprocess.Popen([sys.executable, "-m", "sage.worker", str(run)], env=ENVIRONMENT)
     deadline = time.monotonic() + 120
@@ -255,7 +254,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_files(runs, common, tmp_path):
 
 @slow
 def test_top_holds_the_highest_rows_as_they_were(runs, common):
-    """Protects the filter: 30% of the input's lines, verbatim and in their order, with the highest scores; it trains."""
+    """Protects the filter: the 30% of lines with the highest scores, unchanged and in order. They train."""
     lines = Path(common[2].split("=")[1]).read_text().splitlines()
     top = (runs / "plain" / "top.jsonl").read_text().splitlines()
     assert len(top) == 18 and top == [line for line in lines if line in set(top)]
@@ -267,7 +266,7 @@ def test_top_holds_the_highest_rows_as_they_were(runs, common):
 
 @slow
 def test_training_takes_the_reference_from_the_scores(runs):
-    """Protects data.scores: step 0 is ln 2, every loss is that of the ordinary cache, and no pass is run for it."""
+    """Protects data.scores: step 0 is ln 2, losses equal those of the cache, and no reference pass runs."""
     losses = column(runs / "trained", "loss")
     assert abs(losses[0] - math.log(2)) < 1e-6
     assert largest_difference(losses, column(runs / "cached", "loss")) < 1e-6
@@ -276,7 +275,7 @@ def test_training_takes_the_reference_from_the_scores(runs):
 
 @slow
 def test_the_first_choice_by_scores_costs_nothing(runs):
-    """A scorer at the logits ranks the first candidates from the file: the same choice, without its forward pass."""
+    """A scorer at the logits ranks the first candidates from the file, without a forward pass."""
     scored, cached = metrics(runs / "selected"), metrics(runs / "selected_cached")
     assert [line["cost/forward_pairs"] for line in scored] == [0, 16, 32]
     assert [line["cost/forward_pairs"] for line in cached] == [16, 32, 48]
@@ -365,7 +364,7 @@ def test_write_rows_keeps_format_and_columns(tmp_path, form):
 
 @slow
 def test_the_summary_shows_quantiles_a_histogram_and_extremes(runs):
-    """What a person sees: one row per stratum and one for all, bars that count every pair, the pairs asked for."""
+    """Protects the summary: a row per stratum and one for all, bars that count all pairs, and extremes."""
     from sage.commands.score_dataset import show
     from sage.config import ScoreConfig
 

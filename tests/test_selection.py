@@ -1,4 +1,4 @@
-"""Which pairs are trained on: scores against closed forms, the global choice, and curricula against hand-made cases."""
+"""Which pairs are trained on: scores against closed forms, the choice, and curricula on hand-made cases."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_sage_without_gates_under_hard_top_k_is_loss(k):
 
 
 def test_the_logit_level_is_not_monotone():
-    """Signal per curvature at the logits peaks at an error, and falls for the trivial, and for uncertain tokens."""
+    """Signal per curvature at the logits peaks at an error. It is low for easy pairs and uncertain tokens."""
     scorer = SageLogit(per_token=False, damping=1e-3)
     scores = scorer(stats_of(U, beta=1.0))
     peak = int(scores.argmax())
@@ -109,7 +109,7 @@ def test_known_scores():
 
 
 def test_beta_dpo():
-    """Against the authors' formulas: running mean and deviation from 0, Gaussian weights, beta by the drawn pairs."""
+    """Compares with the authors' formulas: running mean and deviation from 0, Gaussian weights, and beta."""
     m = torch.tensor([-3.0, 0.0, 1.0, 6.0])
     stats, scorer = stats_of(0.1 * m), BetaDPO(candidates_per_pair=1.25)
     mean, std = 0.1 * 1.0, 0.1 * m.std().item()
@@ -182,7 +182,7 @@ def setting(n=40, pass_rates=None, candidates=6, trained=2, steps=100, seed=0) -
 
 
 class Policy:
-    """Stands for the model: a margin in nats per token for each pair, and a count of the pairs it was asked for."""
+    """Stands for the model: a margin in nats per token for each pair, and a record of what was asked."""
 
     def __init__(self, margins):
         self.margins, self.asked = np.asarray(margins, float), []
@@ -195,7 +195,7 @@ class Policy:
 
 
 def test_frontier_shares():
-    """By hand: competence 0.6 gets a full bump, 0.8 is one width off, e^-1/2; the floor is taken off the rest."""
+    """By hand: competence 0.6 gets a full bump, and 0.8, one width away, gets e^-1/2, above the floor."""
     shares = frontier_shares(np.array([0.6, 0.8]), target=0.6, width=0.2, floor=0.1)
     bump = math.exp(-0.5)
     assert shares == pytest.approx([0.1 + 0.8 / (1 + bump), 0.1 + 0.8 * bump / (1 + bump)])
@@ -255,14 +255,15 @@ def sage_curriculum(**options) -> SageCurriculum:
 
 
 def test_quotas_follow_competence():
-    """Strata 0 and 1 are solved, 2 is half right, 3 is all wrong: the pool leans to 2; probes are never in it."""
+    """Strata 0 and 1 are solved, 2 is half right, 3 is all wrong. The pool leans to 2, without probes."""
     curriculum = sage_curriculum(momentum=0.0, width=0.2)
     margins = np.repeat([0.5, 0.5, 0.5, -0.5], 10)
     margins[curriculum.probes[2, 0]] = -0.5
     policy = Policy(margins)
     curriculum.refresh(0, policy)
     assert curriculum.competence.tolist() == [1.0, 1.0, 0.5, 0.0]
-    # bumps e^-2, e^-2, e^-1/8, e^-4.5 sum to 1.1643; shares 0.1 + 0.6 * bump / sum; of 20: 3, 3, 11, 2, one by rounding
+    # bumps e^-2, e^-2, e^-1/8, e^-4.5 sum to 1.1643; shares 0.1 + 0.6 * bump / sum; of 20: 3, 3, 11, 2, one
+    # by rounding
     assert curriculum.quota.sum() == 20 and curriculum.quota[2] == 8  # all of a stratum of 10 but its probes
     assert curriculum.quota.argmin() == 3 and curriculum.quota.min() >= 2
     drawn = np.concatenate([curriculum.draw(20), curriculum.draw(20)])
@@ -299,7 +300,7 @@ def test_mastered_pairs_retire_and_return_when_they_slip():
 
 
 def test_probes_are_never_retired():
-    """Protects the recheck's places: probes are mastered too, and seen at every refresh, but only others come back."""
+    """Protects the places of the recheck: mastered probes, seen at each refresh, must not take them."""
     curriculum, policy = sage_curriculum(pool=0.8), Policy(np.full(40, 1.5))
     curriculum.refresh(0, policy)
     assert curriculum.metrics()["curriculum/retired"] == 0
@@ -335,7 +336,7 @@ def test_a_pool_that_runs_dry(when_dry, left):
 
 
 def test_state_is_restored_exactly_and_reshaped():
-    """A resumed curriculum draws the same; with another interval or number of strata it goes on from what it knew."""
+    """A resumed curriculum draws the same. With another interval or strata it keeps what it knew."""
     policy = Policy(np.random.default_rng(0).normal(size=40))
     whole = sage_curriculum()
     for step in range(8):
@@ -448,8 +449,10 @@ def test_nan_scores_are_named_dropped_and_counted(tmp_path, capsys):
 
 
 def test_a_resume_inside_an_interval_keeps_metrics_rows_and_objective(tmp_path):
-    """Protects selection/* and the per-pair log: steps that go on with an older scoring neither lose its numbers nor
-    log their pairs as if nothing had been scored."""
+    """Protects selection/* and the per-pair log.
+
+    Steps that reuse an older scoring keep its numbers, and do not log their pairs a second time.
+    """
 
     @dataclasses.dataclass
     class Halving(LargestLoss):
@@ -473,7 +476,7 @@ def test_a_resume_inside_an_interval_keeps_metrics_rows_and_objective(tmp_path):
 
 
 def test_the_log_writes_the_same_margin_whether_scored_or_not(tmp_path):
-    """margin, signal and curvature are those of the implicit reward in every row; policy_mean stands beside them."""
+    """In every row margin, signal and curvature are of the implicit reward, beside policy_mean."""
     run = FakeRun(Sage(margin="policy_mean", warmup_steps=1), tmp_path, torch.arange(12.0) * 3, rows=100)
     run.steps(0, 1)
     warm, scored = (table.to_pydict() for table in run.selection.log.rows)
@@ -528,7 +531,7 @@ def test_all_scores_nan_is_said_and_no_crash(tmp_path):
 
 @pytest.mark.parametrize("scorer", [BetaDPO(), Sage(temperature=0.5)], ids=["beta_dpo", "temperature"])
 def test_one_candidate_has_no_deviation(scorer):
-    """Protects from the standard deviation of one value, which is NaN and would spread to every later score."""
+    """Protects later scores from the standard deviation of one value, which is NaN."""
     one = stats_of(torch.tensor([0.3]))
     scores = scorer(one)
     assert select(scores, 1, 0, scorer.noise(scores)).tolist() == [0]
@@ -537,7 +540,7 @@ def test_one_candidate_has_no_deviation(scorer):
 
 
 def test_scores_are_reused_for_an_interval(tmp_path):
-    """score_every=4 and reuse=2: the best 4 of 12, twice each over 4 steps, from one scoring; the state holds the rest."""
+    """score_every=4 and reuse=2: one scoring gives the best 4 of 12, twice each, also after a resume."""
     scorer = LargestLoss(candidates_per_pair=3.0, score_every=4, reuse=2)
     run, other = FakeRun(scorer, tmp_path), FakeRun(scorer, tmp_path)
     batches = run.steps(0, 1)

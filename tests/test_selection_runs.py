@@ -1,4 +1,4 @@
-"""Selection in real runs: every option trains, ranks and resumes choose the same pairs, the log says what was chosen."""
+"""Selection in real runs: every option trains, ranks and resumes agree, and the log shows what was chosen."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_every_option_trains(one_rank, name):
 
 
 def test_uniform_scores_nothing_and_the_first_scoring_is_free(one_rank):
-    """Protects the cost: forwards are those of the scoring passes, of which the first reads the cached reference."""
+    """Protects the cost: only scoring passes count, and the first of them reads the cached reference."""
     assert column(one_rank / "scorer_uniform", "cost/forward_pairs") == [0] * 4
     assert column(one_rank / "scorer_loss", "cost/forward_pairs") == [0, 12, 24, 36]
     assert column(one_rank / "online", "cost/forward_pairs") == [24, 48, 72, 96]  # policy and reference
@@ -158,7 +158,7 @@ def test_two_ranks_choose_what_one_chooses(one_rank, two_ranks):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_resumed_run_chooses_the_same(one_rank, stage):
-    """Interrupted in the middle of a scoring interval and of a curriculum interval; the log holds no row twice."""
+    """Protects a resume inside a scoring interval and a curriculum interval, and the log's rows."""
     whole, resumed = one_rank / f"intervals{stage}", one_rank / f"resumed{stage}"
     assert samples(whole) == samples(resumed) and len(samples(whole)) > 24
     for name in ("loss", "cost/forward_pairs", "curriculum/competence_0", "selection/mean_score"):
@@ -168,7 +168,7 @@ def test_a_resumed_run_chooses_the_same(one_rank, stage):
 
 
 def test_the_log_says_what_was_scored(one_rank):
-    """Rows of one scoring step: 12 candidates with u, g, h and the score, of which the 4 best are selected."""
+    """Rows of one scoring step: 12 candidates with u, g, h and the score. The 4 best are selected."""
     rows = [row for row in samples(one_rank / "scorer_loss") if row["step"] == 3]
     assert len(rows) == 12 and len({row["pair_id"] for row in rows}) == 12
     for row in rows:

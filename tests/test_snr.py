@@ -1,4 +1,4 @@
-"""The signal-to-noise ratio of updates: an estimator against closed forms, and a measurement that disturbs nothing."""
+"""The signal-to-noise ratio of updates: the estimator against closed forms, and no effect on training."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ class Longest(Scorer):
 
 
 def test_estimate_of_a_linear_regression():
-    """Protects unbiasedness under unequal micro-batches: for y = x.w* + e, x ~ N(0, I) and the loss (x.w - y)^2 / 2,
-    the gradient has mean w - w* =: d and a covariance of trace (n + 1)|d|^2 + n Var e. Every draw is one batch."""
+    """Protects unbiasedness with micro-batches of unequal size, on a linear regression.
+
+    For y = x.w* + e, x ~ N(0, I) and the loss (x.w - y)^2 / 2, the gradient has mean w - w* =: d. Its
+    covariance has the trace (n + 1)|d|^2 + n Var e. Every draw is one batch.
+    """
     torch.manual_seed(0)
     n, sizes, draws, sigma = 5, (1, 2, 5, 12), 1500, 0.7
     true, model = torch.randn(n), torch.nn.Linear(n, 1, bias=False)
@@ -72,8 +75,11 @@ def groups_estimate(gradients: np.ndarray, groups: list[np.ndarray]) -> snr.Mome
 
 
 def test_random_groups_tell_the_truth_where_groups_by_length_do_not():
-    """Protects the second backward's reason: where gradients follow length, micro-batches sorted by length overstate the
-    noise several times; random groups give the batch's own sample covariance on average."""
+    """Protects the reason for the second backward.
+
+    If gradients follow length, micro-batches sorted by length overstate the noise several times. Random
+    groups give the batch's own sample covariance on average.
+    """
     rng = np.random.default_rng(0)
     lengths = np.sort(rng.integers(20, 200, 32))
     gradients = lengths[:, None] / 100 + 0.1 * rng.standard_normal((32, 3))
@@ -105,7 +111,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path, tiny_model, pair_file):
         "steps=1",
         "tracking.snr_every=1",
     ]
-    for overrides, match in ((["batch_size=1"], "batch_size of 1 pair"), (["engine=zero3"], "zero_stage=3")):
+    for overrides, match in (
+        (["batch_size=1"], "a batch of one pair has no noise"),
+        (["engine=zero3"], "zero_stage=3"),
+    ):
         with pytest.raises(UserError, match=match):
             freeze(tmp_path / "run", *common, *overrides)
 
@@ -178,7 +187,7 @@ def test_measuring_changes_no_bit_of_training(runs, name):
 
 @slow
 def test_equals_per_pair_gradients(runs, common, tiny_model):
-    """Protects the whole measurement against gradients of single pairs by plain transformers, at the first step."""
+    """Protects the whole measurement: compares the first step with gradients of single pairs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

@@ -35,7 +35,7 @@ slow = pytest.mark.slow
 
 
 class Counting(Hook):
-    """A hook as a user writes it: metrics of each step's pairs and of each evaluation, and a file of its own."""
+    """A hook as a user writes it: metrics of each step and each evaluation, and a file of its own."""
 
     def before_step(self, run: Run, choice: Choice) -> dict[str, float]:
         return {"count/pairs": len(choice.indices), "count/beta": choice.objective.beta}
@@ -47,7 +47,7 @@ class Counting(Hook):
 
 @pytest.fixture(scope="session")
 def common(tiny_model, tmp_path_factory) -> list[str]:
-    """Overrides of every run here: 30 pairs of unequal length, batches of 7, two or three pairs a micro-batch."""
+    """Overrides of every run here: 30 pairs of unequal length, batches of 7, 2 or 3 pairs per micro-batch."""
     rows = make_pairs(30)
     for i, row in enumerate(rows):
         row["prompt"] += " Think." * (i % 6)
@@ -242,7 +242,7 @@ def naive(tiny_model, tokenized):
 
 
 def test_learning_rate():
-    """Protects the schedules' shape: the first update is not wasted on a rate of zero, the last is the schedule's end."""
+    """Protects the schedules' shape: the first update has a positive rate, and the last ends the schedule."""
     rates = [learning_rate(s, 20, OptimizerConfig(lr=1.0)) for s in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[11] == pytest.approx(0.5) and 0 < rates[19] < 0.01
     assert rates[2:] == sorted(rates[2:], reverse=True)
@@ -255,7 +255,7 @@ def test_learning_rate():
 
 
 def test_the_micro_batches_are_several_and_uneven(tokenized):
-    """The premise of the comparisons below: under data.packing=padded some rank of two runs a micro-batch of only filler."""
+    """The comparisons below assume this: with padding, one of two ranks runs a micro-batch of filler only."""
     order, counts = Shuffled(len(tokenized), seed=0), []
     for _ in range(STEPS):
         counts.append(
@@ -270,7 +270,8 @@ def test_the_micro_batches_are_several_and_uneven(tokenized):
 def test_step_0_is_ln2(one_rank, two_ranks, stage):
     """Protects that the reference is the initial policy, through the same code path.
 
-    The reference was computed in micro-batches of other pairs, so matrix products round otherwise: hence the 1e-6.
+    The reference was computed in micro-batches of other pairs, so matrix products round otherwise: hence the
+    1e-6.
     """
     for run in (one_rank / f"zero{stage}", two_ranks / f"shared{stage}", two_ranks / f"padded{stage}"):
         first = metrics(run)[0]
@@ -282,7 +283,7 @@ def test_step_0_is_ln2(one_rank, two_ranks, stage):
 @each_stage
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_equals_the_naive_loop(one_rank, two_ranks, naive, stage, world_size):
-    """Protects the whole computation (loss, accumulation, reduction, clipping, AdamW, schedule) on 1 and 2 ranks."""
+    """Protects loss, accumulation, reduction, clipping, AdamW and schedule together, on 1 and 2 ranks."""
     run = one_rank / f"zero{stage}" if world_size == 1 else two_ranks / f"shared{stage}"
     losses, norms = naive
     assert any(n > 1.2 for n in norms) and any(n < 1.2 for n in norms)  # clipping acts, and not always
@@ -330,7 +331,7 @@ def test_any_budget_gives_the_same_gradient(one_rank):
 @slow
 @each_stage
 def test_max_grad_norm_0_never_clips(one_rank, tiny_model, tokenized, stage):
-    """DeepSpeed clips at 1.0 when it is told nothing; the norm must be told, and NaN found, without clipping too."""
+    """Without clipping too, the norm is reported and NaN is found. DeepSpeed clips at 1.0 by default."""
     losses, norms = Naive(tiny_model, tokenized, max_norm=math.inf).train(4, 4)
     run = one_rank / f"unclipped{stage}"
     assert max(norms) > 1.2
@@ -408,7 +409,7 @@ def test_options_that_change_no_number(one_rank, name, like):
 
 @slow
 def test_evaluation_changes_nothing_and_sums_right(one_rank):
-    """Protects training from evaluation (costs, RNG, gradients), and held-out means: 30 pairs, accuracy within 0..1."""
+    """Protects training from evaluation (costs, RNG, gradients), and the held-out means over 30 pairs."""
     run = one_rank / "evaluated"
     for name in ("loss", "grad_norm", "cost/backward_pairs", "cost/backward_tokens"):
         assert column(run, name) == column(one_rank / "zero0", name)
@@ -426,7 +427,7 @@ def test_evaluation_changes_nothing_and_sums_right(one_rank):
 
 @slow
 def test_a_hook_measures_and_changes_nothing(one_rank):
-    """Protects studies: a class named in the config logs beside every step and evaluation, without held-out pairs."""
+    """Protects studies: a class named in the config logs at steps and evaluations, without other effects."""
     run = one_rank / "hooked"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "count/parameters" in line] == [0, 5, STEPS]
@@ -438,7 +439,7 @@ def test_a_hook_measures_and_changes_nothing(one_rank):
 
 @slow
 def test_evaluation_answers_benchmarks(one_rank, two_ranks):
-    """Six problems before training, every five steps and after it, from one rank and from the shards of two alike."""
+    """Six problems before training, every five steps and after it: one rank and the shards of two agree."""
     answers = {}
     for run, steps in ((one_rank / "evaluated", (0, 5, STEPS)), (two_ranks / "evaluated3", (0, STEPS))):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -558,7 +559,7 @@ def test_final_weights_are_the_last_checkpoints(one_rank, stage):
 @slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_lora(one_rank, tiny_model, stage):
-    """The reference is the adapter switched off (ln 2 at step 0), base weights stand still, and merged equals adapted."""
+    """Step 0 is ln 2 with the adapter off, base weights stay the same, and merged equals adapted."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
