@@ -220,7 +220,7 @@ def grid_table(lines: list[dict[str, Any]]) -> None:
 
 
 def table(file: Path) -> None:
-    """Print the results. The last four columns: what the mean curve and the seeds needed to reach the target."""
+    """Print the results. The last four columns: what the mean curve and the seeds needed to reach it."""
     lines = load(file)
     grid_table(lines)
     target = curves(lines, "dpo", "accuracy").mean(0).max()

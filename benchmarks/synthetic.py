@@ -14,7 +14,8 @@ w . x > 0. It is then drawn by its margin under the reference, in units of that 
 
 Held-out accuracy is the share of clean pairs, in the proportions of the first three kinds, with
 theta . x > 0. Difficulty is 1 - the share of 8 answers that theta_0 gets right by the label, which may be
-flipped. The scorers, curricula and selection are the package's own, built from conf/. Only the model is a toy.
+flipped. The scorers, curricula and selection are the package's own, built from conf/. Only the model is
+a toy.
 """
 
 from __future__ import annotations

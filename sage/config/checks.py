@@ -24,6 +24,7 @@ BASES = {
     "loss": "sage.losses.Loss",
     "scorer": "sage.scorers.Scorer",
     "curriculum": "sage.curriculum.Curriculum",
+    "hooks": "sage.training.hooks.Hook",
 }
 
 
@@ -92,9 +93,7 @@ def check_target(key: str, node: dict[str, Any], group: str | None = None) -> No
     except Exception as e:
         raise UserError(f"{key}._target_={target} cannot be imported: {e}") from e
     belongs = (
-        issubclass(cls, get_class(BASES[group])) or target == "sage.scorers.Uniform"
-        if group in BASES
-        else callable(getattr(cls, "open", None))
+        issubclass(cls, get_class(BASES[group])) if group in BASES else callable(getattr(cls, "open", None))
     )
     if not (belongs and dataclasses.is_dataclass(cls)):
         wanted = f"extends {BASES[group]}" if group in BASES else "has a method `open`"

@@ -122,7 +122,7 @@ class TrainConfig(RunConfig):
         for group in ("curriculum", "generation"):
             check_target(group, getattr(self, group))
         for name, node in self.hooks.items():
-            check_target(f"hooks.{name}", node)
+            check_target(f"hooks.{name}", node, "hooks")
         check_benchmarks(self.benchmark)
         if self.data.path is None:
             check_prompt("data.problems", self.data.problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,8 +10,9 @@ if TYPE_CHECKING:
     from sage.training.selection import Choice
 
 
+@dataclass
 class Hook:
-    """Measures something in a run. Subclass it and override what you need.
+    """Measures something in a run. Subclass it and override what you need. Its fields are its options.
 
     Name the class by `hooks.NAME._target_` in the config, or pass an object to `sage.train.train`. Every rank
     calls every method, in the same order, so a method may use collectives. It must return the same numbers on
