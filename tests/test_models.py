@@ -1,0 +1,224 @@
+"""Models of many kinds: sage computes what their own code computes, or refuses them by name.
+
+`scripts/model_table.py` asks all of transformers; here are the kinds that differ in what they need.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import REPO
+
+from sage.data.packing import collate
+from sage.model import selfcheck
+from sage.model.policy import OWN, Policy
+from sage.model.selfcheck import settle
+from sage.util.errors import UserError
+
+spec = importlib.util.spec_from_file_location("model_table", REPO / "scripts" / "model_table.py")
+assert spec and spec.loader
+table = importlib.util.module_from_spec(spec)
+sys.modules["model_table"] = table
+spec.loader.exec_module(table)
+
+# Type -> how sage trains its tiny form. Windows are shorter than the texts; heads scale and cap their logits.
+WAYS = {
+    "llama": "packed",
+    "qwen2": "packed",
+    "qwen3": "packed",
+    "qwen3_moe": "packed",
+    "qwen3_next": "padded",
+    "gemma2": "packed",
+    "gemma3": "packed, own logits",
+    "gemma3_text": "packed",
+    "gemma3n_text": "packed",
+    "gemma4": "packed",
+    "gemma4_text": "packed",
+    "phi3": "packed",
+    "mistral": "packed",
+    "mixtral": "packed",
+    "gpt_oss": "padded",
+    "granite": "packed",
+    "granitemoe": "packed",
+    "hyperclovax": "packed, own logits",
+    "nemotron": "padded",
+    "falcon_h1": "padded, own logits",
+    "lfm2": "padded",
+    "llama4_text": "padded, own logits",
+    "olmo2": "packed",
+    "olmo3": "packed",
+    "deepseek_v3": "packed",
+    "glm4": "packed",
+    "mamba": "padded",
+    "mpt": "padded",
+    "bloom": "padded",
+    "gpt_neo": "padded",
+    "minimax": "padded",
+    "modernbert-decoder": "packed, own logits",
+    "bart": "refused",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", WAYS)
+def test_models_match_their_own_code(model_type, monkeypatch):
+    """Protects against training something else: log-probabilities within 1e-5 per token, and gradients."""
+    monkeypatch.setattr(table, "TOLERANCE", 1e-5)
+    verdict = table.examine(table.tiny_model(table.tiny_config(model_type)), model_type)
+    assert not verdict.wrong, verdict
+    assert verdict.way == WAYS[model_type], verdict
+    assert (verdict.note == "") == (verdict.way == "packed")  # every fallback and refusal is said
+
+
+LLAMA = {
+    "vocab_size": table.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+ORIGINAL = 40  # tokens beyond which frequencies change
+ROPES = {
+    "llama": transformers.LlamaConfig(**LLAMA),
+    "longrope": transformers.Phi3Config(
+        **LLAMA,
+        original_max_position_embeddings=ORIGINAL,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "original_max_position_embeddings": ORIGINAL,
+        },
+    ),
+    "dynamic": transformers.LlamaConfig(
+        **{**LLAMA, "max_position_embeddings": ORIGINAL},
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("packing", ["auto", "padded"])
+@pytest.mark.parametrize("name", ROPES)
+def test_a_pairs_margin_among_ten_sets_of_neighbours(name, packing):
+    """Protects the reference: the same pair has the same margin beside long and short texts, with and without
+    gradients, before and after a call on other texts."""
+    config = copy.deepcopy(ROPES[name])
+    policy, pairs = Policy(table.tiny_model(config)), table.some_pairs()
+    layout = settle(table.Asked(policy), [pairs], packing, name)
+    assert layout == ("padded" if packing == "padded" else "shared" if name == "llama" else "unshared")
+    rows = [pairs[i] for i in range(len(pairs))]
+    oracle = table.tiny_model(copy.deepcopy(ROPES[name]))  # its own, with no memory of other texts
+    for member in (0, 1, 3):  # short, beyond the original length in one response, and in both
+        with torch.no_grad():
+            truth = [
+                float(table.naive(copy.deepcopy(oracle), text)) for text in table.texts_of([rows[member]])
+            ]
+        margins = []
+        for k in range(10):
+            generator = torch.Generator().manual_seed(k)
+            others = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist() if i != member]
+            batch = collate([*others[: k % 5], rows[member]], layout)
+            with torch.set_grad_enabled(k % 2 == 0):
+                out = policy(batch)
+            margins.append((out.chosen[-1] - out.rejected[-1]).item())
+        assert max(margins) - min(margins) < 1e-3
+        assert margins[0] == pytest.approx(truth[0] - truth[1], abs=1e-3)
+
+
+def test_texts_that_share_a_prompt_cannot_differ_in_frequencies():
+    policy = Policy(table.tiny_model(copy.deepcopy(ROPES["longrope"])))
+    with pytest.raises(UserError, match=r"data.packing=shared.*depend on a text's length"):
+        settle(table.Asked(policy), [table.some_pairs()], "shared", "longrope")
+    policy, short = Policy(table.tiny_model(copy.deepcopy(ROPES["longrope"]))), table.some_pairs()
+    short = type(short)(short.data.select([0]), {}, "")  # all texts below the original length
+    assert settle(table.Asked(policy), [short], "shared", "longrope") == "shared"
+
+
+def policy_of(model_type: str, **changes) -> Policy:
+    config = table.tiny_config(model_type)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return Policy(table.tiny_model(config))
+
+
+def test_a_head_that_disagrees_gives_way(capsys):
+    """Protects models that transform their logits in a way that sage's head does not know, here by a wrong scale."""
+    policy = policy_of("llama")
+    policy.head.scale = 1.01
+    assert settle(table.Asked(policy), [table.some_pairs()], "auto", "llama") == "shared"
+    assert policy.backend == OWN
+    said = capsys.readouterr().out
+    assert (
+        "log-probabilities come from the model's own logits" in said
+        and "since model.head=tiled disagrees" in said
+    )
+
+
+def test_a_model_that_agrees_with_nothing_is_refused_by_name(monkeypatch):
+    policy = policy_of("llama")
+    monkeypatch.setattr(policy, "use_attention", lambda _: (_ for _ in ()).throw(RuntimeError()))
+    with pytest.raises(UserError, match=r"model.path=somebody/model: its own code fails.*RuntimeError"):
+        settle(table.Asked(policy), [table.some_pairs()], "auto", "somebody/model")
+    policy = policy_of("llama")
+    ask = policy.ask
+    monkeypatch.setattr(policy, "ask", lambda *a: (ask(*a)[0]._replace(logps=ask(*a)[0].logps + 0.01), None))
+    with pytest.raises(
+        UserError, match=r"somebody/model: sage cannot compute what .* changes a token's log-prob"
+    ):
+        settle(table.Asked(policy), [table.some_pairs()], "auto", "somebody/model")
+
+
+def test_weights_that_are_not_finite_are_recognised():
+    policy = policy_of("llama")
+    policy.model.lm_head.weight.data[3, 3] = torch.nan
+    with pytest.raises(UserError, match="its own logits are not finite"):
+        settle(table.Asked(policy), [table.some_pairs()], "auto", "x")
+
+
+@pytest.mark.parametrize("model_type", ["minimax", "mamba", "qwen3_next", "bloom"])
+def test_leaks_show_in_small_weights(model_type, monkeypatch):
+    """A model at its usual init, whose logits hardly depend on the text: wrong packing must not pass for rounding."""
+    monkeypatch.setattr(table, "SCALE", 0.02)
+    policy = policy_of(model_type)
+    assert settle(table.Asked(policy), [table.some_pairs()], "auto", model_type) == "padded"
+
+
+def test_training_mode_that_computes_something_else_is_refused():
+    policy = policy_of("llama")
+    policy.trains = True
+    policy.model.model.norm.register_forward_hook(lambda m, _, out: out * 1.01 if m.training else out)
+    with pytest.raises(UserError, match=r"in training mode.*gradient_checkpointing=false"):
+        settle(table.Asked(policy), [table.some_pairs()], "auto", "x")
+
+
+def test_rank_0_decides():
+    """Protects the other ranks from a layout of their own, which would hang all."""
+
+    class Second(table.Asked):
+        def gather(self, value):
+            return ["rank 0 has seen something" if value is None and layout() else value, value]
+
+    policy = policy_of("llama")
+
+    def layout() -> bool:
+        return policy.model.config._attn_implementation == "sage_packed"
+
+    assert settle(Second(policy), [table.some_pairs()], "auto", "x") == "padded"
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-3), (torch.bfloat16, 0.5)], ids=str)
+def test_limits(dtype, most):
+    """What counts as rounding grows with what the text does to the model, between rounding itself and a ceiling."""
+    small, large = selfcheck.limits(dtype, 0.0), selfcheck.limits(dtype, 100.0)
+    assert 0 < small.mean <= small.most < large.most == most
