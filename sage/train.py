@@ -40,9 +40,10 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
             tracker.log(state.step + 1, run.before_step(choice))
             seen = torch.zeros(len(PER_PAIR), len(choice.indices), device=engine.device)
             for work in forward.micro_batches(run.pairs, choice.indices, backward=True):
-                logps, reference = engine(work.batch), run.reference(work.indices, work.batch)
+                logps, router_loss = engine(work.batch, router=True)
+                reference = run.reference(work.indices, work.batch)
                 losses = choice.objective(logps, reference)
-                engine.backward(losses.sum() * (work.weight / cfg.batch_size), work.last)
+                engine.backward((losses + router_loss).sum() * (work.weight / cfg.batch_size), work.last)
                 if work.weight:
                     seen[:, work.positions] = per_pair(run.loss, losses, logps, reference)
             seen = engine.sum_over_ranks(seen)

@@ -14,8 +14,8 @@ import sage.model.policy
 from sage.config import LoraConfig, ModelConfig
 from sage.data.packing import LAYOUTS, collate
 from sage.data.tokens import Pair
-from sage.model.loading import check_head, load_model, load_tokenizer
-from sage.model.policy import Policy
+from sage.model.loading import check_head, load_model, load_tokenizer, router_coefficient
+from sage.model.policy import OWN, Policy
 from sage.util.errors import UserError
 
 VOCAB = 97
@@ -59,6 +59,7 @@ CONFIGS = {
     ),
     "cohere": transformers.CohereConfig(**LLAMA, logit_scale=0.3),
     "granite": transformers.GraniteConfig(**LLAMA, logits_scaling=3.0, tie_word_embeddings=False),
+    "mixtral": transformers.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2),
 }
 each = pytest.mark.parametrize("name", CONFIGS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -283,10 +284,68 @@ def test_training_mode_is_deterministic(tmp_path, name):
     policy, batch = Policy(load_model(folder, cfg, torch.float32, seed=0)), collate(pairs(), "padded")
     first, again = policy(batch).chosen, policy(batch).chosen
     assert policy.model.training
+    modes: list[bool] = []
+    policy.causal.base_model.register_forward_hook(lambda module, _args, _out: modes.append(module.training))
     with torch.no_grad():
         asked = policy(batch).chosen
-    assert not policy.model.training
+    assert modes == [False] and policy.model.training  # a backward may still compute layers again
     assert torch.equal(first, again) and (first - asked).abs().max() < 1e-4
+
+
+def test_a_question_between_forward_and_backward_changes_no_gradient(tiny_model):
+    """Layers that the backward computes again must find the mode of their forward, although the reference was asked
+    in between."""
+    pytest.importorskip("peft")
+    cfg = ModelConfig(path=str(tiny_model), gradient_checkpointing=True, lora=LoraConfig(dropout=0.5))
+    policy, batch = (
+        Policy(load_model(str(tiny_model), cfg, torch.float32, seed=0)),
+        collate(pairs(), "shared"),
+    )
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    gradients = []
+    for ask in (False, True):
+        torch.manual_seed(0)
+        out = policy(batch)
+        if ask:
+            with torch.no_grad():
+                policy(batch, reference=True)
+        policy.zero_grad()
+        out.chosen.sum().backward()
+        gradients.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
+    assert gradients[0] and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("layout, backend", [("padded", "auto"), ("padded", OWN), ("unshared", "auto")])
+def test_the_routers_loss_is_the_models_own(layout, backend):
+    """Protects the load-balancing loss of a mixture of experts and its gradient, in padded and packed rows."""
+    model = tiny("mixtral")
+    rows = pairs() if layout == "padded" else [pairs()[2]]  # equal lengths: no row has padding
+    policy, batch = Policy(model, backend, router_coefficient=0.5), collate(rows, layout)
+    logps, ours = policy(batch, router=True)
+    ours = 2 * ours
+    assert torch.allclose(logps.chosen, policy(batch).chosen)
+    own = collate(rows, "padded")
+    model.set_attn_implementation(policy.attention)
+    theirs = model(own.input_ids, attention_mask=own.attention_mask, output_router_logits=True).aux_loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5) and ours > 1
+    gate = [p for n, p in model.named_parameters() if "gate.weight" in n]
+    for a, b in zip(torch.autograd.grad(ours, gate), torch.autograd.grad(theirs, gate), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-7) and a.abs().max() > 0
+
+
+def test_the_routers_coefficient():
+    """Ours, else the model's own where its config asks for the loss. A model without routers cannot have one."""
+    model, dense = tiny("mixtral", router_aux_loss_coef=0.02), tiny("llama")
+    assert router_coefficient(ModelConfig(path=""), model) == 0
+    model.config.output_router_logits = True
+    assert router_coefficient(ModelConfig(path=""), model) == 0.02
+    assert router_coefficient(ModelConfig(path="", router_aux_coef=0.0), model) == 0
+    assert router_coefficient(ModelConfig(path="", router_aux_coef=0.3), model) == 0.3
+    assert router_coefficient(ModelConfig(path=""), dense) == 0
+    with pytest.raises(UserError, match="has no routers"):
+        router_coefficient(ModelConfig(path="", router_aux_coef=0.3), dense)
 
 
 def bytes_saved(policy: Policy) -> int:

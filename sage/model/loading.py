@@ -208,6 +208,21 @@ def check_weights(cfg: ModelConfig, info: dict[str, Any]) -> None:
         )
 
 
+def router_coefficient(cfg: ModelConfig, model: Any) -> float:
+    """The coefficient of the routers' load-balancing loss: our config's, else the model's own; 0 where it is off."""
+    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config.get_text_config()
+    routed = hasattr(config, "output_router_logits")
+    if cfg.router_aux_coef is not None:
+        if cfg.router_aux_coef and not routed:
+            raise UserError(
+                f"model.router_aux_coef={cfg.router_aux_coef}: model.path={cfg.path} has no routers"
+            )
+        return cfg.router_aux_coef
+    return (
+        float(getattr(config, "router_aux_loss_coef", 0.0)) if routed and config.output_router_logits else 0.0
+    )
+
+
 def fingerprint(folder: str, adapter_path: str | None) -> str:
     """Hash of the weights and configs of the initial policy. Reference log-probabilities are keyed on it."""
     digest = hashlib.sha256()

@@ -56,9 +56,10 @@ class Policy(nn.Module):
     Dropout, router jitter and their like are switched off in `model`: they would make policy and reference differ.
     """
 
-    def __init__(self, model: Any, backend: str = "auto"):
+    def __init__(self, model: Any, backend: str = "auto", router_coefficient: float = 0.0):
         """`backend` computes the head: a backend of `sage.model.kernels`, or OWN."""
         super().__init__()
+        self.router_coefficient = router_coefficient
         self.model: Any = model.eval()  # all of it: peft's outer module begins in training mode
         causal = self.causal
         silence(causal)
@@ -97,24 +98,21 @@ class Policy(nn.Module):
         Args:
             reference: switch a freshly initialised adapter off, which gives back the initial model.
             logit: return (PairLogps, LogitStats).
-            router: return (PairLogps, the model's own load-balancing loss of its routers, a scalar).
+            router: return (PairLogps, the routers' own load-balancing loss times its coefficient, a scalar).
             tokens: return the log-probability of each scored token instead, [s].
             alone: return them from the model's own full forward on one text, to which it gives only the ids.
         """
-        training = self.trains and torch.is_grad_enabled() and not reference
-        if self.model.training != training:
-            self.model.train(training)
-        if alone:
-            return self.own_logps(batch)
         wanted = ("logps", "sum_sq_probs") if logit else ("logps",)
-        with self.model.disable_adapter() if reference else nullcontext():
-            stats, router_loss = self.ask(batch, wanted, router)
+        with self.mode(reference), self.model.disable_adapter() if reference else nullcontext():
+            if alone:
+                return self.own_logps(batch)
+            stats, router_loss = self.ask(batch, wanted, router and self.router_coefficient > 0)
         assert stats.logps is not None
         if tokens:
             return stats.logps
         logps = PairLogps(*per_response(stats.logps, batch).chunk(2), *batch.response_tokens.chunk(2))
         if router:
-            return logps, router_loss
+            return logps, 0.0 if router_loss is None else self.router_coefficient * router_loss
         if not logit:
             return logps
         assert stats.sum_sq_probs is not None
@@ -122,6 +120,22 @@ class Policy(nn.Module):
         uncertainties = per_response(1 - stats.sum_sq_probs, batch)
         chosen_norm, rejected_norm = squared_norms.chunk(2)
         return logps, LogitStats(chosen_norm + rejected_norm, *uncertainties.chunk(2))
+
+    @contextmanager
+    def mode(self, reference: bool) -> Iterator[None]:
+        """Training mode where it is needed and gradients flow.
+
+        It lasts until their backward, which may compute layers again, also if the model is asked in between.
+        """
+        before = self.model.training
+        training = self.trains and torch.is_grad_enabled() and not reference
+        if before != training:
+            self.model.train(training)
+        try:
+            yield
+        finally:
+            if before and not training:
+                self.model.train()
 
     def own_logps(self, batch: MicroBatch) -> Tensor:
         """The truth that the self-check compares with."""
@@ -144,7 +158,7 @@ class Policy(nn.Module):
             with float32_head(causal):
                 out = causal(**inputs, **({"output_router_logits": True} if router else {}))
             logits = out.logits.flatten(0, 1)[batch.positions]
-            return own_stats(logits, batch.labels, stats), out.aux_loss if router else None
+            return own_stats(logits, batch.labels, stats), router_loss_of(out) if router else None
         assert self.head is not None
         if router:  # the model's own code around its body computes the loss; its logits are of no use here
             bodies: list[Any] = []
@@ -153,7 +167,7 @@ class Policy(nn.Module):
                 out = causal(**inputs, output_router_logits=True, logits_to_keep=1)
             finally:
                 hook.remove()
-            body, router_loss = bodies[0], out.aux_loss
+            body, router_loss = bodies[0], router_loss_of(out)
         else:
             body, router_loss = causal.base_model(**inputs), None
         hidden = body.last_hidden_state.flatten(0, 1)[batch.positions]
@@ -205,6 +219,13 @@ def number(config: transformers.PreTrainedConfig, name: str) -> float | None:
     """A field of a config, where it has it as a number."""
     value = getattr(config, name, None)
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def router_loss_of(out: Any) -> Tensor:
+    """The load-balancing loss in the output of a model's full forward."""
+    if not isinstance(loss := getattr(out, "aux_loss", None), Tensor):
+        raise UserError("the model gives no load-balancing loss of its routers: set model.router_aux_coef=0")
+    return loss
 
 
 def own_stats(logits: Tensor, labels: Tensor, stats: tuple[str, ...]) -> TokenStats:

@@ -24,7 +24,7 @@ class BaseModel(NamedTuple):
 
     def load(self) -> Policy:
         model = loading.load_model(self.folder, self.cfg, self.dtype, self.seed)
-        return Policy(model, self.cfg.head)
+        return Policy(model, self.cfg.head, loading.router_coefficient(self.cfg, model))
 
     def identity(self) -> dict[str, str]:
         """What the model's log-probabilities depend on. Reads all weights."""
