@@ -88,7 +88,7 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
 def built_pairs(cfg: TrainConfig) -> Path:
     """The pairs of `data.problems`: from the cache, or built now (or built to their end, where that was interrupted)."""
     # Here, because it loads torch and transformers.
-    from sage.commands.build_pairs import MANIFEST_FILE, PAIRS_FILE, check_built, recipe_key
+    from sage.commands.build_pairs import MANIFEST_FILE, PAIRS_FILE, check_built, intact, recipe_key
 
     keys = {f.name: getattr(cfg, f.name) for f in fields(BuildPairsConfig)}
     plan = BuildPairsConfig(**{**keys, "command": "build-pairs"})
@@ -101,7 +101,10 @@ def built_pairs(cfg: TrainConfig) -> Path:
         ) from e
     folder = Path(cfg.cache_dir).expanduser() / "built" / recipe_key(plan)
     with FileLock(f"{folder}.lock"):
-        if not (folder / MANIFEST_FILE).exists():
+        if not intact(folder):
+            if (folder / MANIFEST_FILE).exists():
+                print(f"the pairs in {folder} are damaged: they are built again", flush=True)
+                (folder / MANIFEST_FILE).unlink()
             if cfg.data.build == "never":
                 raise UserError(
                     f"data.build=never, and no pairs were built yet by {cfg.model.path} from {plan.data.problems.path} with "

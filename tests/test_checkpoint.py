@@ -190,11 +190,11 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
             file.write_bytes(pickle.dumps(payload))
     before = {run: (run / "metrics.jsonl").read_text() for run in (data, ranks, *evil.values())}
     execute(1, list(before))
-    assert "data.path no longer holds the pairs" in (data / ERROR_FILE).read_text()
+    assert "data.path no longer holds the pairs that" in (data / ERROR_FILE).read_text()
     assert "world_size=4" in (ranks / ERROR_FILE).read_text()
     for name, run in evil.items():
         assert (run / ERROR_FILE).exists() and not (run / "final").exists()
-        assert "damaged or not of sage's making" in (run / ERROR_FILE).read_text(), name
+        assert "is damaged, or sage did not write it" in (run / ERROR_FILE).read_text(), name
         assert not (tmp_path / f"{name}.executed").exists()
     for run, text in before.items():
         assert (run / "metrics.jsonl").read_text() == text  # refused before anything is touched

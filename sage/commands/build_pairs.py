@@ -8,6 +8,7 @@ RUN_DIR/manifest.json       the recipe and counts; written last
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import re
 from collections import Counter
@@ -24,7 +25,7 @@ from sage.config import BuildPairsConfig, PairingConfig, TrainConfig, load
 from sage.data.chat import ChatFormat, encode_prompts, response_ends, tokenizer_fingerprint
 from sage.model import loading
 from sage.util.errors import UserError
-from sage.util.files import write_json
+from sage.util.files import sha256, write_json
 from sage.util.progress import console
 
 PAIRS_FILE = "pairs.jsonl"
@@ -104,6 +105,7 @@ def build_pairs(run_dir: Path) -> None:
             "response_tokens": sum(a.tokens for a in attempts),
             **counts,
         },
+        "checksum": sha256(run_dir / PAIRS_FILE),
         "pass_rates": dict(sorted(Counter(f"{rate:.2f}" for rate in pass_rates(attempts).values()).items())),
     }
     write_json(run_dir / MANIFEST_FILE, manifest)
@@ -122,6 +124,7 @@ def recipe(cfg: TrainConfig, folder: str, tokenizer: Any, problems: Sequence[Pro
     chat = ChatFormat.of(cfg.data)
     return {
         "version": PAIRS_VERSION,
+        "sage": importlib.metadata.version("sage-align"),
         "model": {
             "path": cfg.model.path,
             "weights": loading.fingerprint(folder, cfg.model.adapter_path),
@@ -146,6 +149,15 @@ def recipe(cfg: TrainConfig, folder: str, tokenizer: Any, problems: Sequence[Pro
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def intact(folder: Path) -> bool:
+    """Whether the pairs that were built in `folder` are finished and as they were written."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        return manifest["checksum"] == sha256(folder / PAIRS_FILE)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def recipe_key(cfg: TrainConfig) -> str:

@@ -209,8 +209,8 @@ class Engine(Ranks):
         """Add this micro-batch's gradient to the step's, in float32.
 
         Every rank calls this equally often, with `last` in the same call: it marks the step's final
-        micro-batch. `loss` is this rank's share of the global mean. DeepSpeed averages gradients over ranks; we
-        want their sum.
+        micro-batch. `loss` is this rank's share of the global mean. DeepSpeed averages gradients over ranks;
+        we want their sum.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss * self.world_size)

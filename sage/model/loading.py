@@ -18,6 +18,7 @@ from sage.data.source import resolve_path
 from sage.model.kernels import has_triton
 from sage.model.kernels.recompute import bfloat16_in_hardware
 from sage.util.errors import UserError, first_line
+from sage.util.files import sha256
 from sage.util.progress import console
 
 SHOWN = 8  # names of weights in an error message
@@ -224,13 +225,15 @@ def router_coefficient(cfg: ModelConfig, model: Any) -> float:
 
 
 def fingerprint(folder: str, adapter_path: str | None) -> str:
-    """Hash of the weights and configs of the initial policy. Reference log-probabilities are keyed on it."""
+    """Hash of everything that decides the initial policy: weights, configs, remote code, and the adapter's files.
+
+    Reference log-probabilities and built pairs are keyed on it, and a resumed run checks it.
+    """
+    files = [Path(folder, "config.json"), *Path(folder).glob("*.safetensors"), *Path(folder).rglob("*.py")]
+    if adapter_path:
+        # peft reads several formats of weights.
+        files += [file for file in Path(resolve_path(adapter_path)).iterdir() if file.is_file()]
     digest = hashlib.sha256()
-    for root in (folder, resolve_path(adapter_path)) if adapter_path else (folder,):
-        for file in sorted(Path(root).iterdir()):
-            if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
-                digest.update(file.name.encode())
-                with open(file, "rb") as f:
-                    while chunk := f.read(1 << 24):
-                        digest.update(chunk)
+    for file in sorted(files):
+        digest.update(f"{file.name} {sha256(file)}\n".encode())
     return digest.hexdigest()

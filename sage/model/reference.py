@@ -1,8 +1,8 @@
 """Reference log-probabilities: cached on disk, from a second model, or none.
 
-The reference is the initial policy, also after a resume and with adapters. So the cached ones are computed by the
-policy itself before its first step and before any checkpoint is restored, through the same forward: at step 0 the
-loss is ln 2 but for rounding.
+The reference is the initial policy, also after a resume and with adapters. So the policy itself computes the
+cached ones, before its first step and before any checkpoint is restored, with the same forward pass. At step
+0 the loss is therefore ln 2, up to rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sage.config import ModelConfig
 from sage.data.packing import MicroBatch
@@ -28,63 +30,95 @@ from sage.model import loading
 from sage.model.forward import PairForward
 from sage.model.logps import LogitStats, PairLogps
 from sage.util.errors import UserError, named
-from sage.util.files import write_whole
-from sage.util.ranks import main_first
+from sage.util.files import source_digest, write_whole
+from sage.util.progress import console
+from sage.util.ranks import main_only
 
 MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER = "manifest.json", "sage", "scores"  # of score-dataset
 
 
 class Reference(Protocol):
     def __call__(self, indices: np.ndarray, batch: MicroBatch) -> PairLogps:
-        """Log-probabilities under the reference of the n pairs `indices`, which `batch` holds in this order."""
+        """Log-probabilities under the reference of n pairs, which `batch` holds in the order of `indices`."""
         ...
 
     def lookup(self, indices: np.ndarray) -> PairLogps | None:
-        """The same without a batch, where no model has to be asked."""
+        """The same without a batch; None if a model has to compute them."""
         ...
 
 
 def ask(reference: Reference, forward: PairForward, pairs: TokenizedPairs, indices: np.ndarray) -> PairLogps:
-    """Log-probabilities of n pairs under the reference, from memory where it holds them, else by a forward of each."""
+    """Log-probabilities of n pairs under the reference, from memory or else by a forward pass."""
     known = reference.lookup(indices)
     return forward.all_logps(pairs, indices, model=reference) if known is None else known
 
 
 def identity(folder: str, model: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
-    """What the log-probabilities of a model in `folder` depend on, besides the pairs."""
-    weights = loading.fingerprint(folder, model.adapter_path)
+    """What a model's log-probabilities depend on, besides the pairs. Rank 0 reads the files."""
+    weights = main_only(lambda: loading.fingerprint(folder, model.adapter_path))
     return {"weights": weights, "dtype": str(dtype), "attention": model.attention, "head": model.head}
 
 
 class Cached:
-    """Reads from disk what the initial policy said of every pair; computes and writes it the first time."""
+    """Log-probabilities of every pair under the initial policy: read from disk, or computed and kept."""
 
-    logit: LogitStats | None = None  # where it is known too: of the initial policy, [pairs] each
+    logit: LogitStats | None = None  # statistics of the same policy, [pairs] each, if they are known too
 
     def __init__(
         self, forward: PairForward, pairs: TokenizedPairs, key: dict[str, str], cache_dir: str, name: str
     ):
         software = {p: importlib.metadata.version(p) for p in ("sage-align", "torch", "transformers")}
+        software |= {"code": source_digest("model", "data"), "device": forward.engine.device.type}
         digest = hashlib.sha256(
             json.dumps({**key, **software, "pairs": pairs.fingerprint}, sort_keys=True).encode()
         ).hexdigest()
         file = Path(cache_dir).expanduser() / "reference" / f"{digest[:32]}.safetensors"
-        if not main_first(file.is_file):
-            logps = forward.all_logps(
+        known = main_only(lambda: read_logps(file, len(pairs)))
+        if known is None:
+            known = forward.all_logps(
                 pairs, np.arange(len(pairs)), f"reference log-probabilities of the {name} pairs"
             )
-            check_finite(logps, pairs)
+            known = PairLogps(*(values.cpu().contiguous() for values in known))
+            check_finite(known, pairs)
             if forward.engine.rank == 0:
-                tensors = {k: v.cpu().contiguous() for k, v in logps._asdict().items()}
-                write_whole(file, partial(save_file, tensors))
-            forward.engine.barrier()
-        self.logps = PairLogps(**load_file(file))
+                write_logps(file, known)
+        self.logps = known
 
     def __call__(self, indices: np.ndarray, batch: MicroBatch) -> PairLogps:
         return PairLogps(*(values.to(batch.input_ids.device) for values in self.lookup(indices)))
 
     def lookup(self, indices: np.ndarray) -> PairLogps:
         return PairLogps(*(values[torch.from_numpy(indices)] for values in self.logps))
+
+
+def write_logps(file: Path, logps: PairLogps) -> None:
+    """Keep log-probabilities on disk, with a checksum."""
+    tensors = logps._asdict()
+    write_whole(file, partial(save_file, tensors, metadata={"checksum": checksum(tensors)}))
+
+
+def read_logps(file: Path, pairs: int) -> PairLogps | None:
+    """What `write_logps` wrote for this many pairs; None, with a line, if the file is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as content:
+            tensors = {name: content.get_tensor(name) for name in PairLogps._fields}
+            intact = (content.metadata() or {}).get("checksum") == checksum(tensors)
+    except (SafetensorError, OSError):
+        intact, tensors = False, {}
+    if not intact or any(values.shape != (pairs,) for values in tensors.values()):
+        console.print(f"{file} is damaged: the reference log-probabilities are computed again")
+        return None
+    return PairLogps(**tensors)
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_finite(logps: PairLogps, pairs: TokenizedPairs) -> None:
@@ -97,40 +131,43 @@ def check_finite(logps: PairLogps, pairs: TokenizedPairs) -> None:
     if broken.any():
         examples = named(pairs.pair_ids()[broken.cpu().numpy()].tolist())
         raise UserError(
-            f"the model itself gives log-probabilities that are not finite for {int(broken.sum())} of {len(pairs)} "
-            f"pairs, before any training: {examples}. Use model.dtype=float32 or another model, or look at these pairs"
+            f"the model itself gives log-probabilities that are not finite for {int(broken.sum())} of "
+            f"{len(pairs)} pairs, before any training: {examples}. Use model.dtype=float32 or another model, "
+            "or look at these pairs"
         )
 
 
 class Scored(Cached):
-    """Reads what `sage score-dataset` wrote; `logit` too, where the policy that it asked was its own reference.
+    """Reads the output of `sage score-dataset`. If its policy was its own reference, that includes `logit`.
 
     Raises:
-        UserError: the scores are not whole, or of another model, dtype or dataset.
+        UserError: the scores are incomplete, or belong to another model, dtype or dataset.
     """
 
     def __init__(self, run_dir: str, pairs: TokenizedPairs, key: dict[str, str]):
         files = sorted(Path(run_dir, SCORES_FOLDER).expanduser().glob("*.parquet"))
         if not files:
             raise UserError(
-                f"data.scores={run_dir}: no {SCORES_FOLDER}/*.parquet there, as a finished `sage score-dataset` leaves"
+                f"data.scores={run_dir}: there is no {SCORES_FOLDER}/*.parquet. Give the folder of a "
+                "finished `sage score-dataset`"
             )
         shards = [pq.read_table(file) for file in files]
         manifests = {(shard.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}") for shard in shards}
         manifest = json.loads(manifests.pop())
         if manifests or sum(map(len, shards)) != manifest.get("pairs", {}).get("count"):
-            raise UserError(f"data.scores={run_dir}: its files are not all of one `sage score-dataset`")
+            raise UserError(f"data.scores={run_dir}: its files are not those of one `sage score-dataset` run")
         reference, dataset = manifest["reference"], manifest["pairs"]
         for name, value in key.items():
             if reference[name] != value:
                 raise UserError(
-                    f"data.scores={run_dir}: scores of another model: {name} is {reference[name]} there ({reference['path']}) "
-                    f"and {value} here; score this model, or leave data.scores out"
+                    f"data.scores={run_dir} holds scores of another model: {name} is {reference[name]} there "
+                    f"({reference['path']}) and {value} here. Score this model, or leave data.scores out"
                 )
         if dataset["fingerprint"] != pairs.fingerprint:
             raise UserError(
-                f"data.scores={run_dir}: scores of other pairs: {dataset['count']} of {dataset['path']} there, {len(pairs)} "
-                "here; model, data and limits must be those of the scored set, in the same order"
+                f"data.scores={run_dir} holds scores of other pairs: {dataset['count']} of {dataset['path']} "
+                f"there, {len(pairs)} here. Tokenizer, data and limits must be those of the scored set, in "
+                "the same order"
             )
         table = pa.concat_tables(shards)
         self.logps = logps_of(table, "reference")
@@ -138,7 +175,7 @@ class Scored(Cached):
 
 
 def logps_of(table: pa.Table, model: str) -> PairLogps:
-    """What `model` (policy or reference) said, from the columns of score-dataset."""
+    """Log-probabilities under `model` (policy or reference), from the columns of score-dataset."""
     names = (f"{model}_chosen_logps", f"{model}_rejected_logps", "chosen_tokens", "rejected_tokens")
     return PairLogps(*(torch.tensor(table[name].to_numpy(), dtype=torch.float32) for name in names))
 
@@ -148,7 +185,7 @@ def logit_of(table: pa.Table) -> LogitStats:
 
 
 class Online:
-    """Asks a frozen model in every step: the policy without its fresh adapter, or a second copy of the initial one."""
+    """Runs a frozen model in every step: the policy without its new adapter, or a copy of the first policy."""
 
     def __init__(self, model: Callable[..., PairLogps], adapters_off: bool):
         self.model, self.adapters_off = model, adapters_off
@@ -162,7 +199,7 @@ class Online:
 
 
 class Absent:
-    """For reference-free losses: zeros, so that an implicit reward is beta times a log-probability."""
+    """Zeros, for reference-free losses: an implicit reward is then beta times a log-probability."""
 
     def __init__(self, pairs: TokenizedPairs):
         self.tokens = torch.from_numpy(pairs.lengths()[:, 1:]).float()

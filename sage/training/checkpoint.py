@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, restored exactly.
 
-`checkpoints/step_N/` holds the engine's state (weights, master weights, optimizer) and one sidecar, `train_state.pt`,
-with everything else that decides the future of a run. It is written under a temporary name, flushed to disk and
-renamed; a folder of the final name is complete.
+`checkpoints/step_N/` holds the engine's state (weights, master weights, optimizer) and `train_state.pt`, with
+everything else that decides the future of a run. It is written under a temporary name, flushed to disk and
+then renamed, so a folder with the final name is complete.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ SIDECAR = "train_state.pt"
 
 @dataclass
 class TrainState:
-    """What a run needs, beside the engine's state, to go on as if it had never stopped."""
+    """What a run needs, besides the engine's state, to continue as if it had never stopped."""
 
     data_fingerprint: str
     world_size: int
+    model: str = ""  # fingerprint of the initial model's files; empty in checkpoints of older versions
     step: int = 0
     selection: dict[str, Any] = field(default_factory=dict)  # with the curriculum's and the scorer's
     costs: dict[str, float] = field(default_factory=dict)
@@ -87,14 +88,15 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     """Load a checkpoint into the engine and the generators, and return its TrainState.
 
     Raises:
-        UserError: the checkpoint belongs to other pairs or to another number of ranks, or its files hold anything but
-            plain data, which is never executed.
+        UserError: the checkpoint belongs to other pairs, another initial model or another number of ranks, or
+            its
+            files hold more than plain data. Nothing in them is executed.
     """
     try:
         return _restore(engine, state, folder)
     except (pickle.UnpicklingError, EOFError) as e:
         raise UserError(
-            f"{folder} is damaged or not of sage's making: delete it to go on from the one before"
+            f"{folder} is damaged, or sage did not write it: delete it to resume from the one before"
         ) from e
 
 
@@ -105,7 +107,12 @@ def _restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
             f"{folder} was written by world_size={saved.world_size} ranks, this run has {state.world_size}"
         )
     if saved.data_fingerprint != state.data_fingerprint:
-        raise UserError(f"{folder}: data.path no longer holds the pairs this run began with")
+        raise UserError(f"{folder}: data.path no longer holds the pairs that this run began with")
+    if saved.model and saved.model != state.model:
+        raise UserError(
+            f"{folder}: the files of model.path or model.adapter_path are not those that this run began with, "
+            "so its reference would change: put the old files back, or start a new run"
+        )
     engine.load(folder)
     set_rng_state(saved.rng[engine.rank])
     return saved

@@ -74,7 +74,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     selection = Selection(
         scorer, curriculum, loss, data.pairs, forward, reference, log, cfg.batch_size, cfg.seed
     )
-    state = restore(run_dir, engine, forward, selection, data.pairs)
+    fresh = TrainState(data.pairs.fingerprint, engine.world_size, identity["weights"])
+    state = restore(run_dir, engine, forward, selection, fresh)
     built_in: list[Hook] = []
     if data.held_out is not None and held_out_reference is not None:
         built_in.append(HeldOut(data.held_out, held_out_reference))
@@ -210,10 +211,9 @@ def build_references(
 
 
 def restore(
-    run_dir: Path, engine: Engine, forward: PairForward, selection: Selection, pairs: TokenizedPairs
+    run_dir: Path, engine: Engine, forward: PairForward, selection: Selection, state: TrainState
 ) -> TrainState:
-    """Load the newest checkpoint into the run's parts, or give the state of a run that has none."""
-    state = TrainState(pairs.fingerprint, engine.world_size)
+    """Load the newest checkpoint into the run's parts and return its state, or `state` if there is none."""
     if saved := checkpoint.list_checkpoints(run_dir):
         state = checkpoint.restore(engine, state, saved[-1])
         selection.load_state_dict(state.selection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -36,3 +37,18 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def source_digest(*parts: str) -> str:
+    """Hash of sage's own source in these folders of the package. It keys caches that depend on the code."""
+    package = Path(__file__).resolve().parent.parent
+    files = sorted(file for part in parts for file in (package / part).rglob("*.py"))
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
