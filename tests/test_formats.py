@@ -45,7 +45,8 @@ def read(pair):
 
 def option(name):
     """What `data=NAME` says of columns."""
-    return yaml.safe_load((REPO / "conf" / "data" / f"{name}.yaml").read_text()).get("columns", {})
+    columns = yaml.safe_load((REPO / "conf" / "data" / f"{name}.yaml").read_text()).get("columns", {})
+    return {ours: theirs for ours, theirs in columns.items() if theirs is not None}
 
 
 # ---------------------------------------------------------------- formats

@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
 )
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False)
 # How CSV files write that a cell holds nothing.
 NOTHING = ("[]", "{}", "null", "nan", "NaN", "None")
 
@@ -189,7 +190,7 @@ def _values(record: Any, names: Mapping[str, str]) -> dict[str, Any]:
 
 def _json(name: str, value: Any) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = ENCODER.encode(value)
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{name} has half of a character (a lone surrogate), which is not text") from error
@@ -243,7 +244,8 @@ def _answer(value: Any) -> str | None:
         if isinstance(part, str | int | float) and not isinstance(part, bool):
             texts.append(str(part).strip())
     text = ", ".join(filter(None, texts))
-    return json.loads(_json("answer", text)) or None
+    _json("answer", text)
+    return text or None
 
 
 def _tools(value: Any) -> list[Any] | None:
