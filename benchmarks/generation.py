@@ -2,8 +2,9 @@
 
     python benchmarks/generation.py GSM8K_TRAIN.jsonl --prompts 256
 
-Both answer the same prompts with the same model, limits and sampling settings. They take turns, one part of the
-prompts at a time. Time is this process's CPU time (one thread: OMP_NUM_THREADS=1), so other processes do not count.
+Both answer the same prompts with the same model, limits and sampling settings. They take turns, one part of
+the prompts at a time. Time is this process's CPU time (one thread: OMP_NUM_THREADS=1), so other processes do
+not count.
 """
 
 from __future__ import annotations

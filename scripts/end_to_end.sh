@@ -1,7 +1,7 @@
 #!/bin/sh
-# From problems to a better policy, offline: pairs, training, evaluation before and after, and their comparison.
+# Goes from problems to a better policy, offline: builds pairs, trains, evaluates before and after, and compares.
 #   scripts/end_to_end.sh GSM8K_TRAIN.jsonl GSM8K_TEST.jsonl OUTPUT_FOLDER
-# SmolLM2-135M, 100 training problems of 4 responses each, 20 steps, 50 test problems.
+# It uses SmolLM2-135M, 4 responses to each of 100 training problems, 20 steps, and 50 test problems.
 set -eu
 train=$1 test=$2 out=$3
 

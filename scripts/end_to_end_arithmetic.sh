@@ -1,6 +1,6 @@
 #!/bin/sh
-# From problems to a better policy on the packaged arithmetic task, in minutes on a CPU: pairs, training, evaluation before
-# and after, and their comparison.
+# Goes from problems to a better policy on the packaged arithmetic task, in minutes on a CPU: builds pairs, trains,
+# evaluates before and after, and compares.
 #   scripts/end_to_end_arithmetic.sh OUTPUT_FOLDER
 set -eu
 out=$1

@@ -1,4 +1,6 @@
-"""Pairs from problems: the rules of pairing by hand-made attempts, and whole runs of the tiny model, killed and resumed."""
+"""Pairs from problems: the rules of pairing by hand-made attempts, and whole runs of the tiny model, killed
+and resumed.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def test_chosen_from_own_gold_or_both():
 
 
 def test_pairs_carry_the_sampled_ids():
-    """The ids are those that were sampled: an end token only where one was. Text that was not sampled has none."""
+    """The ids are those that were sampled: an end token only where one was. Text that was not sampled has
+    none.
+    """
     problems = [Problem(str(i), f"Q{i}", "7", None, None) for i in range(3)]
     attempts = [
         attempt("0", 0, "so 7", correct=True),
@@ -141,7 +145,9 @@ def test_duplicates_are_removed():
     "reason, bad", [("unparsable", {"extracted": None}), ("truncated", {"finish": "length"})]
 )
 def test_shares_of_unparsable_and_truncated(reason, bad):
-    """Of 4 clean and 6 flagged pairs: all at 1, none at 0, and at 1/3 two of six, so that two of six pairs are."""
+    """Of 4 clean and 6 flagged pairs: all at 1, none at 0, and at 1/3 two of six, so that two of six pairs
+    are.
+    """
     attempts = []
     for i in range(10):
         attempts += [
@@ -212,8 +218,8 @@ def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path,
 
 @pytest.mark.slow
 def test_train_builds_its_missing_pairs_once(words, tmp_path):
-    """data.build=never refuses; else pairs are built into the cache, trained on, and found again by the next run; two
-    ranks that build them make the same ones."""
+    """data.build=never refuses; else pairs are built into the cache, trained on, and found again by the next
+    run; two ranks that build them make the same ones."""
     training = ["steps=1", "batch_size=4", "data.max_length=256", "micro_batch_tokens=1024"]
     with initialize_config_module("sage.conf", version_base="1.3"):
         plan = config.load(compose("train", [*words, *training]))

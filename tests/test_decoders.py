@@ -1,4 +1,6 @@
-"""Generation is checked before the work: what the check accepts gives `model.generate`'s tokens, and faults are found."""
+"""Generation is checked before the work: what the check accepts gives `model.generate`'s tokens, and faults
+are found.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,10 @@ MODELS: dict[str, tuple[str, dict[str, Any], type]] = {
     "gemma2": ("Gemma2Config", {**SIZES, "sliding_window": 16}, RefilledBatch),
     "gemma3": (
         "Gemma3Config",
-        {"text_config": {**SIZES, "sliding_window": 16}, "vision_config": {**VISION, "image_size": 28, "patch_size": 14}},
+        {
+            "text_config": {**SIZES, "sliding_window": 16},
+            "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
+        },
         RefilledBatch,
     ),
     "gpt_neo": (
@@ -76,12 +81,28 @@ MODELS: dict[str, tuple[str, dict[str, Any], type]] = {
         {**SIZES, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
         RefilledBatch,
     ),
-    "qwen3_next": ("Qwen3NextConfig", {**SIZES, **MOE, **LINEAR, "layer_types": ["linear_attention", "full_attention"]}, PlainGenerate),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {**SIZES, **MOE, **LINEAR, "layer_types": ["linear_attention", "full_attention"]},
+        PlainGenerate,
+    ),
     "lfm2": ("Lfm2Config", {**SIZES, "layer_types": ["conv", "full_attention"]}, PlainGenerate),
-    "bloom": ("BloomConfig", {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4, **ENDS}, RefilledBatch),
-    "mpt": ("MptConfig", {"vocab_size": 128, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, RefilledBatch),
-    "mamba": ("MambaConfig", {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, PlainGenerate),
-}  # fmt: skip
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4, **ENDS},
+        RefilledBatch,
+    ),
+    "mpt": (
+        "MptConfig",
+        {"vocab_size": 128, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256},
+        RefilledBatch,
+    ),
+    "mamba": (
+        "MambaConfig",
+        {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        PlainGenerate,
+    ),
+}
 
 
 def build(name: str) -> Any:
@@ -117,7 +138,9 @@ def decoded(decoder: Any, ids: list[list[int]], rooms: list[int]) -> list[list[i
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_the_check_accepts_gives_the_tokens_of_plain_generate(name):
-    """Six prompts in three places, past every window, chunk and original length; alone, each gives the same tokens."""
+    """Six prompts in three places, past every window, chunk and original length; alone, each gives the same
+    tokens.
+    """
     model, ids = build(name), prompts()
     decoder, faults = find_decoder(model, ids, max_new_tokens=40, batch_size=3, prefill_tokens=30)
     assert type(decoder) is MODELS[name][2] and len(faults) == (type(decoder) is PlainGenerate)
@@ -207,7 +230,7 @@ class Letters:
 
 @pytest.mark.parametrize("name", ["phi3_longrope", "dynamic_ntk", "gemma2"])
 def test_a_response_does_not_depend_on_its_neighbours(name, capsys):
-    """RoPE's frequencies may follow the longest row of a call, and the longest row that ever was: not here."""
+    """RoPE's frequencies may follow the longest row of a call, or of all calls so far. Responses must not."""
     model, ids = build(name), prompts()
     requests = [Request(prompt, seed, 40 - 5 * seed) for seed, prompt in enumerate(ids)]
     generator = HFGenerator(model, Letters(), {2}, SamplingConfig(max_new_tokens=40), HF(batch_size=3))
@@ -224,7 +247,9 @@ def test_a_response_does_not_depend_on_its_neighbours(name, capsys):
 
 
 def test_the_check_runs_in_float32_and_leaves_every_tensor_as_it_was():
-    """In 16 bits, rounding would hide a fault or be taken for one; RoPE's frequencies stay in float32 throughout."""
+    """In 16 bits, rounding would hide a fault or be taken for one; RoPE's frequencies stay in float32
+    throughout.
+    """
     model = build("gemma2").to(torch.bfloat16)
     model.model.rotary_emb.to(torch.float32)
     before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}

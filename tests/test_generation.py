@@ -1,5 +1,5 @@
-"""generation=hf gives what transformers' own `generate` gives, sampling follows its distribution, and vLLM gets the same
-requests."""
+"""generation=hf gives what transformers' own `generate` gives, sampling follows its distribution, and vLLM
+gets the same requests."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def naive(source: Source, ids: list[int], tokens: int) -> tuple[str, list[int], 
     "options", [{"batch_size": 4}, {"batch_size": 16}, {"batch_size": 3, "prefill_tokens": 100}]
 )
 def test_greedy_responses_equal_plain_generate(source, prompts, options):
-    """Refilled places, copied prompts and prefill waves change no response; rooms differ, so rows end at all times."""
+    """Refilled places, copied prompts and prefill waves change no response; rooms differ, so rows end at all
+    times.
+    """
     rooms = [3 + 5 * (i % 4) for i in range(len(prompts))]
     requests = [Request(ids, 0, room) for ids, room in zip(prompts, rooms, strict=True)]
     got = run(source, requests, SamplingConfig(temperature=0.0), **options)
@@ -70,7 +72,9 @@ def test_greedy_responses_equal_plain_generate(source, prompts, options):
 
 
 def test_an_end_token_ends_a_response(source, prompts):
-    """A model whose every token is an end token answers with an empty text, and its ids hold the one it sampled."""
+    """A model whose every token is an end token answers with an empty text, and its ids hold the one it
+    sampled.
+    """
     got = run(
         source._replace(ends=set(range(320))), [Request(ids, 0, 9) for ids in prompts], SamplingConfig()
     )
@@ -78,7 +82,7 @@ def test_an_end_token_ends_a_response(source, prompts):
 
 
 def test_special_tokens_that_end_nothing_stay_in_the_text(source):
-    """Some tokenizers have <think> as a special token; a text without it would lose where the thought begins."""
+    """Some tokenizers have <think> as a special token; without it, a text does not show its thought."""
     tokenizer = loading.load_tokenizer(source.folder, source.model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     text = "<think>She sells 3.</think>The answer is 12."
@@ -86,7 +90,9 @@ def test_special_tokens_that_end_nothing_stay_in_the_text(source):
 
 
 def test_sampled_responses_equal_a_naive_loop_in_any_batch(source, prompts):
-    """Each request draws from its own seed, whatever surrounds it: a forward over the whole text per token says what."""
+    """Each request draws from its own seed, whatever surrounds it: a forward over the whole text per token
+    says what.
+    """
     sampling = SamplingConfig(temperature=1.0, top_p=0.9)
     requests = [Request(ids, seed, 12) for seed, ids in enumerate(prompts)]
     tokenizer = loading.load_tokenizer(source.folder, source.model)
@@ -133,7 +139,9 @@ def test_eager_attention_gives_the_same_responses(source, prompts):
 
 
 def test_sampling_follows_the_distribution():
-    """Frequencies over an even grid of uniform numbers equal softmax probabilities, cut to the nucleus under top_p."""
+    """Frequencies over an even grid of uniform numbers equal softmax probabilities, cut to the nucleus under
+    top_p.
+    """
     torch.manual_seed(0)
     logits, n = torch.randn(12), 20_000
     uniforms = (torch.arange(n) + 0.5) / n

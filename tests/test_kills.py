@@ -1,4 +1,4 @@
-"""SIGKILL twenty times at random moments, or a full disk: the run ends with the files of an undisturbed one."""
+"""After twenty kills, or a full disk, a run ends with the files of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WORDS = {
 
 
 def start(command: str, run_dir: Path) -> int:
-    """The rank's job in a process of its own. Forked, since importing torch twenty times is most of the work."""
+    """The rank's job in a process of its own, forked because importing torch takes most of the time."""
     if (pid := os.fork()) == 0:
         status = 1
         try:
@@ -93,7 +93,9 @@ mount -o remount,size=64m {disk}
 @pytest.mark.slow
 @pytest.mark.parametrize("command, size", [("build-pairs", "40k"), ("train", "300k")])
 def test_a_full_disk_loses_nothing(command, size, tiny_model, problem_file, pair_file, tmp_path):
-    """A real file system that is too small: one message, exit status 2; with more room the run goes on, exactly."""
+    """A real file system that is too small: one message, exit status 2; with more room the run goes on,
+    exactly.
+    """
     words = ["model=hf", f"model.path={tiny_model}", "model.dtype=float32", f"cache_dir={tmp_path}"]
     if command == "train":
         words += [f"data.path={pair_file}", "data.max_length=130", "steps=4", "batch_size=4", "save_every=2"]

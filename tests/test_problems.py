@@ -159,7 +159,9 @@ def test_empty_answers_are_left_out_aloud(tmp_path, capsys):
 
 
 def test_a_bad_row_among_hundreds_is_left_out_aloud(tmp_path, capsys):
-    """Public files have a few rows without a mark, and cannot be mended by hand; too many mean a wrong setting."""
+    """Public files have a few rows without a mark, and cannot be mended by hand; too many mean a wrong
+    setting.
+    """
     rows = [{"prompt": "?", "answer": rf"It is \boxed{{{i}}}."} for i in range(198)]
     rows += [{"prompt": "?", "answer": "It is [2]."}, {"prompt": "\ud800", "answer": r"\boxed{1}"}]
     file = write_jsonl(tmp_path / "p.jsonl", rows)

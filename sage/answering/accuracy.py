@@ -40,9 +40,7 @@ def by_problem(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
 
 
 def measure(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """The results of one benchmark. The interval is Wilson's with one sample per problem, a bootstrap with
-    more.
-    """
+    """The results of one benchmark, from the same number of samples of each problem."""
     rows = by_problem(attempts)
     samples = len(rows[0])
     means = [fmean(a.correct for a in row) for row in rows]

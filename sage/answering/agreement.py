@@ -1,8 +1,8 @@
 """Before the work, decoders are checked: do they give the model's own log-probabilities?
 
-The reference is transformers' `generate`, greedy and one prompt at a time, on a few of the run's prompts. A decoder
-under test is fed the tokens that the reference chose, so near ties cannot make the two diverge. It must agree on the
-likeliest tokens of every step.
+The reference is transformers' `generate`, greedy and one prompt at a time, on a few of the run's prompts. A
+decoder under test is fed the tokens that the reference chose, so near ties cannot make the two diverge. It
+must agree on the likeliest tokens of every step.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sage.util.errors import UserError
 
 STEPS = 8  # tokens compared of each prompt
 LIKELIEST = 10  # tokens compared at each step
-# Largest difference of a step, in nats, averaged over its likeliest tokens. A wrong mask or position moves whole
-# nats. Rounding to 16 bits moves tenths, so the check runs in float32 where memory allows it.
+# Largest difference of a step, in nats, averaged over its likeliest tokens. A wrong mask or position moves
+# whole nats. Rounding to 16 bits moves tenths, so the check runs in float32 where memory allows it.
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 1.0
 BATCH = 3  # fewer places than prompts, so that some rows enter late
 
@@ -97,7 +97,7 @@ def first_that_agrees(
 
 
 def context_of(config: Any) -> int | None:
-    """The most tokens that a model can hold; None if its config names no limit (ALiBi, state-space models)."""
+    """The most tokens that a model can hold; None if its config names no limit (ALiBi, Mamba)."""
     config = config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
@@ -108,7 +108,8 @@ def probe_prompts(
     """Prompts of several lengths from `prompts`, and longer ones that reach past what changes with length.
 
     Windows, chunks and RoPE's original length are numbers in the config. Any number that a prompt and its
-    response could cross is taken for one. Only the largest is tried, because crossing it crosses the others too.
+    response could cross is taken for one. Only the largest is tried, because crossing it crosses the others
+    too.
     """
     longest = max(map(len, prompts)) + max_new_tokens
     if (context := context_of(config)) is not None:

@@ -1,9 +1,8 @@
-"""Verified responses to problems, saved in chunks so that a killed run can resume. Used by build-pairs, eval
-and train.
+"""Verified responses to problems, for build-pairs, eval and train. They are saved in chunks, so a run can
+resume.
 
-    folder/progress/chunk_N.jsonl   written whole or not at all, during the work
-    folder/generations.jsonl        one attempt a line, in the problems' order, written when all chunks are
-    there
+    folder/progress/chunk_N.jsonl   during the work; written whole or not at all
+    folder/generations.jsonl        one attempt a line, in the problems' order; written after the last chunk
 
 A chunk holds whole problems and is generated from an empty batch, so a resumed run makes the same chunks as
 an undisturbed one. Ranks take chunks in turn.
@@ -108,8 +107,7 @@ class Sampler:
     def attempts(
         self, problems: Sequence[Problem], samples: int, prompt: str, folder: Path, name: str
     ) -> list[Attempt]:
-        """`samples` attempts at each problem, in order. Only rank 0 gets them; the other ranks get an empty
-        list.
+        """`samples` attempts at each problem, in order. Ranks other than 0 get an empty list.
 
         Args:
             prompt: the text of a prompt, with {problem} in it.
@@ -146,9 +144,7 @@ class Sampler:
         return read_attempts(final)
 
     def chunks(self, ids: Sequence[Sequence[int]], samples: int) -> list[list[int]]:
-        """Indices of problems in chunks of similar prompt length. The longest come first: they need the most
-        memory.
-        """
+        """Indices of problems in chunks of similar prompt length, the longest (most memory) first."""
         by_length = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
         size = max(self.backend.chunk // samples, 1)
         return [by_length[start : start + size] for start in range(0, len(by_length), size)]
@@ -185,7 +181,9 @@ class Sampler:
         ]
 
     def estimate(self, ids: Sequence[list[int]], samples: int, chunks: int) -> None:
-        """Print how long the work will take at most, estimated from a few tokens. Nothing for a single chunk."""
+        """Print the longest time that the work can take, estimated from a few tokens, if it has several
+        chunks.
+        """
         if chunks < 2 or self.generator is None:
             return
         probe = ids[: max(self.backend.chunk // 4, 1)]

@@ -1,8 +1,7 @@
 """Two ways to run a model token by token: our batch that is refilled, and transformers' own `generate`.
 
-`RefilledBatch` is the fast one. `PlainGenerate` is slower, and is the reference: with a batch of one it is
-what transformers itself does. `sage.answering.generation` checks the first against the second before it is
-used.
+`RefilledBatch` is fast. `PlainGenerate` is slow, and with a batch of one it is the reference, since it is
+what transformers itself does. `sage.answering.agreement` checks the first against it.
 """
 
 from __future__ import annotations

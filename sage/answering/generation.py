@@ -34,8 +34,8 @@ class Source(NamedTuple):
 class HF:
     """transformers on this process's device, with a batch that is refilled as responses finish.
 
-    Each chunk starts with an empty batch, so a resumed run meets the same batches as an undisturbed one and gets the
-    same numbers, bit for bit.
+    Each chunk starts with an empty batch, so a resumed run meets the same batches as an undisturbed one and
+    gets the same numbers, bit for bit.
     """
 
     batch_size: int = key(16, "responses that are generated side by side", low=1)
@@ -51,9 +51,7 @@ class HF:
 
 
 class HFGenerator:
-    """A Generator on a transformers model, which is checked against the model's own `generate` before the
-    work.
-    """
+    """A Generator on a transformers model. `prepare` checks it against the model's own `generate`."""
 
     def __init__(self, model: Any, tokenizer: Any, ends: set[int], sampling: SamplingConfig, options: HF):
         self.model, self.tokenizer, self.ends, self.options = model, tokenizer, ends, options
@@ -63,7 +61,7 @@ class HFGenerator:
         self.decoder: Decoder | None = None
 
     def prepare(self, prompts: Sequence[list[int]]) -> None:
-        """Find the fastest decoder that agrees with the model on these prompts; say so if it is not the usual
+        """Find the fastest decoder that agrees with the model on these prompts. Print a line if it is a slow
         one.
 
         Raises:

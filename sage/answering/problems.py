@@ -1,6 +1,4 @@
-r"""Problems with a known answer, read from benchmark files: GSM8K's `#### N`, MATH's `\boxed{}`, plain
-answers.
-"""
+r"""Problems with a known answer, read from benchmark files (GSM8K's `#### N`, MATH's `\boxed{}`, plain)."""
 
 import math
 from collections.abc import Callable, Mapping

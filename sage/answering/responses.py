@@ -1,4 +1,4 @@
-"""What every way of generating shares: requests, responses, when a response ends, and how a token is drawn."""
+"""What all generators share: requests, responses, stop rules, and how a token is drawn."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def seed_of(seed: int, problem_id: str, sample: int) -> int:
 
 
 class Row:
-    """A response in the making. `room` is the most tokens it may get; `finish` is empty until it has ended."""
+    """A response in the making. It may get at most `room` tokens. `finish` is empty until it has ended."""
 
     def __init__(self, index: int, prompt_ids: list[int], room: int):
         self.index, self.prompt_ids, self.room = index, prompt_ids, room
@@ -80,8 +80,7 @@ class Sampling:
     def __init__(self, tokenizer: Any, ends: set[int], temperature: float, top_p: float, stop: Sequence[str]):
         self.tokenizer, self.ends, self.stop = tokenizer, ends, stop
         self.temperature, self.top_p = temperature, top_p
-        # A character has at most four byte-level tokens, so a stop text always lies within this many last
-        # tokens.
+        # A character has at most four byte-level tokens, so these last tokens always hold a whole stop text.
         self.stop_window = 4 * max(map(len, stop), default=0) + 4
         self.uniforms: dict[int, np.ndarray] = {}
 
@@ -136,8 +135,7 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
         return logits.argmax(-1)
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
-        # The nucleus is nearly always among the first few; sorting a whole vocabulary costs as much as a
-        # layer.
+        # The nucleus is nearly always among the first few. Sorting the vocabulary costs as much as a layer.
         kept = probabilities.topk(min(256, logits.shape[-1])).values
         if kept.sum(-1).min() < top_p:
             kept = probabilities.sort(-1, descending=True).values

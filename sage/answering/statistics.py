@@ -16,7 +16,7 @@ RESAMPLES = 10_000
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927): right of small samples, and within [0, 1] at 0 and at all right."""
+    """95% interval of a share (Wilson 1927). It holds for small samples too, and stays within [0, 1]."""
     p, z2 = right / total, Z95**2
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = Z95 * sqrt(p * (1 - p) / total + z2 / (4 * total**2)) / (1 + z2 / total)
@@ -24,7 +24,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """95% percentile interval of the mean when problems are drawn again with replacement."""
+    """95% percentile interval of the mean, from resampling the problems with replacement."""
     rng, data = np.random.default_rng(0), np.asarray(values, dtype=np.float64)
     means = [data[rng.integers(len(data), size=len(data))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -32,25 +32,24 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pass_at(k: int, samples: int, right: int) -> float:
-    """Chance that one of k samples, drawn without replacement, is right: unbiased (Chen et al. 2021, arXiv
-    2107.03374).
+    """Chance that one of k samples is right, if they are drawn without replacement.
+
+    The unbiased estimate of Chen et al. 2021 (arXiv 2107.03374).
     """
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
 def majority(answers: Sequence[str | None], right: Sequence[bool]) -> bool:
-    """Is the most frequent answer right? The first of several as frequent; attempts without an answer do not
-    vote.
-    """
+    """Whether the most frequent answer is right. In a tie, the first to appear wins. None does not vote."""
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return False
-    winner = max(votes, key=lambda answer: votes[answer])  # the first to appear, where votes tie
+    winner = max(votes, key=lambda answer: votes[answer])  # the first to appear wins a tie
     return right[list(answers).index(winner)]
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Two-sided exact p-value: were losses and gains equally likely, how often would they differ this much?"""
+    """Two-sided exact p-value of McNemar's test: losses and gains are equally likely under the null."""
     total = lost + gained
     tail = sum(comb(total, i) for i in range(min(lost, gained) + 1)) / 2**total
     return min(1.0, 2 * tail)
@@ -59,6 +58,6 @@ def mcnemar(lost: int, gained: int) -> float:
 def by_group(
     groups: Sequence[str | None], values: Sequence[float], of: Callable[[Sequence[float]], dict]
 ) -> dict:
-    """`of` the values of each group, in the groups' order; nothing where the data has no groups."""
+    """`of` applied to the values of each group, in sorted order. Empty if the data has no groups."""
     names = sorted({group for group in groups if group is not None})
     return {name: of([v for v, g in zip(values, groups, strict=True) if g == name]) for name in names}

@@ -29,8 +29,8 @@ class VLLM:
     def open(self, source: Source, sampling: SamplingConfig) -> Iterator[VLLMGenerator]:
         if find_spec("vllm") is None:
             raise UserError(
-                "generation=vllm needs vLLM and a GPU that it supports: pip install 'sage-align[vllm]', or use "
-                "generation=hf"
+                "generation=vllm needs vLLM and a GPU that it supports: pip install 'sage-align[vllm]', "
+                "or use generation=hf"
             )
         tokenizer = loading.load_tokenizer(source.folder, source.model)
         options = {
@@ -76,9 +76,7 @@ def vllm_start(options: dict[str, Any]) -> None:
 def vllm_generate(
     requests: list[Request], sampling: SamplingConfig, ends: list[int]
 ) -> list[tuple[list[int], str] | None]:
-    """(sampled ids, finish) of each request, or None where the prompt fills the context. Runs in vLLM's
-    process.
-    """
+    """(sampled ids, finish) of each request, None if its prompt fills the context. In vLLM's process."""
     from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
 
     context = llm.llm_engine.model_config.max_model_len  # pyright: ignore[reportUndefinedVariable]

@@ -30,7 +30,7 @@ from sage.util.progress import console
 
 PAIRS_FILE = "pairs.jsonl"
 MANIFEST_FILE = "manifest.json"
-# Raise it when a change of prompts, sampling, verification or pairing changes the pairs: cached ones are then
+# Raise it when new code for prompts, sampling, verification or pairing gives other pairs. Cached ones are
 # rebuilt.
 PAIRS_VERSION = 2
 
@@ -70,7 +70,7 @@ class Candidate:
 
 
 def build_pairs(run_dir: Path) -> None:
-    """Build the pairs of the frozen config in `run_dir`, or resume an interrupted run. Every rank calls this."""
+    """Build the pairs of the frozen config in `run_dir`, or resume. Every rank calls this."""
     cfg = load(run_dir)
     assert isinstance(cfg, BuildPairsConfig) and cfg.data.problems.path is not None
     problems = read_problems(cfg.data.problems)
@@ -168,9 +168,7 @@ def recipe_key(cfg: TrainConfig) -> str:
 
 
 def gold_response(problem: Problem) -> str | None:
-    r"""The source's solution as a response to our prompt: no GSM8K <<calculations>>, and `#### N` becomes a
-    box.
-    """
+    r"""The source's solution as a response: without GSM8K's <<calculations>>, and `#### N` becomes a box."""
     if problem.solution is None:
         return None
     text = re.sub(r"<<[^<>]*>>", "", problem.solution).strip()
@@ -300,8 +298,9 @@ def match(
 def cap(
     found: list[tuple[BuiltPair, Candidate]], reason: str, share: float, seed: int
 ) -> list[tuple[BuiltPair, Candidate]]:
-    """Drop pairs with a truncated (or unparsable) rejected response, at random, until at most `share` of all
-    are such.
+    """Drop pairs whose rejected response is truncated (or unparsable) until at most `share` of all are such.
+
+    Which ones are dropped is random.
     """
     flagged = [pair.pair_id for pair, bad in found if getattr(bad, reason)]
     if share == 1 or not flagged:

@@ -1,4 +1,4 @@
-"""Accuracy on math benchmarks: sample, verify, count.
+"""Measure accuracy on math benchmarks: sample responses, verify them, and count.
 
 RUN_DIR/BENCHMARK/generations.jsonl   every response with its extracted answer and verdict
 RUN_DIR/summary.json                  accuracies with intervals; written last
@@ -25,11 +25,11 @@ from sage.util.errors import UserError
 from sage.util.files import write_json
 from sage.util.progress import console
 
-SHOWN = 10  # flipped problems of each kind
+SHOWN = 10  # flipped problems of each kind that are printed
 
 
 def evaluate(run_dir: Path) -> None:
-    """Run, or go on with, the evaluation whose frozen config lies in `run_dir`. Every rank calls this."""
+    """Run the evaluation of the frozen config in `run_dir`, or resume it. Every rank calls this."""
     cfg = load(run_dir)
     assert isinstance(cfg, EvalConfig)
     sampler = Sampler(
@@ -62,7 +62,7 @@ def evaluate(run_dir: Path) -> None:
 
 
 def compare(a: Path, b: Path) -> dict[str, Any]:
-    """What B gained and lost against A on the same problems, for every benchmark that both have.
+    """Compare B with A on the same problems, for every benchmark that both have.
 
     Raises:
         UserError: a directory is no finished evaluation, or their problems differ.
@@ -80,7 +80,7 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
 
 
 def compare_attempts(a: Path, b: Path) -> dict[str, Any]:
-    """Of one benchmark. With several samples a problem, right is what the majority answers."""
+    """Compare two runs of one benchmark. With several samples, the majority answer of a problem counts."""
     first, second = (
         {row[0].problem_id: row for row in by_problem(read_attempts(folder / GENERATIONS_FILE))}
         for folder in (a, b)
@@ -130,4 +130,4 @@ def print_comparison(a: Path, b: Path) -> None:
                 console.print(f"{name}, {kind}: {', '.join(r[kind][:SHOWN])}{more}")
     file = b / f"compared_to_{a.resolve().name}.json"
     write_json(file, result)
-    console.print(f"all of it: {file}")
+    console.print(f"the whole comparison: {file}")

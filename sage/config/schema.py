@@ -88,7 +88,7 @@ class TrainConfig(RunConfig):
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     generation: dict[str, Any] = key(
-        {}, "the engine that samples responses: a class of sage.answering, or yours, by _target_"
+        {}, "the backend that samples responses: a class of sage.answering, or yours, by _target_"
     )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     pairing: PairingConfig = field(default_factory=PairingConfig)
@@ -258,7 +258,7 @@ class EvalConfig(RunConfig):
     data: ChatConfig = field(default_factory=ChatConfig)
     benchmark: dict[str, ProblemsConfig] = key({}, "the problems of each benchmark, by its name")
     generation: dict[str, Any] = key(
-        {}, "the engine that samples responses: a class of sage.answering, or yours, by _target_"
+        {}, "the backend that samples responses: a class of sage.answering, or yours, by _target_"
     )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     samples: int = key(1, "responses per problem; accuracy is their mean", low=1)
