@@ -34,6 +34,7 @@ commands
   train             align a policy: sage train +experiment=demo [key=value ...]; -m sweeps over comma-separated values
   build-pairs       sample responses to problems, verify them, make preference pairs
   score-dataset     score every pair with forward passes only, and write the best rows
+  inspect           show pairs exactly as they will be trained; needs the tokenizer only
   eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
   verify FILE       verdicts on responses that are already there; verify RUN_DIR: on those of a finished eval
   resume RUN_DIR    continue an interrupted run exactly

@@ -13,7 +13,15 @@ from filelock import FileLock
 
 from sage import config
 from sage.answering.problems import read_problems
-from sage.config import BuildPairsConfig, CommandConfig, EvalConfig, RunConfig, TrainConfig, VerifyConfig
+from sage.config import (
+    BuildPairsConfig,
+    CommandConfig,
+    EvalConfig,
+    InspectConfig,
+    RunConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 from sage.data.pairs import load_data
 from sage.data.source import resolve_path
 from sage.util.errors import UserError
@@ -76,6 +84,10 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
         from sage.commands.verify import verify
 
         return verify(cfg, run_dir)
+    if isinstance(cfg, InspectConfig):
+        from sage.commands.inspect import inspect  # here, because it loads torch and transformers
+
+        return inspect(cfg)
     assert isinstance(cfg, RunConfig)
     if isinstance(cfg, TrainConfig) and not isinstance(cfg, BuildPairsConfig) and cfg.data.path is None:
         cfg.data.path = str(built_pairs(cfg))

@@ -252,6 +252,22 @@ class ScoreConfig(TrainConfig):
 
 
 @dataclass
+class InspectConfig(TrainConfig):
+    """`sage inspect` takes all keys of `sage train`, so that an experiment means the same pairs in both."""
+
+    command: str = key("inspect", "the command this config is for", choices=("inspect",))
+    name: str = key("inspect", "unused: no folder is made")
+    show: int = key(3, "print this many pairs", low=0)
+    json: str | None = key(None, "write every pair and every dropped row to this file, as JSON lines")
+
+    def check(self) -> None:
+        if self.data.path is None:
+            raise UserError(
+                "data.path is not set: inspect shows finished pairs. Give data.path=FILE; `sage build-pairs` makes one"
+            )
+
+
+@dataclass
 class EvalConfig(RunConfig):
     command: str = key("eval", "the command that this config is for", choices=("eval",))
     name: str = key("eval", "names the run's folder")
@@ -319,6 +335,7 @@ SCHEMAS: dict[str, type[CommandConfig]] = {
     "train": TrainConfig,
     "build-pairs": BuildPairsConfig,
     "score-dataset": ScoreConfig,
+    "inspect": InspectConfig,
     "eval": EvalConfig,
     "verify": VerifyConfig,
 }

@@ -21,7 +21,8 @@ from hydra.utils import instantiate
 from sage.answering.check import check_answers, without
 from sage.config import TrainConfig, load
 from sage.curriculum import Curriculum, Setting
-from sage.data.chat import ChatFormat
+from sage.data.chat import ChatFormat, response_ends
+from sage.data.display import shown
 from sage.data.pairs import load_data
 from sage.data.tokens import TokenizedPairs, tokenize_pairs
 from sage.losses import Loss
@@ -43,6 +44,8 @@ from sage.training.snr import SNR
 from sage.util import ranks
 from sage.util.errors import UserError
 from sage.util.progress import console
+
+FIRST_PAIR_WIDTH = 240  # characters shown of each part of the first pair
 
 
 def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
@@ -149,6 +152,9 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
         notes.append(f"the first dropped row is {source.dropped[0].place}: {source.dropped[0].detail}")
     for note in [*pairs.notes, *notes]:
         console.print(f"{path}: {note}", markup=False)
+    if not held_out:
+        ends = response_ends(tokenizer, ChatFormat.of(data))
+        console.print(shown(pairs[0], tokenizer, ends, width=FIRST_PAIR_WIDTH), end="\n\n")
     if data.list_dropped:
         list_rows(run_dir / "dropped.jsonl", path, dropped, held_out)
     return pairs

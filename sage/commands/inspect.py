@@ -1,0 +1,169 @@
+"""Show pairs exactly as they will be trained. Needs the tokenizer only; runs in one process, without a run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from rich.table import Table
+
+from sage.config import InspectConfig, ModelConfig
+from sage.data.chat import ChatFormat, Renderer, response_ends
+from sage.data.display import COLOURS, WARNINGS, shown, texts_of, warnings_of
+from sage.data.pairs import PairSet, load_data
+from sage.data.source import resolve_path
+from sage.data.tokens import Pair, TokenizedPairs, tokenize_pairs
+from sage.model import loading
+from sage.util.files import write_whole
+from sage.util.progress import console
+
+SHOWN = 5  # rows or pairs that a line names
+BATCH = 1000  # pairs decoded at a time
+BINS, BAR_WIDTH = 12, 40  # of the histogram
+# Markup of common chat templates, besides the special tokens of this one.
+MARKUP = r"<\|(?:im_start|im_end|user|assistant|system|start_header_id|eot_id)\|>|\[/?INST\]|<start_of_turn>|<｜User｜>"
+
+
+def inspect(cfg: InspectConfig) -> None:
+    """Print some pairs, what was dropped and why, lengths and warnings; write `cfg.json` if it is set.
+
+    Raises:
+        UserError: the same as `sage train` would, for its data and tokenizer.
+    """
+    source = load_data(cfg.data)
+    tokenizer = loading.load_tokenizer(tokenizer_folder(cfg.model, cfg.cache_dir), cfg.model)
+    chat = ChatFormat.of(cfg.data)
+    pairs = tokenize_pairs(
+        source.pairs,
+        tokenizer,
+        chat=chat,
+        max_length=cfg.data.max_length,
+        num_proc=cfg.data.num_proc,
+        cache_dir=cfg.cache_dir,
+        max_bad=cfg.data.max_bad,
+    )
+    ends = response_ends(tokenizer, chat)
+    for index in range(min(cfg.show, len(pairs))):
+        console.print(shown(pairs[index], tokenizer, ends), end="\n\n")
+    for note in source.notes + pairs.notes:
+        console.print(note)
+    found = examine(pairs, source, tokenizer, chat, ends, cfg.json)
+    print_lengths(pairs)
+    print_dropped(pairs, source)
+    print_warnings(found)
+    if cfg.json:
+        console.print(f"all of it: {cfg.json}")
+
+
+def tokenizer_folder(cfg: ModelConfig, cache_dir: str) -> str:
+    """Where the tokenizer is: a folder need not hold a model, and a hub model is not downloaded."""
+    path = resolve_path(cfg.path)
+    if os.path.isdir(path) or (
+        path.count("/") == 1 and not path.startswith((".", "/")) and not os.path.exists(path)
+    ):
+        return path
+    return loading.resolve_model(cfg, cache_dir)
+
+
+def examine(
+    pairs: TokenizedPairs, source: PairSet, tokenizer: Any, chat: ChatFormat, ends: set[int], file: str | None
+) -> dict[str, list[str]]:
+    """Warning -> pair_ids; writes every pair, then every dropped row, to `file`."""
+    renderer = Renderer(tokenizer, chat)
+    marks = set() if renderer.template is None else set(renderer.end_tokens.values())
+    found: dict[str, list[str]] = {name: [] for name in WARNINGS}
+    found["template_in_prompt"] = template_in_prompts(source, renderer)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for start in range(0, len(pairs), BATCH):
+            columns = pairs.data[start : start + BATCH]
+            batch = [Pair(*row) for row in zip(*(columns[name] for name in Pair._fields), strict=True)]
+            for pair, texts in zip(batch, texts_of(batch, tokenizer), strict=True):
+                for name in warnings_of(pair, texts, ends, marks):
+                    found[name].append(pair.pair_id)
+                row = pair._asdict()
+                del row["pass_rate"]
+                yield row | dict(zip(("prompt_text", "chosen_text", "rejected_text"), texts, strict=True))
+        yield from dropped_rows(pairs, source)
+
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
+
+    if file:
+        write_whole(Path(file).expanduser().absolute(), write)
+    else:
+        for _ in rows():
+            pass
+    return found
+
+
+def template_in_prompts(source: PairSet, renderer: Renderer) -> list[str]:
+    """The pairs whose prompt, as the source has it, holds the markup of a chat template."""
+    marks = [MARKUP]
+    if renderer.template is not None:
+        marks += [re.escape(mark) for mark in renderer.end_tokens if mark in renderer.surroundings[1]]
+    table = source.pairs.data.table
+    where = pc.match_substring_regex(table["prompt"], "|".join(marks))  # pyright: ignore
+    return table["pair_id"].filter(where).to_pylist()
+
+
+def dropped_rows(pairs: TokenizedPairs, source: PairSet) -> Iterator[dict[str, Any]]:
+    """Every row that gives no pair: row, pair_id, reason and, where the reason does not say it all, a detail."""
+    for row in source.dropped:
+        yield row._asdict()
+    table = source.pairs.data.table
+    rows = dict(zip(table["pair_id"].to_pylist(), table["row"].to_pylist(), strict=True))
+    for reason, ids in pairs.dropped.items():
+        for pair_id in ids:
+            yield {
+                "row": rows[pair_id],
+                "pair_id": pair_id,
+                "reason": reason,
+                "detail": pairs.details.get(pair_id),
+            }
+
+
+def print_lengths(pairs: TokenizedPairs) -> None:
+    lengths = pairs.lengths()
+    table = Table(title=f"{len(pairs)} pairs, lengths in tokens", title_justify="left")
+    for column in ("", "shortest", "median", "95%", "longest", "all"):
+        table.add_column(column, justify="left" if not column else "right")
+    totals = lengths[:, 0] + lengths[:, 1:].max(1)
+    for name, column in zip((*COLOURS, "prompt and longer response"), (*lengths.T, totals), strict=True):
+        quantiles = np.quantile(column, (0, 0.5, 0.95, 1), method="lower")
+        table.add_row(name, *(str(int(value)) for value in (*quantiles, column.sum())))
+    console.print(table)
+    counts, edges = np.histogram(totals, bins=min(BINS, int(totals.max() - totals.min()) + 1))
+    for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
+        bar = "█" * -(-BAR_WIDTH * count // int(counts.max()))
+        console.print(f"{int(np.ceil(low)):>7} to {int(high):<7} {bar} {count}")
+
+
+def print_dropped(pairs: TokenizedPairs, source: PairSet) -> None:
+    rows = list(dropped_rows(pairs, source))
+    if rows:
+        console.print(f"dropped: {len(rows)}")
+    for reason, count in Counter(row["reason"] for row in rows).most_common():
+        named = [row for row in rows if row["reason"] == reason][:SHOWN]
+        console.print(f"  {count} {reason}: rows {', '.join(str(row['row']) for row in named)}{more(count)}")
+        if named[0]["detail"]:
+            console.print(f"    row {named[0]['row']}: {named[0]['detail']}", markup=False)
+
+
+def print_warnings(found: dict[str, list[str]]) -> None:
+    for name, ids in found.items():
+        if ids:
+            listed = f"{', '.join(ids[:SHOWN])}{more(len(ids))}"
+            console.print(f"warning: {len(ids)} pairs: {WARNINGS[name]}: {listed}", markup=False)
+
+
+def more(count: int) -> str:
+    return f" and {count - SHOWN} more" if count > SHOWN else ""
