@@ -80,6 +80,9 @@ class RandomFromPool(Ranking):
     def ranked_by(self) -> None:
         return None
 
+    warmup_steps: int = 5
+    margin: str = "policy_mean"
+
     def __call__(self, stats: PairStats) -> Tensor:
         return torch.zeros_like(stats.u)
 
@@ -93,6 +96,7 @@ class BetaDPO(Ranking):
     (mean m of the drawn pairs - M)).
     """
 
+    candidates_per_pair: float = 1.25
     scale: float = 0.6
     momentum: float = 0.9
     MIN_BETA: ClassVar[float] = 1e-3

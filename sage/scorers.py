@@ -240,6 +240,8 @@ class Sage(Ranking):
     """
 
     damping: float = 0.25
+    warmup_steps: int = 5
+    margin: str = "policy_mean"
 
     def __call__(self, stats: PairStats) -> Tensor:
         u = stats.margin(self.margin)

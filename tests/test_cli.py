@@ -93,7 +93,7 @@ def test_every_option_composes_and_loads(group, option):
         overrides += ["data.path=pairs.jsonl", "epochs=null", "steps=1"]
     overrides += {
         ("model", "hf"): ["model.path=folder"],
-        ("scorer", "rho"): ["+scorer.margins_from=file"],
+        ("scorer", "rho"): ["scorer.margins_from=file"],
     }.get((group, option), [])
     with initialize_config_module("sage.conf", version_base="1.3"):
         cfg = config.load(compose(command, overrides))

@@ -46,7 +46,7 @@ WITH_TARGET = [
     (group, option)
     for group, options in config.groups().items()
     for option in options
-    if group in ("loss", "curriculum", "generation")
+    if group in ("loss", "scorer", "curriculum", "generation")
 ]
 # One option of each group in the schema lists all keys; the schema supplies them to the others.
 LISTED = {
@@ -181,6 +181,13 @@ def test_a_class_of_another_kind_is_refused_before_it_is_built(group, target):
         config.load(cfg)
 
 
+def test_hooks_must_be_hooks():
+    given = [*PAIRS, "+hooks.mine._target_=subprocess.Popen"]
+    with pytest.raises(UserError, match=r"hooks\.mine\._target_=subprocess\.Popen"):
+        load(*given)
+    load(*PAIRS, "+hooks.mine._target_=sage.training.hooks.Hook")
+
+
 def test_an_option_cannot_hold_a_class():
     with pytest.raises(UserError, match=r"scorer\.margin"):
         load(*PAIRS, "scorer=loss", "scorer.margin={_target_:subprocess.call,args:[ls]}")
@@ -284,7 +291,7 @@ def test_advice_composes_as_it_is_written(override):
     composed(*options.get(key.split(".")[0], []) * ("." in key), *lora, override, command=base)
 
 
-NAMED = ["data.problems.path=FILE", "loss.label_smoothing=0.1", "generation.chunk=4"]
+NAMED = ["data.problems.path=FILE", "scorer.max_nan=0.2", "loss.label_smoothing=0.1", "generation.chunk=4"]
 
 
 def test_advice_that_an_option_must_have():

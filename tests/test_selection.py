@@ -59,7 +59,7 @@ def test_signal_and_curvature_are_the_derivatives_of_the_loss():
 def test_every_margin_level_ratio_falls_in_the_margin():
     """The warning of the method: at margin level no ratio is more than a monotone function of the margin."""
     for damping in (1e-6, 0.25, 10.0):
-        scores = Sage(damping=damping)(stats_of(U.double()))
+        scores = Sage(damping=damping, margin="implicit_reward")(stats_of(U.double()))
         assert (scores.diff() < 0).all()
 
 
@@ -69,7 +69,9 @@ def test_sage_without_gates_under_hard_top_k_is_loss(k):
     u = torch.randn(96, generator=torch.Generator().manual_seed(k)).double() * 4
     by_loss = select(LargestLoss()(stats_of(u)), k, seed=3)
     for damping in (1e-3, 0.25, 5.0):
-        assert torch.equal(select(Sage(damping=damping)(stats_of(u)), k, seed=3), by_loss)
+        assert torch.equal(
+            select(Sage(damping=damping, margin="implicit_reward")(stats_of(u)), k, seed=3), by_loss
+        )
 
 
 def test_the_logit_level_is_not_monotone():
@@ -522,7 +524,7 @@ def test_uniform_batches_may_be_larger_than_the_dataset(tmp_path):
 def test_all_scores_nan_is_said_and_no_crash(tmp_path):
     """Protects every gate and beta_dpo from an empty quantile or mean: the message names the pairs."""
     gates = {"drop_curvature": 0.2, "drop_negative": 0.2}
-    for scorer in (Sage(**gates), BetaDPO(candidates_per_pair=3.0)):
+    for scorer in (Sage(warmup_steps=0, margin="implicit_reward", **gates), BetaDPO(candidates_per_pair=3.0)):
         with pytest.raises(UserError, match="6 of 6 candidates have no finite score"):
             FakeRun(scorer, tmp_path, torch.full((12,), math.nan)).steps(1)
     assert scorer.mean == scorer.std == 0.0

@@ -78,8 +78,8 @@ def check_value(name: str, metadata: Mapping[str, Any], value: Any) -> None:
 def check_target(key: str, node: dict[str, Any], group: str | None = None) -> None:
     """Check the options of a `_target_` group (by default the one that `key` names) before a model is loaded.
 
-    The class must belong to its group, so that a run folder from elsewhere cannot name another program. A class that
-    needs nothing but its options is built once, which runs its own checks.
+    The class must belong to its group, so that a run folder from elsewhere cannot name another program. Its options are
+    the fields of a dataclass. A class that needs nothing but its options is built once, which runs its own checks.
 
     Raises:
         UserError: the class is not one of the group's, or an option is unknown, of the wrong type or out of range.
@@ -92,18 +92,20 @@ def check_target(key: str, node: dict[str, Any], group: str | None = None) -> No
         cls = get_class(target)
     except Exception as e:
         raise UserError(f"{key}._target_={target} cannot be imported: {e}") from e
-    belongs = (
-        issubclass(cls, get_class(BASES[group])) if group in BASES else callable(getattr(cls, "open", None))
-    )
-    if not (belongs and dataclasses.is_dataclass(cls)):
-        wanted = f"extends {BASES[group]}" if group in BASES else "has a method `open`"
-        raise UserError(f"{key}._target_={target}: must be a dataclass that {wanted}")
-    options = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    if group in BASES:
+        belongs, kind = issubclass(cls, get_class(BASES[group])), f"a subclass of {BASES[group]}"
+    else:
+        belongs, kind = callable(getattr(cls, "open", None)), "a class with a method `open`"
+    if not belongs:
+        raise UserError(f"{key}._target_={target}: must be {kind}")
+    options = {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
     given = {name: value for name, value in node.items() if name != "_target_"}
     for name in given:
         if name not in options:
             near = suggestion(f"{key}.{name}", [f"{key}.{option}" for option in options])
-            raise UserError(f"unknown config key '{key}.{name}'{near}: {target} has no such option")
+            raise UserError(f"unknown config key '{key}.{name}'{near}: {target} has no such dataclass field")
+    if not options:
+        return
     try:
         typed = OmegaConf.merge(OmegaConf.structured(cls), given)
         values: Any = {name: OmegaConf.to_container(typed)[name] for name in given}  # pyright: ignore

@@ -114,7 +114,7 @@ class TrainConfig(RunConfig):
     log_every: int = key(1, "steps between log lines", low=1)
 
     hooks: dict[str, dict[str, Any]] = key(
-        {}, "extra metrics: name -> your subclass of sage.training.hooks.Hook by _target_"
+        {}, "extra metrics: a name for each, and your subclass of sage.training.hooks.Hook by _target_"
     )
 
     def check(self) -> None:
