@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra.utils import get_class
 
 from sage.baseline_scorers import (
     BetaDPO,
@@ -20,6 +21,7 @@ from sage.baseline_scorers import (
     RandomFromPool,
     Rho,
 )
+from sage.config.frozen import up_to_date
 from sage.curriculum import Curriculum, SageCurriculum, Setting, allot, frontier_shares
 from sage.losses import DPO
 from sage.model.logps import LogitStats, PairLogps
@@ -563,6 +565,18 @@ def test_margins_from_another_model(tmp_path):
         read_margins(str(file), np.array(["a", "c"], object))
     with pytest.raises(UserError, match="not Parquet"):
         read_margins(str(tmp_path / "none.parquet"), np.array(["a"], object))
+
+
+def test_frozen_configs_find_classes_that_moved():
+    """Protects runs of earlier versions: their scorers and curricula lie elsewhere now."""
+    written = {
+        "scorer": {"_target_": "sage.scorers.LargestLoss"},
+        "scorers": {"other": {"_target_": "sage.scorers.BetaDPO"}},
+        "curriculum": {"_target_": "sage.curriculum.StaticFilter"},
+    }
+    current = up_to_date(written)
+    nodes = (current["scorer"], current["scorers"]["other"], current["curriculum"])
+    assert [get_class(node["_target_"]) for node in nodes] == [LargestLoss, BetaDPO, StaticFilter]
 
 
 @pytest.mark.parametrize("group", ["scorer", "curriculum"])
