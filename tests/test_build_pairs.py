@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from whole_runs import SAGE, files, kill_after, sage
 from sage import config, launch
 from sage.answering.attempts import Attempt, read_attempts
 from sage.answering.problems import Problem
-from sage.commands.build_pairs import BuiltPair, build_pairs, gold_response, make_pairs
+from sage.commands.build_pairs import BuiltPair, build_pairs, gold_response, make_pairs, recipe_key
 from sage.config import PairingConfig
 from sage.data.pairs import load_pairs
 from sage.util.errors import UserError
@@ -236,6 +237,37 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
 
     sage("build-pairs", *words, "world_size=2", f"hydra.run.dir={tmp_path / 'two'}")
     assert files(tmp_path / "two") == files(built.parent)
+
+
+def test_whatever_decides_the_pairs_is_in_their_cache_key(words, tiny_model, tmp_path):
+    """A stale cache would train on pairs that this model and these settings do not make."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    words = [*words, f"model.path={folder}"]
+
+    def key(*more: str) -> str:
+        with initialize_config_module("sage.conf", version_base="1.3"):
+            cfg = config.load(compose("build_pairs", [*words, *more]))
+        assert isinstance(cfg, config.TrainConfig)
+        return recipe_key(cfg)
+
+    def rewrite(name: str, old: str, new: str) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    keys = [key(), key("data.chat_template=false"), key("seed=1"), key("sampling.top_p=0.5")]
+    assert key() == keys[0]
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template + "{{ more or '' }}")
+    keys += [key("+data.template_arguments.more=thinking")]
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    keys += [key()]
+    rewrite("chat_template.jinja", "assistant", "model")
+    keys += [key()]
+    rewrite("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
+    keys += [key()]
+    assert len(set(keys)) == len(keys)
 
 
 def test_build_pairs_without_problems_is_refused():

@@ -99,7 +99,8 @@ def first_that_agrees(
 def context_of(config: Any) -> int | None:
     """The most tokens that a model can hold; None if its config names no limit (ALiBi, Mamba)."""
     config = config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((n for name in names if (n := getattr(config, name, None)) and n > 0), None)
 
 
 def probe_prompts(
