@@ -1,4 +1,4 @@
-"""sage.data: which sources and forms of pairs are read, what the pair record holds, what is refused or dropped."""
+"""sage.data: which sources and forms of pairs are read, what the record holds, what is refused or dropped."""
 
 import csv
 import importlib.util
@@ -183,8 +183,8 @@ USELESS = [
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
 def test_bad_row_is_refused_with_file_and_row_or_dropped(row, reason, write):
-    """Protects training from rows that have no gradient or a wrong one; the message must find them. A small share of
-    them may be dropped, since nobody can mend hub data by hand."""
+    """Protects training from rows that have no gradient or a wrong one; the message must find them. A small
+    share of them may be dropped, since nobody can mend hub data by hand."""
     path = write({**PLAIN, "pair_id": "a"}, row)
     with pytest.raises(UserError) as error:
         load_pairs(path)
@@ -198,7 +198,7 @@ def test_bad_row_is_refused_with_file_and_row_or_dropped(row, reason, write):
 
 @pytest.mark.parametrize(("row", "reason"), USELESS)
 def test_pairs_that_teach_nothing_are_dropped_and_counted(row, reason, write):
-    """Protects a large set from one equal or empty pair, which public sets have: it is no bad row, but never silent."""
+    """Protects a large set from one equal or empty pair, as public sets have: dropped, never silently."""
     path = write(PLAIN, {**row, "pair_id": "x"})
     pairs, dropped, _ = read_pair_set(path)
     assert len(pairs) == 1
@@ -355,7 +355,7 @@ def test_one_object_in_a_json_file_is_one_row(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "parquet"])
 def test_folders_and_globs_of_shards(suffix, tmp_path):
-    """Protects sharded sets: all shards, in order, only of the split asked for; bad rows are found in their file."""
+    """Protects sharded sets: all shards, in order, of one split; bad rows are found in their file."""
     for number in (0, 1):
         datasets.Dataset.from_list([{**PLAIN, "prompt": f"{number}"}] * 2).to_parquet(tmp_path / "x.parquet")
         file = tmp_path / f"train-0000{number}-of-00002.{suffix}"

@@ -11,7 +11,7 @@ Turns = str | Messages
 
 
 class Useless(UserError):
-    """A row that is well formed but teaches nothing. Public data have them, so they do not count as bad rows."""
+    """A row that is well formed but teaches nothing. Public data have such rows; they are not bad rows."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -23,7 +23,7 @@ class MissingPrompt(UserError):
 
 
 class Pair(NamedTuple):
-    """All three are texts, or all three are messages; chosen and rejected are then one assistant's message each."""
+    """All three are texts, or all three are messages. Each response is then one assistant's message."""
 
     prompt: Turns
     chosen: Turns
@@ -55,7 +55,7 @@ def read_pair(values: Mapping[str, Any], chat: bool, implicit: bool) -> Pair:
             raise MissingPrompt("prompt is empty")
         empty = [name for name in ("chosen", "rejected") if not getattr(pair, name).strip()]
     else:
-        if all(message["role"] in ("system", "developer") for message in pair.prompt):
+        if all(message["role"] in ("system", "developer") or is_empty(message) for message in pair.prompt):
             raise MissingPrompt(
                 "no prompt: nothing that the user says, in a column or shared by both responses"
             )
@@ -85,7 +85,7 @@ def _read_response(name: str, value: Any, chat: bool) -> Turns:
 
 
 def _split(prompt: Turns | None, chosen: Turns, rejected: Turns, implicit: bool) -> Pair:
-    # Where one side is a text and the other messages (ms-swift), the text takes the place of the last message.
+    # If one side is a text and the other messages (ms-swift), the text replaces the last message.
     if isinstance(chosen, str) and not isinstance(rejected, str):
         chosen = [*rejected[:-1], _says(chosen)]
     elif isinstance(rejected, str) and not isinstance(chosen, str):
@@ -106,7 +106,10 @@ def _split(prompt: Turns | None, chosen: Turns, rejected: Turns, implicit: bool)
 
 
 def _split_texts(chosen: str, rejected: str) -> Pair:
-    """The longest common beginning is the prompt, as in TRL's `extract_prompt`; in HH's form, its last turn's mark."""
+    """The longest common beginning is the prompt, as in TRL's `extract_prompt`.
+
+    In HH's form the prompt ends with the last "Assistant:" in that beginning.
+    """
     end = _shared(chosen, rejected)
     if SPEECH.match(chosen):
         mark = "\n\nAssistant:"
@@ -135,7 +138,8 @@ def _split_messages(prompt: Turns | None, chosen: Messages, rejected: Messages) 
 def _join_prompt(prompt: Turns | None, shared: Messages) -> Messages:
     """The whole prompt, once, from the prompt column and the messages that both responses begin with.
 
-    Many sources (UltraFeedback) repeat the prompt in the responses, maybe after a system message or as one turn of many.
+    Many sources (UltraFeedback) repeat the prompt in the responses, maybe after a system message or as one
+    turn of many.
     """
     if prompt is None:
         return shared
@@ -153,8 +157,8 @@ def _join_prompt(prompt: Turns | None, shared: Messages) -> Messages:
     if theirs[0][0] in ("assistant", "tool"):
         return given + shared
     raise UserError(
-        "the prompt column is not part of the conversation that chosen and rejected share; to use that conversation "
-        "alone, set data.columns.prompt=''"
+        "the prompt column is not part of the conversation that chosen and rejected share; to use that "
+        "conversation alone, set data.columns.prompt=''"
     )
 
 
@@ -218,7 +222,7 @@ def _history(value: Any) -> Messages:
 
 
 def _check_started(pair: Pair) -> None:
-    """A prompt that ends with the assistant's message is a started answer. It must not be the whole response."""
+    """Refuse a prompt whose last message, a started answer, is already the whole response."""
     last = pair.prompt[-1]
     assert isinstance(last, dict)
     for name in ("chosen", "rejected"):

@@ -91,7 +91,7 @@ def _parse(text: bytes) -> Any:
 
 
 def read_document(name: str, file: Path, split: str) -> list[Any] | None:
-    """The rows of a file that is one JSON value, an array or an object around one; None if it has an object a line."""
+    """The rows of a file that is one JSON value: an array, or an object around one. None for JSON lines."""
     with _open(file) as lines:
         first = next((line for line in lines if line.strip()), b"")
         value = _parse(first)

@@ -88,7 +88,7 @@ def lookup(record: Mapping[str, Any], column: str) -> Any:
 
 
 def recognise(present: Iterable[str], columns: Mapping[str, str]) -> Format | None:
-    """The format that a source with these columns is in, where `columns` (data.columns) does not say otherwise."""
+    """The format of a source with these columns, unless `columns` (data.columns) says otherwise."""
     have = {*present}
     for form in FORMATS:
         core = (
@@ -127,8 +127,8 @@ def map_columns(
             found[name] = theirs
         elif columns.get(name) or name in ("chosen", "rejected"):
             raise UserError(
-                f"{path}: no column {theirs!r} for {name}; it has {', '.join(present)}. Say which is {name} with "
-                f"data.columns, for example data.columns.{name}={present[0]}"
+                f"{path}: no column {theirs!r} for {name}; it has {', '.join(present)}. Say which is {name} "
+                f"with data.columns, for example data.columns.{name}={present[0]}"
             )
     for one, other in (("prompt", "chosen"), ("prompt", "rejected"), ("chosen", "rejected")):
         if one in found and found[one] == found.get(other):

@@ -1,7 +1,7 @@
 """Texts and chat messages as public data sets write them, brought into one form.
 
-A message is a dict with `role` and `content` (always a str). Every other key of the source's message stays as it is
-(`reasoning_content`, `tool_calls`, `tool_call_id`, `name`, ...), because a chat template may give it a meaning.
+A message is a dict with `role` and `content` (always a str). Every other key of the source's message stays as
+it is (`reasoning_content`, `tool_calls`, `tool_call_id`, `name`, ...), because a chat template may use it.
 """
 
 import ast
@@ -37,8 +37,11 @@ TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):[ ]?")
 def read_turns(name: str, value: Any) -> str | Messages:
     """The value of a column that holds a text or messages: the text as it is, or the messages in our form.
 
-    Takes a text, one message, a list of messages, and messages that were written as JSON or as a Python literal, as CSV
-    files have them. `name` is for errors. Raises UserError for anything else, and for what sage cannot train on.
+    Takes a text, one message, a list of messages, and messages written as JSON or as a Python literal, as CSV
+    files have them. `name` is for errors.
+
+    Raises:
+        UserError: it is something else, or something that sage cannot train on.
     """
     if isinstance(value, str):
         parsed = _parse_messages(value)
@@ -54,7 +57,7 @@ def read_turns(name: str, value: Any) -> str | Messages:
 
 
 def read_transcript(text: str) -> Messages | None:
-    r"""Messages of a transcript in the form of Anthropic's HH ("\n\nHuman: ...\n\nAssistant: ..."), else None.
+    r"""Messages of a transcript in HH's form ("\n\nHuman: ...\n\nAssistant: ..."); None for other texts.
 
     One space after a speaker's colon belongs to the mark. An "Assistant:" with nothing behind it is left out.
     """
@@ -113,7 +116,7 @@ def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _join_parts(name: str, parts: list[Any]) -> tuple[str, str]:
-    """(text, thought) of a content that is a list of parts, as OpenAI's and Anthropic's interfaces have it."""
+    """(text, thought) of a content that is a list of parts, as in OpenAI's and Anthropic's interfaces."""
     text = thought = ""
     for part in parts:
         if isinstance(part, str):

@@ -33,7 +33,7 @@ NOTHING = ("[]", "{}", "null", "nan", "NaN", "None")
 
 
 class Dropped(NamedTuple):
-    """A row that gave no pair: where it stands (FILE:LINE), the word that it is counted by, and why in full."""
+    """A row that gave no pair: where it stands (FILE:LINE), the reason it is counted under, and details."""
 
     row: int
     place: str
@@ -69,7 +69,8 @@ def load_data(data: DataConfig, held_out: bool = False) -> PairSet:
     )
     if data.answers and not any(source.pairs["answer"]):
         raise UserError(
-            f"data.answers={data.answers}: no row of {path} has an answer; name its column with data.columns.answer"
+            f"data.answers={data.answers}: no row of {path} has an answer; name its column "
+            "with data.columns.answer"
         )
     return source
 
@@ -94,18 +95,18 @@ def read_pair_set(
 
     The pairs have the columns of SCHEMA:
         pair_id: str, unique; the row's number where the source has none.
-        prompt: JSON of a text or of messages. The last message may be the assistant's: an answer that was started.
-        chosen, rejected: JSON of a text, or of a list with the assistant's message. Each key of the source is kept.
+        prompt: JSON of a text or of messages. If the last message is the assistant's, it is a started answer.
+        chosen, rejected: JSON of a text, or of a list with the assistant's message, all its keys kept.
         tools: JSON of a list, or null.
         answer: str or null.
         pass_rate: float in [0, 1] or null.
         row: int, the 1-based row of the source; in a .jsonl file, the line.
-        prompt_ids, chosen_ids, rejected_ids, tokenizer: the tokens that were sampled and the fingerprint of their
+        prompt_ids, chosen_ids, rejected_ids, tokenizer: the sampled tokens and the fingerprint of their
             tokenizer, or null.
 
     Raises:
-        UserError: the source cannot be read, a column is missing, or a larger share of the rows than `max_bad` is
-            bad. The message names the first five.
+        UserError: the source cannot be read, a column is missing, or more rows are bad than `max_bad` allows.
+            The message names the first five.
     """
     columns = columns or {}
     rows = list(islice(read_rows(path, split), limit))
@@ -140,8 +141,9 @@ def read_pair_set(
         if lost_prompts and "prompt" not in names:
             like = (unnamed or list(present))[0]
             raise UserError(
-                f"{path}: no prompt column was found; it has {', '.join(present)}. Say which one is the prompt, for "
-                f"example data.columns.prompt={like}, or data.columns.prompt='' where both responses begin with it"
+                f"{path}: no prompt column was found; it has {', '.join(present)}. Say which one is the "
+                f"prompt, for example data.columns.prompt={like}, or set data.columns.prompt='' if both "
+                "responses begin with the prompt"
             )
         refuse_bad_rows(path, bad, len(rows))
     if not pairs:
@@ -162,7 +164,7 @@ def read_pair_set(
 def _record(values: Mapping[str, Any], chat: bool, implicit: bool) -> dict[str, Any]:
     """A row of `read_pair_set`'s pairs but for pair_id and row, or a UserError with the reason alone."""
     for name in MEDIA:
-        if values.get(name) and values[name] not in NOTHING:
+        if values.get(name) and values[name] == values[name] and values[name] not in NOTHING:
             raise UserError(f"the row has {name}; sage trains on text only")
     pair = read_pair(values, chat, implicit)
     record: dict[str, Any] = {name: _json(name, turns) for name, turns in pair._asdict().items()}
@@ -268,8 +270,7 @@ def _tools(value: Any) -> list[Any] | None:
 def _sampled(values: Mapping[str, Any]) -> dict[str, Any]:
     """The sampled ids and their tokenizer's fingerprint, as they are.
 
-    One response may have none, because it is a problem's own solution. Without a prompt's ids or a fingerprint,
-    all are null.
+    One response may have none, because it is a problem's own solution. Without a fingerprint, all are null.
     """
     sampled = {name: values.get(name) for name in SAMPLED}
     if sampled["tokenizer"] is None:

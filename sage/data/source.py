@@ -22,8 +22,8 @@ from sage.util.errors import UserError
 class Row(NamedTuple):
     """A row of a source: its 1-based number, where it stands (FILE:LINE), and what it holds.
 
-    The number counts lines in a .jsonl file and rows elsewhere; over several files it goes on. The record is a dict
-    unless the row is broken: then it is any other JSON value, or the UserError that says why it cannot be read.
+    The number counts lines in a .jsonl file and rows elsewhere, and goes on from file to file. The record is
+    a dict. In a broken row it is another JSON value, or the UserError that says why it cannot be read.
     """
 
     number: int
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def resolve_path(path: str) -> str:
-    """The file or folder inside an installed package for "pkg://package.sub/name"; anything else with ~ expanded.
+    """The file or folder in an installed package for "pkg://package.sub/name"; other paths with ~ expanded.
 
     The package is located, not imported: one that ships weights need not have its dependencies.
     """
@@ -66,8 +66,8 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
     """The rows of a source, in order.
 
     Args:
-        path: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; text files may be compressed), a folder or glob of such
-            files, a folder written by `save_to_disk`, pkg://PACKAGE/NAME, or a hub name (OWNER/NAME or
+        path: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; text files may be compressed), a folder or glob
+            of such files, a folder written by `save_to_disk`, pkg://PACKAGE/NAME, or a hub name (OWNER/NAME or
             OWNER/NAME:SUBSET).
         split: of a hub name, a folder, or a JSON object of several lists.
 
@@ -91,8 +91,8 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
 def write_rows(path: str, rows: Iterable[int], target: Path, *, split: str = "train") -> Path:
     """Write rows of a source as they are and in its order; returns `target` with its suffix.
 
-    JSONL, JSON, Parquet and folders of `save_to_disk` keep their format. Rows of a hub name are written as Parquet, all
-    others as JSONL.
+    JSONL, JSON, Parquet and folders of `save_to_disk` keep their format. Rows of a hub name are written as
+    Parquet, all others as JSONL.
 
     Args:
         rows: their numbers, as `read_rows` counts.
