@@ -39,7 +39,8 @@ def write(tmp_path):
 
 
 def make_tokenizer(template=CHATML, bos=False, pad="<|im_end|>"):
-    """A real byte-level BPE whose merges would happily join a prompt's last and a response's first letters."""
+    """A real byte-level BPE whose merges would happily join a prompt's last and a response's first
+    letters."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -87,7 +88,8 @@ def tokenise(tmp_path):
 
 
 def test_chat_ids_are_the_templates_own(tokenizer, write, tokenise):
-    """Protects the prompt (tokenised once, up to the assistant's turn) and the response (to its end token)."""
+    """Protects the prompt (tokenised once, up to the assistant's turn) and the response (to its end
+    token)."""
     pair = tokenise(load_pairs(write(PLAIN)), tokenizer)[0]
     assert (
         tokenizer.decode(pair.prompt_ids)
@@ -147,7 +149,8 @@ def test_plain_prompt_keeps_begin_and_loses_end(write, tokenise):
 
 
 def test_mismatch_of_data_and_template(tokenizer, write, tokenise):
-    """Protects from a chat flattened to text, and from a template that is not there, refuses or cannot end."""
+    """Protects from a chat flattened to text, and from a template that is not there, refuses or cannot
+    end."""
     with pytest.raises(UserError, match=r"pair 1: .*data\.chat_template=true"):
         tokenise(load_pairs(write(CONVERSATION)), tokenizer, chat_template=False)
     with pytest.raises(UserError, match=r"data\.chat_template=false"):
@@ -182,7 +185,8 @@ def test_lengths(tokenizer, write, tokenise):
 
 @pytest.mark.parametrize("heads", [(0, 0), (7, 7), (8, 8), (30, 30), (30, 9)])
 def test_common_prefix(heads, monkeypatch):
-    """The longest common beginning that leaves every prompt a token of its own, and none that is too short to pay."""
+    """The longest common beginning that leaves every prompt a token of its own, and none that is too short to
+    pay."""
     monkeypatch.setattr("sage.data.tokens.PREFIX_ROWS", 2)
     ids = list(range(100, 130))
     prompts = [ids[: heads[i % 2]] + [i, i, i] for i in range(5)]
@@ -228,3 +232,80 @@ def test_parallel_and_serial_give_the_same(tokenizer, tokenise, write, monkeypat
     parallel = tokenise(data, tokenizer, num_proc=2)
     assert parallel.fingerprint == serial.fingerprint
     assert parallel.data[:] == serial.data[:]
+
+
+# ---------------------------------------------------------------- damaged caches, and what a model can take
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+def test_a_damaged_cache_is_made_again(damage, write, tokenise, tmp_path, capsys):
+    """Protects from ids that a full disk or a bad sector left behind: one line, and the right ids."""
+    data, tokenizer = load_pairs(write(PLAIN)), make_tokenizer()
+    first = tokenise(data, tokenizer)[0]
+    (file,) = (tmp_path / "cache").glob("pairs-*.arrow")
+    content = file.read_bytes()
+    ids = np.array(first.chosen_ids, dtype=np.int32).tobytes()
+    assert ids in content
+    changed = content.replace(ids, ids[4:] + ids[:4])
+    file.write_bytes({"cut": content[: len(content) // 2], "changed": changed, "empty": b""}[damage])
+    assert tokenise(data, tokenizer)[0] == first
+    assert capsys.readouterr().out.count("is damaged") == 1
+    assert tokenise(data, tokenizer)[0] == first and "damaged" not in capsys.readouterr().out
+
+
+def with_config(tokenizer, folder, **keys):
+    """The tokenizer as it is read from a model's folder."""
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["X"], **keys}))
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def test_tokens_without_an_embedding_are_refused(write, tokenise, tmp_path):
+    """Protects from an index error inside the model; a token that no pair has may lack its embedding."""
+    tokenizer = make_tokenizer()
+    count = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("<|new2|>", special=True)])
+    tokenizer = with_config(tokenizer, tmp_path / "model", model_type="llama", vocab_size=count)
+    assert len(tokenise(load_pairs(write(PLAIN)), tokenizer)) == 1
+    path = write(PLAIN, {"prompt": "Say <|new2|>", "chosen": "4 <|new2|> a", "rejected": "5"})
+    for _ in range(2):  # from the cache, too
+        with pytest.raises(
+            UserError, match=rf"row 2 \(pair 2\).*'<\|new2\|>' with id {count},.*below {count}"
+        ):
+            tokenise(load_pairs(path), tokenizer)
+
+
+@pytest.mark.parametrize("family", [{"model_type": "gpt2", "n_positions": 64}, {"model_type": "llama"}])
+def test_pairs_beyond_the_models_positions_are_dropped(family, write, tokenise, tmp_path):
+    """Protects from an index error, or from positions that the model never saw."""
+    keys = {"max_position_embeddings": 64} if family["model_type"] == "llama" else {}
+    tokenizer = with_config(make_tokenizer(), tmp_path / "model", vocab_size=400, **family, **keys)
+    long = {"prompt": "word " * 60, "chosen": "a b c", "rejected": "d e f"}
+    pairs = tokenise(load_pairs(write(PLAIN, long)), tokenizer)
+    assert len(pairs) == 1 and pairs.dropped["beyond_positions"] == ["2"] and not pairs.dropped["too_long"]
+    with pytest.raises(UserError, match=r"no pair is left of 1.*max_length=512.*64 positions"):
+        tokenise(load_pairs(write(long)), tokenizer)
+
+
+def test_scaled_positions_count(tmp_path):
+    """A rope that was stretched reaches further than the config's number, which is sometimes the one
+    before."""
+    assert tokenized.model_limits("") == tokenized.model_limits(str(tmp_path)) == (None, None)
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    for positions in (64, 256):
+        keys = {"max_position_embeddings": positions, "rope_parameters": rope, "vocab_size": 9}
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **keys}))
+        assert tokenized.model_limits(str(tmp_path)) == (9, 256)
+
+
+def test_a_share_of_bad_pairs_may_be_dropped(write, tmp_path):
+    """Protects large public sets from one row that the template refuses, and small ones from losing many."""
+    refuses = CHATML + "{% if 'no' in messages[0].content %}{{ raise_exception('not this') }}{% endif %}"
+    data = load_pairs(write(*[{**PLAIN, "prompt": f"q {i}"} for i in range(9)], {**PLAIN, "prompt": "no"}))
+    options = {"chat": ChatFormat(), "max_length": 512, "num_proc": 1, "cache_dir": str(tmp_path)}
+    pairs = tokenize_pairs(data, make_tokenizer(refuses), max_bad=0.1, **options)
+    assert (
+        len(pairs) == 9 and pairs.dropped["template_refuses"] == ["10"] and "not this" in pairs.details["10"]
+    )
+    with pytest.raises(UserError, match=r"1 of 10 pairs .*\n  row 10 \(pair 10\): .*not this"):
+        tokenize_pairs(data, make_tokenizer(refuses), max_bad=0.05, **options)

@@ -1,4 +1,5 @@
-"""Show pairs exactly as they will be trained. Needs the tokenizer only; runs in one process, without a run directory."""
+"""Show pairs exactly as they will be trained. Needs the tokenizer only; runs in one process, without a run
+directory."""
 
 from __future__ import annotations
 
@@ -28,7 +29,10 @@ SHOWN = 5  # rows or pairs that a line names
 BATCH = 1000  # pairs decoded at a time
 BINS, BAR_WIDTH = 12, 40  # of the histogram
 # Markup of common chat templates, besides the special tokens of this one.
-MARKUP = r"<\|(?:im_start|im_end|user|assistant|system|start_header_id|eot_id)\|>|\[/?INST\]|<start_of_turn>|<｜User｜>"
+MARKUP = (
+    r"<\|(?:im_start|im_end|user|assistant|system|start_header_id|eot_id)\|>"
+    r"|\[/?INST\]|<start_of_turn>|<｜User｜>"
+)
 
 
 def inspect(cfg: InspectConfig) -> None:
@@ -116,7 +120,8 @@ def template_in_prompts(source: PairSet, renderer: Renderer) -> list[str]:
 
 
 def dropped_rows(pairs: TokenizedPairs, source: PairSet) -> Iterator[dict[str, Any]]:
-    """Every row that gives no pair: row, pair_id, reason and, where the reason does not say it all, a detail."""
+    """Every row that gives no pair: row, pair_id, reason and, where the reason does not say it all, a
+    detail."""
     for row in source.dropped:
         yield row._asdict()
     table = source.pairs.data.table

@@ -1,4 +1,5 @@
-"""The chat format: which template writes a conversation, what a model reads before it answers, and where it stops.
+"""The chat format: which template writes a conversation, what a model reads before it answers, and where it
+stops.
 
 Training, generation and export take prompts and end tokens from here, so they cannot disagree.
 Nothing here imports torch.
@@ -37,8 +38,8 @@ class ChatFormat:
     """How a conversation becomes one text: `data.chat_template` and `data.template_arguments`.
 
     Args:
-        template: True for the tokenizer's own chat template, False for plain text, else the name of one of the
-            tokenizer's templates or the path of a .jinja file.
+        template: True for the tokenizer's own chat template, False for plain text, else the name of one of
+            the tokenizer's templates or the path of a .jinja file.
         arguments: variables for the template, such as enable_thinking.
     """
 
@@ -92,7 +93,8 @@ class Renderer:
     def prompt(self, prompt: Prompt, tools: list | None = None) -> str:
         """The text that the model reads before it answers.
 
-        A prompt that the template has written already is not wrapped again. It gets the begin token where it lacks it.
+        A prompt that the template has written already is not wrapped again. It gets the begin token where it
+        lacks it.
         """
         if self.template is None:
             if not isinstance(prompt, str):
@@ -119,9 +121,11 @@ class Renderer:
 
     @cached_property
     def surroundings(self) -> tuple[str, str, str]:
-        """What the template writes before a question, between it and the answer, and after the question's turn.
+        """What the template writes before a question, between it and the answer, and after the question's
+        turn.
 
-        The last is the header of the assistant's turn. A thought that the generation prompt opens is in none of them.
+        The last is the header of the assistant's turn. A thought that the generation prompt opens is in none
+        of them.
         """
         asked = [{"role": "user", "content": PROBE}]
         try:
@@ -134,7 +138,8 @@ class Renderer:
 
     @cached_property
     def around(self) -> tuple[str, str]:
-        """What the template writes before the answer to a question, beyond the generation prompt, and after it."""
+        """What the template writes before the answer to a question, beyond the generation prompt, and after
+        it."""
         asked = [{"role": "user", "content": PROBE}]
         try:
             head = self.render(asked, answering=True)
@@ -154,14 +159,16 @@ class Renderer:
     def end_tokens(self) -> dict[str, int]:
         """Text -> id of every token that may end a turn: the special ones.
 
-        They are known by their flag, not by name: <|end|> and its like are often neither eos nor a named token.
+        They are known by their flag, not by name: <|end|> and its like are often neither eos nor a named
+        token.
         """
         special = {str(t): i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         return special | {self.tokenizer.eos_token: self.tokenizer.eos_token_id}
 
     @cached_property
     def ends(self) -> list[str]:
-        """Texts of the tokens that end a response: the one with which the template closes the turn, and eos."""
+        """Texts of the tokens that end a response: the one with which the template closes the turn, and
+        eos."""
         closing, end = ("", None) if self.template is None else self.closing(self.tail)
         by_template = [
             text for text, index in self.end_tokens.items() if index == end and closing.endswith(text)
@@ -169,7 +176,8 @@ class Renderer:
         return list(dict.fromkeys([*by_template, self.tokenizer.eos_token]))
 
     def closing(self, tail: str) -> tuple[str, int | None]:
-        """A tail up to its first end token, and that token's id; the whole tail and None where it has none."""
+        """A tail up to its first end token, and that token's id; the whole tail and None where it has
+        none."""
         found = [(tail.find(text), -len(text), text) for text in self.end_tokens if text in tail]
         if not found:
             return tail, None
@@ -221,7 +229,8 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: ChatFormat) 
 
 
 def encode_heads(tokenizer: Any, texts: Sequence[str], plain: bool) -> list[list[int]]:
-    """Ids of rendered prompts. A plain one gets the tokenizer's begin tokens, unless its text has them already."""
+    """Ids of rendered prompts. A plain one gets the tokenizer's begin tokens, unless its text has them
+    already."""
     if not texts:
         return []
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -237,7 +246,8 @@ def begin_ids(tokenizer: Any) -> list[int]:
 
 
 def training_end(tokenizer: Any, chat: ChatFormat) -> int:
-    """The token that ends a response in training: the one with which the template closes the turn, else eos."""
+    """The token that ends a response in training: the one with which the template closes the turn, else
+    eos."""
     renderer = Renderer(tokenizer, chat)
     end = None if renderer.template is None else renderer.closing(renderer.tail)[1]
     return tokenizer.eos_token_id if end is None else end

@@ -30,9 +30,9 @@ class Encoder:
         A pair that cannot be trained on has no ids but a reason and a detail.
 
         The prompt's ids are those that the model reads at generation, with what the template adds before the
-        response; both sides share them. A response's ids are the others of the whole conversation. Where a token
-        would straddle the border, the prompt keeps the ids that it has alone, and the response is encoded apart, as
-        a text that continues another. Sampled ids are taken as they are.
+        response; both sides share them. A response's ids are the others of the whole conversation. Where a
+        token would straddle the border, the prompt keeps the ids that it has alone, and the response is
+        encoded apart, as a text that continues another. Sampled ids are taken as they are.
         """
         count = len(batch["pair_id"])
         out: dict[str, list] = {"pair_id": batch["pair_id"], "pass_rate": batch["pass_rate"]}
@@ -100,7 +100,8 @@ class Encoder:
                 ids[number + 1] = self.ended(pair, number, found, lead)
 
     def ended(self, pair: Placed, number: int, ids: list[int] | None, lead: str = "") -> list[int] | None:
-        """A response's ids with the eos token where its text has no end token; encoded apart where there are none."""
+        """A response's ids with the eos token where its text has no end token; encoded apart where there are
+        none."""
         ids = self.apart(lead + getattr(pair, SIDES[number])) if ids is None else ids
         return [*ids, self.tokenizer.eos_token_id] if ids is not None and pair.ends[number] else ids
 
@@ -109,7 +110,8 @@ class Encoder:
     ) -> list[list[int] | None]:
         """Ids of each text as it follows its context; None where a token straddles the border.
 
-        Only the end of the context, from its last special token on, is encoded again: no token crosses that one.
+        Only the end of the context, from its last special token on, is encoded again: no token crosses that
+        one.
         """
         near = [context[self.last_mark(context) :] for context in contexts]
         distinct = list(dict.fromkeys(near))  # most prompts end alike
@@ -121,7 +123,8 @@ class Encoder:
         ]
 
     def apart(self, text: str) -> list[int] | None:
-        """Ids of a text that continues another one, whose tokens do not touch it; None where that cannot be seen."""
+        """Ids of a text that continues another one, whose tokens do not touch it; None where that cannot be
+        seen."""
         for context in CONTEXTS:
             known, ids = self.ids([context, context + text])
             if ids[: len(known)] == known:

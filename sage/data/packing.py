@@ -1,12 +1,12 @@
-"""How pairs become micro-batches: who computes what, and the tensors.
+"""How pairs become micro-batches: which rank computes which pairs, and the tensors.
 
-Plans are functions of lengths alone, so every rank computes the whole plan and takes its own row.
+A plan is a function of lengths alone, so every rank computes the whole plan and takes its own row.
 
 A layout says how the pairs of a micro-batch lie in memory:
-  shared    one row [prefix | prompt | chosen | rejected | prompt | ...]: no padding, every prompt once, and what all prompts
-            begin with (a system prompt, solved examples) once a row
-  unshared  one row of spans [prompt | chosen] and [prompt | rejected]: no padding, every prompt twice
-  padded    two rows a pair, padded to the longest: for models whose attention cannot be given a packed row
+  shared    one row [prefix | prompt | chosen | rejected | prompt | ...]: no padding, each prompt once, and
+            the tokens with which all prompts begin (a system prompt, solved examples) once per row
+  unshared  one row of spans [prompt | chosen] and [prompt | rejected]: no padding, each prompt twice
+  padded    two rows per pair, padded to the longest: for models whose attention cannot take a packed row
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ LAYOUTS = ("shared", "unshared", "padded")
 
 
 class Span(NamedTuple):
-    """Where a pair lies in its row: `start`, then this many tokens of prompt (after the prefix), chosen, rejected (maybe 0)."""
+    """Where a pair lies in its row: it begins at `start`. The others count tokens: of the prompt after the
+    prefix, of chosen, and of rejected, which may be 0."""
 
     start: int
     prompt: int
@@ -36,19 +37,19 @@ class Span(NamedTuple):
 class MicroBatch(NamedTuple):
     """n pairs, and where their s scored tokens are.
 
-    A response token is predicted by the hidden state one position before it in its own text, so `positions` index the
-    flattened hidden states; the last of a shared prompt predicts both first tokens. Nothing is known by token id: pad
-    may equal eos.
+    The hidden state one position before a response token, in its own text, predicts it. `positions` index
+    these states in the flattened rows. The last state of a shared prompt predicts the first token of both
+    responses. No token is recognised by its id, because pad may equal eos.
     """
 
     input_ids: Tensor  # [rows, length] int64
-    position_ids: Tensor  # [rows, length] int64: the place of every token in its own text
+    position_ids: Tensor  # [rows, length] int64: each token's position in its own text
     attention_mask: Tensor | None  # [rows, length] int64 of padded rows
     prefix: int  # tokens that a packed row begins with, part of every prompt in it
-    spans: list[Span] | None  # of a packed row, behind its prefix
+    spans: list[Span] | None  # of a packed row, after its prefix
     positions: Tensor  # [s] int64
     labels: Tensor  # [s] int64
-    slots: Tensor  # [s] int64: response * longest + t of every scored token, in a [2n, longest] table
+    slots: Tensor  # [s] int64: response * longest + t, the token's cell in a [2n, longest] table
     response_tokens: Tensor  # [2n] float32: n chosen, then n rejected
     longest: int  # response, in tokens
 
@@ -60,8 +61,10 @@ class MicroBatch(NamedTuple):
 
 
 def pair_tokens(lengths: np.ndarray, layout: str, prefix: int = 0) -> np.ndarray:
-    """Tokens that a pair costs, [n], for lengths [n, 3] of prompt, chosen and rejected; padding among pairs, and a shared
-    row's prefix, aside."""
+    """Tokens that each pair costs, [n], for lengths [n, 3] of prompt, chosen and rejected.
+
+    Padding among pairs and the prefix of a shared row are not included.
+    """
     prompt, chosen, rejected = lengths.T
     if layout == "shared":
         return prompt - prefix + chosen + rejected
@@ -71,14 +74,16 @@ def pair_tokens(lengths: np.ndarray, layout: str, prefix: int = 0) -> np.ndarray
 def plan(
     lengths: np.ndarray, budget: int, world_size: int, layout: str, prefix: int = 0
 ) -> list[list[list[int]]]:
-    """Split n pairs into micro-batches under a token budget: plan[rank] is a list of lists of positions in 0..n-1.
+    """Split n pairs into micro-batches under a token budget: plan[rank] is a list of lists of positions in
+    0..n-1.
 
     Args:
-        lengths: [n, 3] tokens of prompt, chosen and rejected; no pair alone costs more than the budget.
-        budget: tokens of a micro-batch, padding included.
-        world_size: every rank gets the same number of micro-batches, since ZeRO's collectives must match; the ranks
-            that have nothing left run an empty list, which the caller turns into a pair of weight zero.
-        prefix: tokens that all prompts begin with, once in each row of the shared layout; 0 for other layouts.
+        lengths: [n, 3] tokens of prompt, chosen and rejected. No single pair may cost more than the budget.
+        budget: most tokens of a micro-batch, padding included.
+        world_size: every rank gets the same number of micro-batches, because ZeRO's collectives must match.
+            Some micro-batches may be empty; the caller runs a pair of weight zero for them.
+        prefix: number of tokens with which all prompts begin. The shared layout has them once per row; 0 for
+            others.
     """
     tokens = pair_tokens(lengths, layout, prefix)
     micro_batches = (_chunk if layout == "padded" else _balance)(tokens, budget - prefix, world_size)
@@ -88,8 +93,11 @@ def plan(
 
 
 def _balance(tokens: np.ndarray, budget: int, world_size: int) -> list[list[int]]:
-    """As few micro-batches a rank as the budget admits, of nearly equal size: the longest pair first, each to the
-    emptiest (Graham 1969), so that ranks get equal work."""
+    """The fewest micro-batches per rank that the budget allows, of nearly equal size.
+
+    The longest pair goes first, and each pair goes to the emptiest micro-batch (Graham 1969), so that ranks
+    get equal work.
+    """
     rounds = min(-(-int(tokens.sum()) // (budget * world_size)), -(-len(tokens) // world_size))
     order = np.argsort(-tokens, kind="stable").tolist()
     while True:
@@ -107,7 +115,8 @@ def _balance(tokens: np.ndarray, budget: int, world_size: int) -> list[list[int]
 
 
 def _chunk(tokens: np.ndarray, budget: int, world_size: int) -> list[list[int]]:
-    """Pairs sorted by length, so that rows pad little, and cut where the padded rows fill the budget."""
+    """Pairs sorted by length, so that rows need little padding, and split where padded rows fill the
+    budget."""
     micro_batches: list[list[int]] = []
     for i in np.argsort(-tokens, kind="stable").tolist():
         # Sorted by falling length: the first pair of a micro-batch sets its padded length.
@@ -124,8 +133,11 @@ def _chunk(tokens: np.ndarray, budget: int, world_size: int) -> list[list[int]]:
 
 
 def collate(pairs: Sequence[Pair], layout: str, prefix: int = 0) -> MicroBatch:
-    """n >= 1 pairs as one micro-batch, on the CPU. Of the shared layout, all prompts begin with the same `prefix` tokens
-    and go on for at least one more, which predicts the responses."""
+    """n >= 1 pairs as one micro-batch, on the CPU.
+
+    In the shared layout, all prompts begin with the same `prefix` tokens and have at least one more, which
+    predicts the responses.
+    """
     return _padded(pairs) if layout == "padded" else _packed(pairs, layout == "shared", prefix)
 
 
@@ -136,7 +148,8 @@ def _packed(pairs: Sequence[Pair], shared: bool, prefix: int) -> MicroBatch:
     before: dict[tuple[int, int], Tensor] = {}  # (side, pair) -> the positions that predict its tokens
 
     def add(pair: int, prompt: list[int], first: list[int], second: list[int], side: int) -> None:
-        """Append a span whose first response is of this side; a second one is the rejected."""
+        """Append a span. Its first response is of this side (0 = chosen); the second is always the rejected
+        one."""
         start, fork = len(ids), len(ids) + len(prompt)
         end = fork + len(first)
         spans.append(Span(start, len(prompt), len(first), len(second)))

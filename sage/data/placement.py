@@ -1,8 +1,9 @@
 """Where a pair's responses stand in the conversation that the chat template writes.
 
-One rule: the texts trained on are those of the whole conversation as the template writes it, cut where the prompt
-ends, with the responses unchanged in them. Where a template changes a response, the response stands unchanged
-after the generation prompt instead. RULES names each case in which sage departs from the template's own text.
+One rule: the texts trained on are those of the whole conversation as the template writes it, cut where the
+prompt ends, with the responses unchanged in them. Where a template changes a response, the response stands
+unchanged after the generation prompt instead. RULES names each case in which sage departs from the template's
+own text.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ RULES = {
     "raw": "the chat template would change a response, so both stand unchanged after the generation prompt",
     "rendered": "the chat template has written the data already, so it is not applied again",
     "opened_by_prompt": "the prompt opens the thought, so a response's own opening mark is left out",
-    "closed_first": "a plain answer follows a prompt that opens a thought, so an empty thought is closed before it",
-    "not_opened": "the chat template writes plain answers without the thought that its generation prompt opens",
+    "closed_first": "a plain answer follows a prompt that opens a thought, so an empty thought is closed "
+    "before it",
+    "not_opened": "the chat template writes plain answers without the thought that its generation prompt "
+    "opens",
     "unclosed": "a thought that never ends was cut off, so no end token follows it",
 }
 
@@ -51,7 +54,8 @@ class Side(NamedTuple):
 
     text: what follows the prompt and the template's lead, without its end token.
     full: the whole conversation as the template writes it; None where the data are rendered already.
-    closing: the text of its end token where the template wrote a thought or tool calls into `text`, else None.
+    closing: the text of its end token where the template wrote a thought or tool calls into `text`, else
+        None.
     """
 
     text: str
@@ -84,7 +88,8 @@ def place(
         fixed: the prompt must be what the model reads at generation, because a response was sampled after it.
 
     Raises:
-        Refused: the template refuses the conversation or loses a part of it, or a response contradicts the prompt.
+        Refused: the template refuses the conversation or loses a part of it, or a response contradicts the
+            prompt.
         UserError: the pair is a conversation, and there is no chat template.
     """
     if renderer.template is None:
@@ -171,7 +176,8 @@ def _split_started(messages: list[Message], answers: list[Message]) -> tuple[lis
     if not before or any(fields_of(message) for message in (last, *answers)):
         raise Refused(
             "started_answer",
-            "the prompt ends with an assistant's message that the response continues: both may have content only",
+            "the prompt ends with an assistant's message that the response continues: both may have content "
+            "only",
         )
     return before, content_of(last)
 
@@ -198,7 +204,8 @@ def _structured(
     if renderer.is_rendered(messages) or base is None:
         raise Refused(
             "template_refuses",
-            f"the response has {fields_of(answer)[0]}, which the chat template does not write after this prompt",
+            f"the response has {fields_of(answer)[0]}, which the chat template does not write after this "
+            f"prompt",
         )
     body = full[len(base) :]
     check_response(answer, body)
@@ -209,7 +216,8 @@ def _structured(
 
 
 def _lead(side: Side, head: str, tail: str) -> str | None:
-    """What the template writes between the generation prompt and the response; None where it changes either."""
+    """What the template writes between the generation prompt and the response; None where it changes
+    either."""
     if side.full is None or not side.full.startswith(head):
         return None
     if side.closing is not None:
@@ -227,7 +235,8 @@ def _around(renderer: Renderer, messages: list[Message], tools: list | None, hea
     before, _, after = written.rpartition(PROBE)
     if before.startswith(head):
         return before.removeprefix(head), after
-    # Some templates write the prompt otherwise once there is an answer. The white space before it stays the same.
+    # Some templates write the prompt otherwise once there is an answer. The white space before it stays the
+    # same.
     return renderer.around[0] if renderer.around[0].isspace() else "", after
 
 
@@ -255,7 +264,8 @@ def without_end(text: str, ends: Sequence[str]) -> str:
 def _resolve(
     head: str, lead: str, added: str, tail: str, sides: list[Side], fixed: bool
 ) -> tuple[str, str, list[str], list[bool], set[str]]:
-    """Prompt, lead and responses such that a thought is opened once; which responses are cut off; the rules used."""
+    """Prompt, lead and responses such that a thought is opened once; which responses are cut off; the rules
+    used."""
     kinds, texts = [side.kind for side in sides], [side.text for side in sides]
     plain = kinds == ["plain", "plain"]
     if CLOSE.search(lead) and not plain:
@@ -266,7 +276,8 @@ def _resolve(
         if CLOSED.search(head) and not plain:
             raise Refused(
                 "second_thought",
-                "the prompt closes the thought (as with enable_thinking=false), and a response brings one of its own",
+                "the prompt closes the thought (as with enable_thinking=false), and a response brings one "
+                "of its own",
             )
     elif plain:
         base = (head + lead)[: opened.start()]

@@ -84,7 +84,8 @@ class TokenizedPairs:
 
     @cached_property
     def common_prefix(self) -> int:
-        """Number of tokens with which all prompts begin, at least one token short of each; 0 where it is small."""
+        """Number of tokens with which all prompts begin, at least one token short of each; 0 where it is
+        small."""
         table = self.data.data.table
         common = int(self.lengths()[:, 0].min()) - 1
         first = np.array(table["prompt_ids"][0].as_py()[:common])
@@ -102,7 +103,8 @@ class TokenizedPairs:
 
 
 class Limits(NamedTuple):
-    """What a model can take: token ids below `vocabulary` and texts of up to `positions` tokens; None = no limit."""
+    """What a model can take: token ids below `vocabulary` and texts of up to `positions` tokens; None = no
+    limit."""
 
     vocabulary: int | None = None
     positions: int | None = None
@@ -120,17 +122,17 @@ def tokenize_pairs(
 ) -> TokenizedPairs:
     """Token ids of every pair that fits, from `cache_dir` if these pairs were tokenised this way before.
 
-    Pairs are dropped, never cut: a cut takes the answer away. The reasons: "too_long" where the prompt and the
-    longer response exceed `max_length`, "beyond_positions" where they exceed the model's positions, "same_tokens"
-    where both responses have the same ids, and those of `sage.data.placement`.
+    Pairs are dropped, never cut: a cut takes the answer away. The reasons: "too_long" where the prompt and
+    the longer response exceed `max_length`, "beyond_positions" where they exceed the model's positions,
+    "same_tokens" where both responses have the same ids, and those of `sage.data.placement`.
 
     Args:
         pairs: the columns that `sage.data.pairs` documents.
         max_bad: the largest share of pairs that may be impossible to encode.
 
     Raises:
-        UserError: more pairs than `max_bad` allows cannot be encoded, none is left, a token has no embedding in the
-            model that the tokenizer came with, or the tokenizer does not suit the chat format.
+        UserError: more pairs than `max_bad` allows cannot be encoded, none is left, a token has no embedding
+            in the model that the tokenizer came with, or the tokenizer does not suit the chat format.
     """
     renderer = Renderer(tokenizer, chat)
     if tokenizer.eos_token_id is None:
@@ -167,7 +169,8 @@ def model_limits(folder: str) -> Limits:
 
 
 def _cache_key(pairs: datasets.Dataset, renderer: Renderer, max_length: int, limits: Limits) -> str:
-    """A hash of all that decides the ids. datasets' own hash of a function does not see a tokenizer's state."""
+    """A hash of all that decides the ids. datasets' own hash of a function does not see a tokenizer's
+    state."""
     tokenizer = renderer.tokenizer
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         # Padding and truncation are whatever the last call left behind.
@@ -273,12 +276,14 @@ def _check(
     limits: Limits,
     tokenizer: Any,
 ) -> None:
-    """Raise UserError where pairs could not be encoded, none is left, or the model has no embedding for a token."""
+    """Raise UserError where pairs could not be encoded, none is left, or the model has no embedding for a
+    token."""
     rows = dict(zip(*(pairs.data.table[name].to_pylist() for name in ("pair_id", "row")), strict=True))
     refused = [f"row {rows[pair_id]} (pair {pair_id}): {why}" for pair_id, why in notes["details"].items()]
     if len(refused) > max_bad * len(pairs):
         head = (
-            f"{len(refused)} of {len(pairs)} pairs cannot be trained on as they are; a share of data.max_bad={max_bad} "
+            f"{len(refused)} of {len(pairs)} pairs cannot be trained on as they are; a share of "
+            f"data.max_bad={max_bad} "
             "may be dropped"
         )
         raise UserError(first_five(head, refused))
@@ -288,7 +293,8 @@ def _check(
         if limits.positions:
             limit += f" or the model's {limits.positions} positions"
         raise UserError(
-            f"no pair is left of {len(pairs)}: {counts}. The shortest pair has {notes['shortest']} tokens; pairs "
+            f"no pair is left of {len(pairs)}: {counts}. The shortest pair has {notes['shortest']} tokens; "
+            f"pairs "
             f"longer than {limit} are dropped"
         )
     for name in IDS if limits.vocabulary else ():
@@ -297,8 +303,10 @@ def _check(
             row = next(row for row, ids in enumerate(data.data.table[name]) if largest in ids.as_py())
             pair_id = data.data.table["pair_id"][row].as_py()
             raise UserError(
-                f"row {rows[pair_id]} (pair {pair_id}) has the token {tokenizer.convert_ids_to_tokens(largest)!r} with "
-                f"id {largest}, but the model has embeddings only for ids below {limits.vocabulary}: add embeddings to "
+                f"row {rows[pair_id]} (pair {pair_id}) has the token "
+                f"{tokenizer.convert_ids_to_tokens(largest)!r} with "
+                f"id {largest}, but the model has embeddings only for ids below {limits.vocabulary}: add "
+                f"embeddings to "
                 "the model, or take the token out of the data"
             )
 
