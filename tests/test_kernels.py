@@ -184,6 +184,47 @@ def test_extreme_logits_stay_finite(backend, sign):
     assert torch.equal(got.is_top1, want.is_top1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tile_of_minus_infinity_counts_for_nothing(dtype):
+    """A bias of -inf masks tokens, as for padded vocabularies: whole tiles of them, first and last."""
+    hidden, weight, labels, bias = case(6, 8, 50, dtype=dtype, bias=True)
+    allowed = torch.arange(50).ge(20) & torch.arange(50).lt(35)
+    bias = bias.detach().masked_fill(~allowed, -torch.inf)
+    labels = labels % 15 + 20
+    want = naive(hidden.double(), weight.double()[20:35], labels - 20, bias[20:35].double()).logps
+    want.sum().backward()
+    expected = [leaf.grad.clone() for leaf in (hidden, weight)]
+    hidden.grad = weight.grad = None
+    got = tiled.token_stats(hidden, weight, labels, bias=bias, stats=("logps", "sum_sq_probs"), tile=(4, 10))
+    got.logps.sum().backward()
+    torch.testing.assert_close(got.logps.double(), want, rtol=1e-5, atol=1e-5)
+    assert got.sum_sq_probs.isfinite().all()
+    for leaf, grad in zip((hidden, weight), expected, strict=True):
+        torch.testing.assert_close(
+            leaf.grad, grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * largest(grad)
+        )
+
+
+@pytest.mark.parametrize("size", [3e3, 1e5])
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_bfloat16_gradients_survive_huge_logits(monkeypatch, in_hardware, size):
+    """The nearest bfloat16 to a peak of 1e5 may be 256 away from it: no exponential survives that."""
+    monkeypatch.setattr(recompute, "bfloat16_in_hardware", lambda: in_hardware)
+    rng = torch.Generator().manual_seed(0)
+    hidden = (1 + torch.rand(12, 16, generator=rng)).to(torch.bfloat16).requires_grad_()
+    weight = (torch.randn(90, 16, generator=rng) * 0.01 + size / 16).to(torch.bfloat16).requires_grad_()
+    weight.data[::2] = weight.data[0]  # logits of the same size, so that no token is certain
+    labels = torch.randint(90, (12,), generator=rng)
+    exact = [doubled(x) for x in (hidden, weight)]
+    want = naive(*exact, labels).logps
+    want.sum().backward()
+    got = tiled.token_stats(hidden, weight, labels, tile=(5, 16))
+    got.logps.sum().backward()
+    torch.testing.assert_close(got.logps.double(), want, rtol=1e-5, atol=size * 1e-6)
+    for ours, theirs, unit in zip((hidden, weight), exact, (largest(weight), largest(hidden)), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-2, atol=1e-2 * unit)
+
+
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_statistics_not_asked_for_are_none(backend):
     inputs = case(5, 8, 20)[:3]

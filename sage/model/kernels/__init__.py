@@ -26,7 +26,7 @@ def has_triton() -> bool:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """`triton` for bfloat16 on CUDA, else `tiled`: in float32, cuBLAS makes all the products."""
+    """`triton` for bfloat16 on CUDA, else `tiled`, which leaves all products to cuBLAS in float32."""
     return "triton" if device.type == "cuda" and dtype == torch.bfloat16 and has_triton() else "tiled"
 
 

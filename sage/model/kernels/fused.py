@@ -139,6 +139,7 @@ def _partials_kernel(
 
     inside = (cols < v)[None, :]
     peak = tl.max(tl.where(inside, logits, -float("inf")), 1)
+    peak = tl.maximum(peak, -3.4028234663852886e38)  # else a tile of -inf alone would give -inf - -inf
     shifted = logits - peak[:, None]
     probs = tl.where(inside, tl.exp(shifted), 0.0)
     at = (start // COLS).to(tl.int64) * n + rows

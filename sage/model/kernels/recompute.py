@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 from sage.model.kernels.oracle import TokenStats, accumulator
 
 
+ROUNDABLE = 128.0  # up to here a logit is at most a quarter from the nearest bfloat16
+
+
 class Partials(NamedTuple):
     """Sums over each of k vocabulary blocks, with e = exp(z - peak of the block); None where not asked for."""
 
@@ -81,8 +84,10 @@ class _Stats(torch.autograd.Function):
             backend.partials(hidden, weight, bias, labels, softcap, scale, stats), stats
         )
         if hidden.dtype == torch.bfloat16:
-            # Any point near the peak serves the backward pass, and this one a product in bfloat16 can start from.
-            exact, peak = peak, peak.to(hidden.dtype).to(total.dtype)
+            # Any point near the peak serves the backward pass, and a product in bfloat16 can start from a rounded
+            # one. A large peak would be rounded so far that the exponential overflows.
+            exact, rounded = peak, peak.to(hidden.dtype).to(total.dtype)
+            peak = torch.where(peak.abs() <= ROUNDABLE, rounded, peak)
             total = total * (exact - peak).exp()
         ctx.save_for_backward(hidden, labels, peak, total)
         # The Parameter itself, not save_for_backward: ZeRO-3 empties `.data` after this forward and gathers it

@@ -57,6 +57,7 @@ def token_stats(
                 label_logit[cut_n] = torch.where(inside, found, label_logit[cut_n])
 
                 peak = torch.amax(logits, 1, out=peaks[k, cut_n])
+                peak.clamp_(min=torch.finfo(dtype).min)  # else a tile of -inf alone would give -inf - -inf
                 logits.sub_(peak[:, None])
                 probs = logits.exp_() if weighted is None else logits.exp()
                 torch.sum(probs, 1, out=totals[k, cut_n])
@@ -93,6 +94,10 @@ def _residual_bfloat16(hidden, weight, _bias, columns, peak, total, _softcap, _s
     The product is rounded with the peak already subtracted, so an exponent z - peak is off by 0.2% of itself at the most:
     least where the probability is, and less than the rounding of the hidden states makes of it anyway.
     """
+    if peak.numel() and peak.abs().max() > recompute.ROUNDABLE:
+        wide = torch.empty_like(out, dtype=total.dtype)
+        exact = _residual(hidden, weight, None, columns, peak, total, None, 1.0, wide)
+        return _tile(hidden, weight, out).copy_(exact)
     residual = _tile(hidden, weight, out).copy_(-peak[:, None])
     torch.addmm(residual, hidden, weight.T, out=residual).exp_()
     # The label's own in float32: where it is likely, the difference is less than what rounding would leave of it.
