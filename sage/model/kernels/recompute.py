@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from sage.model.kernels.oracle import TokenStats, accumulator
 
-
 ROUNDABLE = 128.0  # up to here a logit is at most a quarter from the nearest bfloat16
 
 
