@@ -3,7 +3,8 @@
 A curriculum is a dataclass whose fields are its options. It is built from a Setting, which holds what is
 known of the pairs before the first step. Every step calls it: `refresh` may redraw its pool, `draw` names
 candidates, and `observe` reports the margins that training and scoring saw. Its whole state is one dict of
-plain data that goes into the checkpoint. It behaves the same on every rank. The constants are ours. docs/sage.md gives the reasons.
+plain data that goes into the checkpoint. It behaves the same on every rank. The constants are ours.
+docs/sage.md gives the reasons.
 """
 
 # No `from __future__ import annotations`: under Python 3.10 OmegaConf cannot resolve an InitVar that is a
