@@ -31,7 +31,7 @@ sage: align reasoning models with preference pairs, and spend gradients only on 
 usage: sage COMMAND [arguments]
 
 commands
-  train             align a policy: sage train +experiment=demo [key=value ...]; -m sweeps over comma-separated values
+  train             align a policy: sage train +experiment=demo [key=value ...]; -m runs a sweep
   build-pairs       sample responses to problems, verify them, make preference pairs
   score-dataset     score every pair with forward passes only, and write the best rows
   inspect           show pairs exactly as they will be trained; needs the tokenizer only
@@ -71,7 +71,8 @@ def hydra_command(word: str) -> Callable[..., None]:
 def resume() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(
-            "usage: sage resume RUN_DIR\n\nContinue an interrupted run exactly, from its newest complete checkpoint."
+            "usage: sage resume RUN_DIR\n\nContinue an interrupted run exactly, from its newest "
+            "complete checkpoint."
         )
         raise SystemExit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     from sage import launch
@@ -150,7 +151,8 @@ def main() -> None:
 def complete() -> None:
     """Answer the shell's completion function, which Hydra wrote and which calls `sage -sc query=SHELL`.
 
-    The line so far is in COMP_LINE. Hydra knows no command words, so they are completed here and hidden from it.
+    The line so far is in COMP_LINE. Hydra knows no command words, so they are completed here and hidden from
+    it.
     """
     program, _, rest = os.environ.get("COMP_LINE", "").partition(" ")
     word, space, arguments = rest.lstrip().partition(" ")
@@ -214,7 +216,9 @@ def no_option(argument: str, missing: str, text: str) -> str:
 
 def without_plus(argument: str, key: str, text: str) -> str:
     if not argument.startswith("+"):
-        return f"{key} is chosen more than once: keep one; in an experiment's file, write `override /{key}: OPTION`"
+        return (
+            f"{key} is chosen more than once: keep one, or write `override /{key}: OPTION` in the experiment"
+        )
     return f"{argument}: {key} is set already: write {argument.lstrip('+')}, without the +"
 
 
@@ -222,7 +226,7 @@ def without_plus(argument: str, key: str, text: str) -> str:
 NULL_GROUP = "Unexpected type for root: (NoneType)"
 NOT_AN_OPTION = r"Config group override must be a string or a list\. Got (\w+)"
 BARE = f"{NULL_GROUP}|{NOT_AN_OPTION}"
-# Hydra's messages, each with the key in its first group -> (the argument that set the key, key, message) -> advice.
+# Hydra's messages, with the key in the first group -> advice for the argument that set it.
 ADVICE: dict[str, Callable[[str, str, str], str]] = {
     r"Could not find '([^']+)'": no_option,
     r"Could not override '([^']+)'\. ?\s*No match in the defaults list": lambda argument, key, _: (
@@ -232,11 +236,13 @@ ADVICE: dict[str, Callable[[str, str, str], str]] = {
     r"Multiple values for (\S+)\. To override": without_plus,
     r"An item is already at '([^']+)'": without_plus,
     r"Ambiguous value for argument '([^'=]+)=": lambda argument, key, _: (
-        f"{argument}: a comma separates the values of a sweep, which needs -m. As one text, write {quoted(argument)}; "
+        f"{argument}: a comma separates the values of a sweep, which needs -m. As one text, write "
+        f"{quoted(argument)}; "
         f"as a list, {key}=[...]"
     ),
     NULL_GROUP: lambda *_: (
-        "a key of a group that is null cannot be set; choose an option of the group first: +model/lora=default"
+        "a key of a group that is null cannot be set; choose an option of the group first: "
+        "+model/lora=default"
     ),
     NOT_AN_OPTION: lambda *_: (
         "a config group takes the name of one of its options, such as loss=dpo, not a number"
@@ -249,7 +255,7 @@ def key_of(argument: str) -> str:
 
 
 def unreadable(argument: str) -> str | None:
-    """What is wrong with an argument that Hydra's grammar does not read, and how to write it; None if it is fine."""
+    """How to write an argument that Hydra's grammar does not read; None if it reads it."""
     if argument.startswith("-"):
         return None
     if not key_of(argument):

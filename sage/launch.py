@@ -1,4 +1,4 @@
-"""From a composed config to running ranks: check everything that needs no model, freeze the config, start the ranks."""
+"""From a composed config to running ranks: check what needs no model, freeze the config, start the ranks."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from sage.data.pairs import load_data
 from sage.data.source import resolve_path
 from sage.util.errors import UserError
 
-# What ranks are told about memory, where the user's environment says nothing.
+# Environment variables of the ranks, unless the user has set them.
 MEMORY = {
-    # glibc would hand every freed activation back to the kernel and fetch its pages anew: a seventh of a CPU step.
+    # Otherwise glibc returns freed activations to the kernel and fetches the pages again: 1/7 of a CPU step.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-    # One heap: the backward pass, a thread of its own, takes the pages that the forward has left.
+    # One heap, so that the backward pass, which has its own thread, reuses the pages of the forward pass.
     "MALLOC_ARENA_MAX": "1",
-    # oneDNN keeps a kernel for every length of a text: the 256 last used are more than a micro-batch's, at 0.6 MB each.
+    # oneDNN keeps a kernel of 0.6 MB for every text length. 256 are more than one micro-batch uses.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
 }
 
 
 @singledispatch
 def read_inputs(cfg: RunConfig) -> None:
-    """Read what this command's config points at, so that bad rows end it before a model is loaded."""
-    raise TypeError(f"what {type(cfg).__name__} reads is not registered here")
+    """Read the inputs that the config names, so that bad rows are refused before a model is loaded."""
+    raise TypeError(f"read_inputs has no function for {type(cfg).__name__}")
 
 
 @read_inputs.register
@@ -66,7 +66,7 @@ def _(cfg: EvalConfig) -> None:
 
 
 def preflight(cfg: RunConfig) -> None:
-    """Refuse a run whose model file is missing, whose inputs are bad, or that wants more GPUs than there are."""
+    """Refuse a run if its model file is missing, its inputs are bad, or it needs more GPUs than there are."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -98,7 +98,7 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
 
 
 def built_pairs(cfg: TrainConfig) -> Path:
-    """The pairs of `data.problems`: from the cache, or built now (or built to their end, where that was interrupted)."""
+    """The pairs of `data.problems`, from the cache or built now. An interrupted build is continued."""
     # Here, because it loads torch and transformers.
     from sage.commands.build_pairs import MANIFEST_FILE, PAIRS_FILE, check_built, intact, recipe_key
 
@@ -119,8 +119,10 @@ def built_pairs(cfg: TrainConfig) -> Path:
                 (folder / MANIFEST_FILE).unlink()
             if cfg.data.build == "never":
                 raise UserError(
-                    f"data.build=never, and no pairs were built yet by {cfg.model.path} from {plan.data.problems.path} with "
-                    "these settings: run without it, or build them with `sage build-pairs` and give data.path=FILE"
+                    f"data.build=never, and no pairs were built yet by {cfg.model.path} from "
+                    f"{plan.data.problems.path} with "
+                    "these settings: run without it, or build them with `sage build-pairs` and give "
+                    "data.path=FILE"
                 )
             print(f"building the pairs of this run first: {folder}", flush=True)
             if not (folder / config.CONFIG_FILE).exists():
@@ -148,7 +150,8 @@ def start(world_size: int, run_dir: Path) -> None:
 
 
 def launch_ranks(world_size: int, worker: list[str]) -> int:
-    """`torch.distributed.run` by its Python interface, which reports a failed rank's status instead of a traceback."""
+    """Start the ranks by the Python interface of `torch.distributed.run`, which returns a failed "
+    "rank's status."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,6 +1,6 @@
-"""A rank's entry: `python -m sage.worker RUN_DIR`, also under torchrun, srun or the deepspeed launcher.
+"""The entry point of a rank: `python -m sage.worker RUN_DIR`, also under torchrun, srun or deepspeed.
 
-Everything it does is decided by RUN_DIR/config.yaml, which names the command, and by what lies beside it.
+RUN_DIR/config.yaml names the command. A rank reads nothing but this folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sage.util.output import outlive_reader
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warning about it helps nobody
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-# Command -> the function that every rank calls with the run directory. By name, so that a rank imports only its own.
+# Command -> the function that every rank calls with the run directory. A rank imports only its own.
 JOBS = {
     "train": "sage.train.train",
     "build-pairs": "sage.commands.build_pairs.build_pairs",
@@ -29,7 +29,7 @@ JOBS = {
 
 
 def hold(run_dir: Path, rank: str) -> FileLock:
-    """Claim this rank's place in a run; the system gives it up when the process ends, however it ends.
+    """Lock this rank's place in a run. The system releases the lock when the process ends, however it ends.
 
     Raises:
         UserError: another process has it.
@@ -39,7 +39,8 @@ def hold(run_dir: Path, rank: str) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout as e:
         raise UserError(
-            f"rank {rank} of {run_dir} still runs, perhaps because only its launcher was killed: wait for it, or kill it"
+            f"rank {rank} of {run_dir} still runs, perhaps because only its launcher was killed: wait "
+            "for it, or kill it"
         ) from e
     return lock
 

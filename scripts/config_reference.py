@@ -20,8 +20,8 @@ HEAD = """\
 
 `make docs` writes this page from `sage/config/` and `conf/`. Do not edit it by hand.
 
-Set a key with `key=value`, choose a group's option with `group=option`, and add one with `+group=option`. Keys that are
-not listed here are refused, and the error names the nearest key that is.
+Set a key with `key=value`, choose a group's option with `group=option`, and add one with `+group=option`.
+Keys that are not listed here are refused, and the error names the nearest key that is.
 
 ## Keys
 
@@ -31,8 +31,8 @@ TABLE = "| key | type | default | meaning |\n|---|---|---|---|\n"
 GROUPS = """
 ## Options of each group
 
-`(default)` marks the option that `sage train` uses if you name none. The last column lists what an option sets; all other
-keys of the group keep their defaults.
+`(default)` marks the option that `sage train` uses if you name none. The last column lists what an option
+sets; all other keys of the group keep their defaults.
 """
 
 

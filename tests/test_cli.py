@@ -1,4 +1,4 @@
-"""The command: every option composes and loads, every bad input ends in one message and status 2, completion answers."""
+"""The command: options compose and load, bad input ends in one message and status 2, completion answers."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_wheel_installs_and_trains_from_another_folder(tmp_path, tiny_model, pai
     venv.create(home, symlinks=True)
     python = home / "bin" / "python"
     call(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    # The dependencies come from this environment: by a .pth, whose folder's own .pth (an editable sage) is not read.
+    # A .pth adds this environment's dependencies. The .pth of an editable sage in that folder is not read.
     packages = Path(
         call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     )

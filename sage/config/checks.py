@@ -78,11 +78,13 @@ def check_value(name: str, metadata: Mapping[str, Any], value: Any) -> None:
 def check_target(key: str, node: dict[str, Any], group: str | None = None) -> None:
     """Check the options of a `_target_` group (by default the one that `key` names) before a model is loaded.
 
-    The class must belong to its group, so that a run folder from elsewhere cannot name another program. Its options are
-    the fields of a dataclass. A class that needs nothing but its options is built once, which runs its own checks.
+    The class must belong to its group, so that a run folder from elsewhere cannot name another program. Its
+    options are the fields of a dataclass. A class that needs only its options is built once, which runs its
+    own checks.
 
     Raises:
-        UserError: the class is not one of the group's, or an option is unknown, of the wrong type or out of range.
+        UserError: the class is not one of the group's, or an option is unknown, of the wrong type or out of
+            range.
     """
     group = group or key
     if "_target_" not in node:

@@ -47,8 +47,8 @@ def load(source: DictConfig | str | Path, typed: Sequence[str] = ()) -> CommandC
     `typed` are the overrides of the command line that the config was composed from.
 
     Raises:
-        UserError: a key is unknown, missing, of the wrong type, out of range, or at odds with another; or `typed`
-            sets a key that has no effect on this command.
+        UserError: a key is unknown, missing, of the wrong type, out of range, or at odds with another; or
+            `typed` sets a key that has no effect on this command.
     """
     if not isinstance(source, DictConfig):
         source = read_frozen(Path(source))
@@ -107,7 +107,8 @@ def freeze(cfg: CommandConfig, run_dir: Path) -> None:
     file = run_dir / CONFIG_FILE
     if file.exists():
         raise UserError(
-            f"{run_dir} already holds a run: go on with `sage resume {run_dir}`, or choose another hydra.run.dir"
+            f"{run_dir} already holds a run: go on with `sage resume {run_dir}`, or choose another "
+            "hydra.run.dir"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     file.write_text(OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(cfg)))))

@@ -79,7 +79,8 @@ class ModelConfig:
     )
     router_aux_coef: float | None = key(
         None,
-        "coefficient of the load-balancing loss of a mixture of experts, which is added to the loss; null = the "
+        "coefficient of the load-balancing loss of a mixture of experts, which is added to the loss; "
+        "null = the "
         "coefficient in the model's own config if that sets output_router_logits, else 0",
         low=0,
     )
@@ -140,7 +141,8 @@ class ChatConfig:
 
     chat_template: bool | str = key(
         True,
-        "true = the tokenizer's chat template; false = plain text; else one of its named templates or a .jinja file",
+        "true = the tokenizer's chat template; false = plain text; else one of its named templates "
+        "or a .jinja file",
     )
     template_arguments: dict[str, Any] = key(
         {}, "variables for the chat template, as in +data.template_arguments.enable_thinking=false"
@@ -194,7 +196,8 @@ class DataConfig(ChatConfig):
     )
     answers: str | None = key(
         None,
-        "verify both responses of pairs that have an answer; drop = drop pairs whose chosen is wrong or whose "
+        "verify both responses of pairs that have an answer; drop = drop pairs whose chosen is wrong "
+        "or whose "
         "rejected is right; check = only count and list them",
         choices=(None, "check", "drop"),
     )
@@ -254,7 +257,8 @@ class TrackingConfig:
     )
     snr_every: int = key(
         0,
-        "steps between measurements of the updates' signal-to-noise ratio, each of which costs a second backward "
+        "steps between measurements of the updates' signal-to-noise ratio, each of which costs a "
+        "second backward "
         "pass; 0 = none",
         low=0,
     )
@@ -275,7 +279,8 @@ class PairingConfig:
     samples: int = key(4, "responses sampled per problem", low=1)
     chosen: str = key(
         "own",
-        "source of the chosen response: own = a correct response of the policy; gold = the problem's solution; "
+        "source of the chosen response: own = a correct response of the policy; gold = the problem's "
+        "solution; "
         "own_then_gold = the solution if no response is correct",
         choices=("own", "gold", "own_then_gold"),
     )

@@ -1,4 +1,5 @@
-"""Which config keys there are. Unknown keys are refused, with the nearest known one, and so are keys without effect."""
+"""Which config keys there are. Unknown keys are refused with the nearest known one, as are keys "
+"without effect."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def groups() -> dict[str, list[str]]:
 
 
 def schema_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all keys of a config dataclass, groups included; NAME stands for a key that the user chooses."""
+    """Dotted names of all keys and groups of a config dataclass; NAME stands for a key that the "
+    "user chooses."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         name, hint = f"{prefix}{f.name}", hints[f.name]
@@ -56,7 +58,7 @@ def schema_keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 @cache
 def known_keys(schema: type) -> list[str]:
-    """All keys of a command: those of its schema, and those of the options that name a class by `_target_`."""
+    """All keys of a command: those of its schema, and those of the options with a `_target_`."""
     known = dict.fromkeys(schema_keys(schema))
     for group, options in groups().items():
         for option in options if group in known else ():
@@ -122,8 +124,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def because(reason: str, *keys: str) -> dict[str, str]:
+    """Keys without effect, each with the reason."""
+    return dict.fromkeys(keys, reason)
+
+
 def refuse_ignored(ignored: dict[str, str], typed: Iterable[str], command: str) -> None:
-    """Refuse an override from the command line that sets a key, or a key of a group, without effect on this command.
+    """Refuse an override from the command line that has no effect on this command.
 
     Only what the user typed counts: an experiment may set keys for several commands.
 

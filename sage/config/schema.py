@@ -1,7 +1,7 @@
 """The config of each command, and the checks of combinations that no type can express.
 
-The dataclasses are registered with Hydra, so composition itself rejects wrong types and most unknown keys. A `check`
-raises and never edits: the composed config is the one that runs.
+The dataclasses are registered with Hydra, so composition itself rejects wrong types and most unknown keys. A
+`check` raises and never edits: the composed config is the one that runs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,8 @@ from sage.config.groups import (
     TrackingConfig,
     key,
 )
+from sage.config.keys import because
 from sage.util.errors import UserError
-
-
-def because(reason: str, *keys: str) -> dict[str, str]:
-    """Keys without effect, each with the reason."""
-    return dict.fromkeys(keys, reason)
-
 
 # Keys of the model group that only passes over pairs use.
 GENERATION_IGNORES: dict[str, str] = because(
@@ -98,7 +93,8 @@ class TrainConfig(RunConfig):
     micro_batch_tokens: int = key(16384, "tokens, with padding, in one forward pass of one rank", low=2)
     reference: str = key(
         "cached",
-        "reference log-probabilities: cached = computed once and kept on disk; online = computed in every step by "
+        "reference log-probabilities: cached = computed once and kept on disk; online = computed in "
+        "every step by "
         "a second model",
         choices=("cached", "online"),
     )
@@ -141,12 +137,14 @@ class TrainConfig(RunConfig):
             raise UserError("engine.offload=true needs engine.zero_stage=1, 2 or 3")
         if self.tracking.snr_every and self.engine.zero_stage == 3:
             raise UserError(
-                f"tracking.snr_every={self.tracking.snr_every} needs whole gradients, which engine.zero_stage=3 "
+                f"tracking.snr_every={self.tracking.snr_every} needs whole gradients, which "
+                "engine.zero_stage=3 "
                 "never holds: use engine=zero2, or tracking.snr_every=0"
             )
         if self.tracking.snr_every and self.batch_size == 1:
             raise UserError(
-                f"tracking.snr_every={self.tracking.snr_every}: a batch of one pair has no noise to measure: raise "
+                f"tracking.snr_every={self.tracking.snr_every}: a batch of one pair has no noise to "
+                "measure: raise "
                 "batch_size, or set tracking.snr_every=0"
             )
         if self.data.scores and self.reference == "online":
@@ -159,14 +157,17 @@ class TrainConfig(RunConfig):
             check_target(group, getattr(self, group))
         if self.data.path is None and self.data.problems.path is None:
             raise UserError(
-                f"data.path is not set: give experiment {self.name!r} its preference pairs with data.path=FILE "
-                "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected), or problems to "
+                f"data.path is not set: give experiment {self.name!r} its preference pairs with "
+                "data.path=FILE "
+                "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected), "
+                "or problems to "
                 "build them from with data.problems.path=FILE"
             )
         if self.data.max_length * 2 > self.micro_batch_tokens:
             raise UserError(
                 f"micro_batch_tokens={self.micro_batch_tokens} cannot hold one pair of data.max_length="
-                f"{self.data.max_length} (two rows): set micro_batch_tokens={self.data.max_length * 2}, or lower "
+                f"{self.data.max_length} (two rows): set "
+                f"micro_batch_tokens={self.data.max_length * 2}, or lower "
                 "data.max_length"
             )
 
@@ -182,8 +183,8 @@ class TrainConfig(RunConfig):
 
 @dataclass
 class BuildPairsConfig(TrainConfig):
-    """An experiment is one plan, from problems to a policy. `sage build-pairs` runs its first half. It has all keys of
-    `sage train`, so that `+experiment=NAME` means the same pairs in both."""
+    """`sage build-pairs` runs the first half of an experiment. It has all keys of `sage train`, so that an
+    experiment means the same pairs in both."""
 
     command: str = key("build-pairs", "the command that this config is for", choices=("build-pairs",))
 
@@ -192,7 +193,8 @@ class BuildPairsConfig(TrainConfig):
         check_target("generation", self.generation)
         if self.data.problems.path is None:
             raise UserError(
-                "data.problems is not set: choose data=gsm8k, or give your own problems with data.problems.path=FILE"
+                "data.problems is not set: choose data=gsm8k, or give your own problems with "
+                "data.problems.path=FILE"
             )
         check_prompt("data.problems", self.data.problems)
 
@@ -210,8 +212,7 @@ class BuildPairsConfig(TrainConfig):
 
 @dataclass
 class ScoreConfig(TrainConfig):
-    """`sage score-dataset` has all keys of `sage train`, so that an experiment means the same model, pairs and scorer
-    in both. The keys of training have no effect here."""
+    """`sage score-dataset` has all keys of `sage train`, so that an experiment means the same in both."""
 
     command: str = key("score-dataset", "the command that this config is for", choices=("score-dataset",))
     name: str = key("scores", "names the run's folder")
@@ -244,8 +245,10 @@ class ScoreConfig(TrainConfig):
 
     def ignored(self) -> dict[str, str]:
         training = (
-            "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark benchmark_limit "
-            "save_every keep_checkpoints log_every model.gradient_checkpointing engine.offload data.eval_path "
+            "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark "
+            "benchmark_limit "
+            "save_every keep_checkpoints log_every model.gradient_checkpointing engine.offload "
+            "data.eval_path "
             "data.eval_split data.eval_limit hooks"
         )
         return {**super().ignored(), **because("which trains nothing", *training.split())}
@@ -263,7 +266,8 @@ class InspectConfig(TrainConfig):
     def check(self) -> None:
         if self.data.path is None:
             raise UserError(
-                "data.path is not set: inspect shows finished pairs. Give data.path=FILE; `sage build-pairs` makes one"
+                "data.path is not set: inspect shows finished pairs. Give data.path=FILE; `sage "
+                "build-pairs` makes one"
             )
 
 
@@ -311,7 +315,8 @@ class VerifyConfig(CommandConfig):
     name: str = key("verify", "names the run's folder")
     path: str | None = key(
         None,
-        "responses and their true answers, in any form that data.path takes; or the folder of a finished eval",
+        "responses and their true answers, in any form that data.path takes; or the folder of a "
+        "finished eval",
     )
     split: str = key("test", "split of a hub dataset or an Arrow DatasetDict")
     columns: ResponseColumns = field(default_factory=ResponseColumns)

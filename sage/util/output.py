@@ -6,7 +6,7 @@ import sys
 
 
 class Outliving(io.FileIO):
-    """A file descriptor that writes to nowhere once the reader of its pipe is gone, as after `sage train ... | head`."""
+    """A file descriptor that writes to nowhere once its reader is gone, as after `sage train ... | head`."""
 
     def write(self, data) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
