@@ -66,9 +66,8 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
     """The rows of a source, in order.
 
     Args:
-        path: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; text files may be compressed), a folder or
-            glob of such files, a folder written by `save_to_disk`, pkg://PACKAGE/NAME, or a hub name (OWNER/NAME or
-            OWNER/NAME:SUBSET).
+        path: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow; text files may be compressed), a folder or glob
+            of such files, a folder written by `save_to_disk`, pkg://PACKAGE/NAME, or a hub name.
         split: of a hub name, a folder, or a JSON object of several lists.
 
     Raises:
