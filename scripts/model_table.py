@@ -8,11 +8,13 @@ The oracle here is independent of sage: one text at a time through `model(input_
 
 from __future__ import annotations
 
+import copy
 import logging
 import multiprocessing
 import os
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +55,7 @@ SMALL: dict[str, Any] = {
         ("moe_intermediate_size", "shared_expert_intermediate_size", "dense_intermediate_size"), 24
     ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2),
-    **dict.fromkeys(("encoder_layers",), 1),
+    **dict.fromkeys(("encoder_layers",), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "multi_query_group_num", "num_global_key_value_heads"), 2),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "encoder_attention_heads"), 4),
@@ -69,8 +71,10 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("qk_head_dim",), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 128),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts", "moe_topk"), 2
+    ),
+    **dict.fromkeys(("n_group", "num_expert_group", "num_group", "topk_group", "n_shared_experts"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"), 0),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "attention_window_size"), 16),
@@ -99,6 +103,15 @@ ABSENT = (
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 # What the rules above do not fit.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "jamba": {
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+    },
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "hidden_size": 32, "expand": 2},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
@@ -142,7 +155,7 @@ def tiny_config(model_type: str) -> Any:
 def tiny_model(config: Any) -> Any:
     """A model of random weights, large enough that an error shows."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     size = sum(p.numel() for p in model.parameters())
     if size > 5e6:
         raise ValueError(f"its smallest form here has {size / 1e6:.0f}M weights")
@@ -362,19 +375,24 @@ def main(target: str, types: list[str]) -> None:
     for model_type in types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         rows.append(in_child(model_type))
         print(*rows[-1], sep=" | ", flush=True)
-    if target == "-":
-        return
+    if target != "-":
+        Path(target).write_text(page(rows), encoding="utf-8")
+
+
+def page(rows: list[tuple[str, ...]]) -> str:
     built = [row for row in rows if row[1] != "not built"]
     cells = [COLUMNS, tuple("---" for _ in COLUMNS), *built]
     lines = [
         "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in cells
     ]
-    counts = {way: sum(row[1] == way for row in built) for way in dict.fromkeys(row[1] for row in built)}
-    summary = ", ".join(f"{count} {way}" for way, count in sorted(counts.items(), key=lambda x: -x[1]))
+    counts = Counter(row[1] for row in built)
+    summary = ", ".join(f"{count} {way}" for way, count in counts.most_common())
     others = "\n".join(f"- `{row[0]}`: {row[4]}" for row in rows if row[1] == "not built")
-    text = f"{HEADER}\n## {len(built)} types\n\nFull training: {summary}.\n\n" + "\n".join(lines)
-    text += f"\n\n## Not built\n\nThe script found no tiny form for these:\n\n{others}\n"
-    Path(target).write_text(text, encoding="utf-8")
+    return (
+        f"{HEADER}\n## {len(built)} types\n\nFull training: {summary}.\n\n"
+        + "\n".join(lines)
+        + f"\n\n## Not built\n\nThe script found no tiny form for these:\n\n{others}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ WAYS = {
     "gemma4": "packed",
     "gemma4_text": "packed",
     "phi3": "packed",
+    "phimoe": "packed",  # a jitter that it computes with outside of training, too
     "mistral": "packed",
     "mixtral": "packed",
     "gpt_oss": "padded",

@@ -103,7 +103,7 @@ def test_log_probabilities_and_gradients(name, layout, prefix):
     model = tiny(name)
     policy, rows = Policy(model), pairs(prefix)
     out = policy(collate(rows, layout, prefix))
-    model.set_attn_implementation(policy.attention)
+    policy.use_attention(policy.attention)
     expected = [
         torch.stack([naive(model, p.prompt_ids, r(p)) for p in rows])
         for r in (lambda p: p.chosen_ids, lambda p: p.rejected_ids)
@@ -150,7 +150,7 @@ def test_long_and_short_prompts_in_one_row(layout):
     policy = Policy(model)
     with torch.no_grad():
         out = policy(collate(rows, layout))
-        model.set_attn_implementation(policy.attention)
+        policy.use_attention(policy.attention)
         for i, row in enumerate(rows):
             assert out.chosen[i] == pytest.approx(
                 float(naive(model, row.prompt_ids, row.chosen_ids)), rel=1e-5
@@ -327,7 +327,7 @@ def test_the_routers_loss_is_the_models_own(layout, backend):
     ours = 2 * ours
     assert torch.allclose(logps.chosen, policy(batch).chosen)
     own = collate(rows, "padded")
-    model.set_attn_implementation(policy.attention)
+    policy.use_attention(policy.attention)
     theirs = model(own.input_ids, attention_mask=own.attention_mask, output_router_logits=True).aux_loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5) and ours > 1
     gate = [p for n, p in model.named_parameters() if "gate.weight" in n]

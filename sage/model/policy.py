@@ -19,6 +19,7 @@ from sage.model.logps import LogitStats, PairLogps
 from sage.model.rope import TextRopes, texts_of
 from sage.util.errors import UserError
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 OWN = "own"  # as `Policy.backend`: the logits come from the model's own full forward
 
 
@@ -53,7 +54,7 @@ class Head(nn.Module):
 class Policy(nn.Module):
     """The one module that the engine wraps: micro-batch in, response log-probabilities out.
 
-    Dropout, router jitter and their like are switched off in `model`: they would make policy and reference differ.
+    Dropout, router jitter and their like are off in training mode too: they would make policy and reference differ.
     """
 
     def __init__(self, model: Any, backend: str = "auto", router_coefficient: float = 0.0):
@@ -62,7 +63,7 @@ class Policy(nn.Module):
         self.router_coefficient = router_coefficient
         self.model: Any = model.eval()  # all of it: peft's outer module begins in training mode
         causal = self.causal
-        silence(causal)
+        self.rates = random_rates(causal)
         lm_head = causal.get_output_embeddings()
         if hasattr(lm_head, "base_layer"):
             raise UserError(
@@ -71,12 +72,15 @@ class Policy(nn.Module):
         fits = type(lm_head) is nn.Linear and causal.base_model is not causal
         self.head = Head(lm_head, causal.config.get_text_config()) if fits else None
         self.backend = backend if fits else OWN
-        self.attention = causal.config._attn_implementation  # of rows that are not packed
+        self.attention = self.in_use = causal.config._attn_implementation  # of rows that are not packed
         self.ropes: TextRopes | None = None  # set where frequencies depend on a text's length
         # Layers checkpoint only in training mode, and an adapter's dropout lives only there.
-        self.trains = any(
-            getattr(m, "gradient_checkpointing", False) or (isinstance(m, nn.Dropout) and m.p > 0)
-            for m in model.modules()
+        named = model.named_modules()
+        adapter_dropouts = [
+            m for n, m in named if "lora_dropout" in n.split(".") and isinstance(m, nn.Dropout)
+        ]
+        self.trains = any(m.p > 0 for m in adapter_dropouts) or any(
+            getattr(m, "gradient_checkpointing", False) for m in model.modules()
         )
 
     @property
@@ -130,12 +134,18 @@ class Policy(nn.Module):
         before = self.model.training
         training = self.trains and torch.is_grad_enabled() and not reference
         if before != training:
-            self.model.train(training)
+            self.set_mode(training)
         try:
             yield
         finally:
             if before and not training:
-                self.model.train()
+                self.set_mode(True)
+
+    def set_mode(self, training: bool) -> None:
+        """Training mode without its randomness. Out of it a model keeps its numbers: some compute with them there."""
+        self.model.train(training)
+        for holder, name, value in self.rates:
+            setattr(holder, name, 0.0 if training else value)
 
     def own_logps(self, batch: MicroBatch) -> Tensor:
         """The truth that the self-check compares with."""
@@ -198,10 +208,14 @@ class Policy(nn.Module):
 
     def use_attention(self, implementation: str) -> None:
         causal = self.causal
-        if causal.config._attn_implementation != implementation:
-            causal.set_attn_implementation(implementation)
-            if causal.config._attn_implementation != implementation:
-                raise NotImplementedError("its attention cannot be replaced")
+        if self.in_use == implementation:
+            return
+        causal.set_attn_implementation(implementation)
+        if causal.config.get_text_config()._attn_implementation != implementation:
+            causal.set_attn_implementation(self.attention)  # parts of a model may have taken the other one
+            self.in_use = self.attention
+            raise NotImplementedError("its attention cannot be replaced")
+        self.in_use = implementation
 
     @property
     def dtype(self) -> torch.dtype:
@@ -256,28 +270,25 @@ def float32_head(causal: Any) -> Iterator[None]:
         del lm_head.forward
 
 
-def silence(model: nn.Module) -> None:
-    """Set every dropout and jitter of a model to zero: in modules, in numbers that modules keep, and in its configs.
+def random_rates(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """(holder, name, value) of every dropout and jitter: in modules, in numbers that modules keep, and in configs.
 
-    A dropout that peft added stays: its user asked for it.
+    A dropout that peft added is not among them: its user asked for it.
     """
-    configs: dict[int, Any] = {}
+    holders: dict[int, Any] = {}
     for name, module in model.named_modules():
         if "lora_dropout" in name.split("."):
             continue
-        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
-            module.p = 0.0
-        zero_rates(module)
+        holders[id(module)] = module
         if isinstance(config := getattr(module, "config", None), transformers.PreTrainedConfig):
-            configs[id(config)] = config
-    for config in configs.values():
-        zero_rates(config)
-
-
-def zero_rates(holder: Any) -> None:
-    for name, value in vars(holder).items():
-        if isinstance(value, float) and ("drop" in name or "jitter" in name):
-            setattr(holder, name, 0.0)
+            holders[id(config)] = config
+    return [
+        (holder, name, value)
+        for holder in holders.values()
+        for name, value in vars(holder).items()
+        if isinstance(value, float)
+        and ("drop" in name or "jitter" in name or (name == "p" and isinstance(holder, DROPOUTS)))
+    ]
 
 
 def per_response(values: Tensor, batch: MicroBatch) -> Tensor:
