@@ -365,7 +365,7 @@ with plain autograd through `model(...).logits` in float32, for full training an
 a run does not use this table. `generation` shows how `generation=hf` runs the model: `batched` (a refilled batch),
 `equal lengths` (the model's own `generate`, on prompts of equal length) or `one by one`.
 
-A window in the tiny forms is 16 tokens and a chunk is 32, while texts have up to 105 tokens. A model with a longer window
+A window in the tiny forms is 16 tokens and a chunk is 32, while texts have up to 96 tokens. A model with a longer window
 or chunk than any text of a run may pack where the table says `padded`.
 """
 
@@ -379,12 +379,21 @@ def main(target: str, types: list[str]) -> None:
         Path(target).write_text(page(rows), encoding="utf-8")
 
 
+def plain(cell: str) -> str:
+    """A cell of the table, with the words that every fallback repeats taken out."""
+    cell = cell.replace(
+        "rows are padded and prompts computed twice, since this model cannot pack", "cannot pack"
+    )
+    cell = cell.replace(
+        "log-probabilities come from the model's own logits, which take more memory, since ", ""
+    )
+    return cell.replace("|", "/").replace("\n", " ")
+
+
 def page(rows: list[tuple[str, ...]]) -> str:
     built = [row for row in rows if row[1] != "not built"]
     cells = [COLUMNS, tuple("---" for _ in COLUMNS), *built]
-    lines = [
-        "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in cells
-    ]
+    lines = ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in cells]
     counts = Counter(row[1] for row in built)
     summary = ", ".join(f"{count} {way}" for way, count in counts.most_common())
     others = "\n".join(f"- `{row[0]}`: {row[4]}" for row in rows if row[1] == "not built")
