@@ -1,4 +1,4 @@
-"""Speed of `sage.answering.verify` on real GSM8K answers: four models' solutions, with time to start the processes counted.
+"""Speed of `sage.answering.verify` on four models' GSM8K solutions, with the time to start the processes.
 
 python benchmarks/verify.py ../shared/data/gsm8k/example_model_solutions.jsonl
 """
@@ -25,6 +25,7 @@ if __name__ == "__main__":
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         hard = sum(not verdict.rule.endswith("/number") for verdict in verdicts)
         print(
-            f"{len(verdicts)} answers in {wall:.2f} s: {len(verdicts) / wall:.0f}/s ({len(verdicts) / cpu:.0f} per second "
-            f"of this process's CPU); {hard} took math-verify; load {os.getloadavg()[0]:.1f}"
+            f"{len(verdicts)} answers in {wall:.2f} s: {len(verdicts) / wall:.0f}/s "
+            f"({len(verdicts) / cpu:.0f} per second of this process's CPU); {hard} took formulas; "
+            f"load {os.getloadavg()[0]:.1f}"
         )

@@ -1,10 +1,10 @@
-"""Measures `sage.answering.verify` on real data, for docs/verify.md: prints tables, and every row where a verdict is unexpected.
+"""Measures `sage.answering.verify` on real data, for docs/verify.md. Prints tables and unexpected verdicts.
 
-python scripts/verification_study.py ../shared/data own next slashes openai lm_eval    # any of the five
+python scripts/verification_study.py ../shared/data own next slashes openai lm_eval    # or some of them
 
-own       ground-truth solutions against their own answers, which must be right
+own       ground-truth solutions against their own answers: must be right
 next      the same solutions against the next row's answer, where it differs: must be wrong (half an hour)
-slashes   answers with fractions, written a/b, against themselves as they are: must be right
+slashes   answers with fractions, rewritten as a/b, against the answers as they were: must be right
 openai    four models' GSM8K solutions against OpenAI's verdicts on them
 lm_eval   the same solutions against lm-evaluation-harness's GSM8K task (pip install lm-eval==0.4.13)
 """
@@ -45,7 +45,7 @@ SETS = {
 
 
 def respond(problem: Problem, marked: bool) -> str:
-    """The solution where it marks its answer; else what there is of one, closed as the prompts for MATH ask."""
+    """The solution if it marks its answer, else the solution (if any) and a last sentence that does."""
     if marked:
         return problem.solution or ""
     answer = re.sub(r"^\$([^$]*)\$$", r"\1", problem.answer)
@@ -69,13 +69,13 @@ def ground_truth(data: Path, verifier: Verifier, shift: int) -> None:
             for (row, problem, truth), verdict in zip(rows, verdicts, strict=True)
             if verdict.correct == bool(shift)
         ]
-        tell(name, len(rows) - len(lines), verdicts)
+        table_row(name, len(rows) - len(lines), verdicts)
         unexpected += lines
     print(*unexpected, sep="\n")
 
 
 def slashes(data: Path, verifier: Verifier) -> None:
-    """The same text says little about equality; these differ in text, and only math-verify can tell that they agree."""
+    """An answer equals its own text trivially. These differ in text, so formulas must be compared."""
     head("Fractions written a/b")
     for name, (file, columns, answer_from, _) in SETS.items():
         problems = load_problems(str(data / file), columns=columns, answer_from=answer_from)
@@ -91,13 +91,13 @@ def slashes(data: Path, verifier: Verifier) -> None:
             [f"\\boxed{{{text}}}" for *_, text in rows], [truth for _, truth, _ in rows]
         )
         bad = [row for row, verdict in zip(rows, verdicts, strict=True) if not verdict.correct]
-        tell(name, len(rows) - len(bad), verdicts)
+        table_row(name, len(rows) - len(bad), verdicts)
         for row, truth, text in bad:
             print(f"- {name}, row {row}: answered {text!r}, the truth was {truth!r}")
 
 
 def with_slashes(answer: str) -> str:
-    """Innermost fractions only, and no dollars around it all."""
+    """The innermost fractions as ((a)/(b)), and no dollars around the whole."""
     answer = re.sub(r"^\$([^$]*)\$$", r"\1", answer)
     return re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", answer)
 
@@ -106,7 +106,7 @@ def head(title: str) -> None:
     print(f"\n## {title}\n\n| set | rows | as expected | | rules |\n|---|---|---|---|---|")
 
 
-def tell(name: str, good: int, verdicts: list[Verdict]) -> None:
+def table_row(name: str, good: int, verdicts: list[Verdict]) -> None:
     rows = len(verdicts)
     rules = ", ".join(f"{rule} {count}" for rule, count in Counter(v.rule for v in verdicts).most_common())
     print(f"| {name} | {rows:,} | {good:,} | {good / rows:.2%} | {rules} |", flush=True)
@@ -127,13 +127,13 @@ def openai(data: Path, verifier: Verifier) -> None:
     where, solutions, answers, truths = zip(*model_solutions(data), strict=True)
     verdicts = verifier.verify(solutions, answers)
     bad = [i for i, verdict in enumerate(verdicts) if verdict.correct != truths[i]]
-    tell("model solutions", len(truths) - len(bad), verdicts)
+    table_row("model solutions", len(truths) - len(bad), verdicts)
     for i in bad:
         print(f"- {where[i]}: answer {answers[i]}; OpenAI {truths[i]}; {verdicts[i]}; {solutions[i][-80:]!r}")
 
 
 def lm_eval(data: Path, verifier: Verifier) -> None:
-    """Its own filters and metric, as its own task file sets them, on three forms of the same solutions."""
+    """lm-evaluation-harness's filters and metric, as its task sets them, on three forms of the solutions."""
     head("lm-evaluation-harness")
     where, solutions, answers, _ = zip(*model_solutions(data), strict=True)
     forms = {
@@ -148,7 +148,7 @@ def lm_eval(data: Path, verifier: Verifier) -> None:
                 continue
             bad = [i for i, (_, right) in scores.items() if verdicts[i].correct != right]
             spelt = [i for i in bad if verdicts[i].correct and same_value(scores[i][0], answers[i])]
-            tell(f"{name}, {form}", len(scores) - len(bad), [verdicts[i] for i in scores])
+            table_row(f"{name}, {form}", len(scores) - len(bad), [verdicts[i] for i in scores])
             if spelt:
                 print(
                     f"- {len(spelt)} right numbers in another spelling, to them wrong, to us right: "
@@ -156,12 +156,13 @@ def lm_eval(data: Path, verifier: Verifier) -> None:
                 )
             for i in sorted({*bad} - {*spelt}):
                 print(
-                    f"- {where[i]}: answer {answers[i]}; theirs {scores[i]}; {verdicts[i]}; {texts[i][-80:]!r}"
+                    f"- {where[i]}: answer {answers[i]}; theirs {scores[i]}; {verdicts[i]}; "
+                    f"{texts[i][-80:]!r}"
                 )
 
 
 def lm_eval_scores(texts: Sequence[str], answers: Sequence[str]) -> dict[str, dict[int, tuple[str, bool]]]:
-    """Filter's name -> index -> (what it extracts, right or not), of the texts in which it finds an answer."""
+    """Filter's name -> index -> (the extracted text, right or not), for texts in which it finds an answer."""
     from lm_eval.api.metrics import exact_match_hf_evaluate
     from lm_eval.filters.extraction import RegexFilter
 

@@ -46,7 +46,7 @@ UNREAL = re.compile(
     r"\b(?:if|whether|suppose|assume|unless|wrong|incorrect)\s+(?:that\s+)?(?:the\s+|an\s+|his\s+)?$", re.I
 )
 PHRASE_START = re.compile(r"(?:[\s:*>]|\\\[|\$\$)*")
-PHRASE_END = re.compile(r"[.!?](?=\s|$|\*)|\n|\*\*|</")
+PHRASE_END = re.compile(r"(?<!\.)[.!?](?=\s|$|\*)|\n|\*\*|</")
 
 
 class Found(NamedTuple):

@@ -25,7 +25,8 @@ UNEQUAL = re.compile(r"\\ne(?![A-Za-z])")
 PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 VARIABLE = re.compile(r"\\?(?!infty|pi\b)[A-Za-z]+(?:_\{?\w+\}?)?|[A-Za-z]\s?\([a-z]\)")
 MATRIX = re.compile(
-    r"[(\[|]?\s*\\begin\{([pbvB]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\{\1\}\s*[)\]|]?", re.S
+    r"[(\[|]?\s*\\begin\{([pbvB]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\{\1\}\s*[)\]|]?",
+    re.S,
 )
 PROSE_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?")
 BASED = re.compile(

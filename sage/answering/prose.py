@@ -18,8 +18,8 @@ CURRENCY = r"[$€£]"
 THOUSANDS = r"\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?:[ \u00a0\u202f\u2009]\d{3})+(?!\d)"
 VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 TIME = r"\d{1,2}(?::\d\d){0,2}\s?[ap]\.?m\b\.?|\d{1,2}:\d\d(?::\d\d)?(?!\d)"
-MIXED = rf"\d+ (?:and )?\d+/\d+(?![\d,])|\d*[{VULGAR}]"
-PLAIN = rf"(?:{TIME}|{MIXED}|(?:{THOUSANDS}|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)"
+MIXED = rf"\d+ (?:and )?\d+/\d+(?![\d,])|(?:\d+ ?)?[{VULGAR}]"
+PLAIN = rf"(?:{TIME}|{MIXED}|(?:{THOUSANDS}|\d+)(?:\.\d+(?:\.\.\.|…)?)?(?:\s*/\s*\d+)?|\.\d+)"
 SCALED = re.compile(
     rf"(?:\s*\\?%|\s+(?:{'|'.join(SCALES)}|percent|degrees)\b|\s*[ap]\.?m\b\.?|\s+and\s+a\s+half\b)*", re.I
 )
@@ -34,7 +34,7 @@ GROUP = (
     r"|\\\{(?:\\[A-Za-z]+|[^\\]){0,200}\\\}|\{[^{}A-Za-z]{0,200}\}"
 )
 ATOM = (
-    rf"{PLAIN}|{GROUP}|\\[A-Za-z]+|\\[{{}},;!% ]|{FUNCTION}|[A-Za-z](?![A-Za-z'’])"
+    rf"{PLAIN}|{GROUP}|\\[A-Za-z]+|\\[{{}},;!% ]|{FUNCTION}|[A-Za-z](?![A-Za-z'’]|\.[a-z])"
     r"|[−–√∞π²³⁴⁵ⁿθ°×÷±≤≥≠∪∩∈]|[-+*/^=<>_|!:(){}\[\]]"
 )
 RUN = re.compile(rf"(?:{CURRENCY}?(?:{ATOM})\s*)+", re.I)
@@ -71,7 +71,9 @@ RULED_OUT = re.compile(  # just before a number
     re.I,
 )
 RANGE = re.compile(
-    rf"(?:somewhere )?(?:between|from|at least|at most|up to|over|under|above|below|{COMPARED})\b", re.I
+    rf"(?:somewhere )?(?:anything but|between|from|at (?:least|most)|up to|over|under|above|below"
+    rf"|{COMPARED})\b",
+    re.I,
 )
 INSTEAD = re.compile(r"(?:\bbut|\brather|it is|it's|it equals)\s+(?:is\s+|it is\s+|rather\s+)?", re.I)
 TEXT_END = re.compile(

@@ -110,7 +110,7 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (rf"\\(?:{FRAMES})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r"\1"),
         # A unit: "15\text{ cm}^2". Elsewhere such a macro only sets type.
         (
-            rf"(?<=[\d}}])\s*\\(?:text|mbox|mathrm|textrm)\s*\{{(?!\s*(?:{NO_UNIT}))[^{{}}]*\}}(?:\^\{{?-?\d\}}?)?$",
+            rf"(?:(?<=[\d}}])|(?<=\\pi))\s*\\(?:text|mbox|mathrm|textrm)\s*\{{(?!\s*(?:{NO_UNIT}))[^{{}}]*\}}(?:\^\{{?-?\d\}}?)?$",
             "",
         ),
         (r"\\(?:text)?color\s*\{[^{}]*\}", ""),

@@ -132,7 +132,8 @@ def _at_end(text: str, truth: str) -> str | None:
     if not lines:
         return None
     if is_words(truth):
-        return lines[-1] if canonical(lines[-1]).lower() == truth.lower() else None
+        clauses = [lines[-1], re.split("[,.;!]", lines[-1])[0]]  # "Yes, it is."
+        return next((c for c in clauses if canonical(c).lower() == truth.lower()), None)
     formulas = list(FORMULA.finditer(text))
     if as_number(truth) or TIME.fullmatch(truth):
         after = text[formulas[-1].end() :] if formulas else text

@@ -7,20 +7,24 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from sage.util.errors import UserError
 
 T = TypeVar("T")
 
 
+def _group() -> Any:
+    """torch.distributed, if this process is in a group. A command that never loads torch is in none."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_initialized() else None
+
+
 def rank() -> int:
     """The group's number for this process; before there is a group, the launcher's; without a launcher, 0."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if (dist := _group()) else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if (dist := _group()) else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
@@ -29,13 +33,13 @@ def local_rank() -> int:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    if dist := _group():
         dist.barrier()
 
 
 def gather(value: T) -> list[T]:
     """One small Python object from every rank, in order, on every rank."""
-    if not dist.is_initialized():
+    if not (dist := _group()):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -44,7 +48,7 @@ def gather(value: T) -> list[T]:
 
 def broadcast(value: T) -> T:
     """Rank 0's value, on every rank. The other ranks' own values are ignored."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not (dist := _group()) or dist.get_world_size() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values)
@@ -95,7 +99,7 @@ def leave() -> None:
     The interpreter's own shutdown will not do: DeepSpeed keeps groups alive, and a gloo thread that releases
     its last tensor while Python shuts down aborts the process after all its work is done.
     """
-    if dist.is_initialized():
+    if dist := _group():
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
