@@ -1,4 +1,5 @@
-"""Which models of transformers sage can train, and how: build each in a tiny form, ask, and write docs/models.md.
+"""Which models of transformers sage can train, and how: build each in a tiny form, ask, and write
+docs/models.md.
 
     python scripts/model_table.py docs/models.md        # about 10 minutes on one core
     python scripts/model_table.py - TYPE ...            # only these types, to the terminal
@@ -203,7 +204,8 @@ def naive(model: nn.Module, text: tuple[list[int], list[int]]) -> Tensor:
 
 
 class Verdict(NamedTuple):
-    """How sage computes a model, or why not; `wrong` where it disagrees with the oracle and did not say so."""
+    """How sage computes a model, or why not; `wrong` where it disagrees with the oracle and did not say
+    so."""
 
     way: str
     wrong: bool = False
@@ -349,24 +351,27 @@ def in_child(model_type: str) -> tuple[str, ...]:
 
 HEADER = f"""# Models
 
-Every run of `sage train` and `sage score-dataset` begins with a self-check (`sage/model/selfcheck.py`). It takes a few
-shortened pairs of the run, and compares the log-probability of each response token with the model's own logits, one
-text at a time. What disagrees gives way to a slower path, and one line says so:
+Every run of `sage train` and `sage score-dataset` begins with a self-check (`sage/model/selfcheck.py`). It
+takes a few shortened pairs of the run, and compares the log-probability of each response token with the
+model's own logits, one text at a time. What disagrees gives way to a slower path, and one line says so:
 
-- `packed`: pairs lie in one row without padding, and the prompt is computed once. If packed rows disagree, rows are padded.
-- `own logits`: the model's own full forward computes the logits. It replaces sage's head, which never keeps all logits,
-  where a model transforms its logits in a way that the head does not know. It takes more memory.
-- `refused`: the model's own code fails on a plain text, or nothing agrees with it. The run ends with exit status 2
-  before any training.
+- `packed`: pairs lie in one row without padding, and the prompt is computed once. If packed rows disagree,
+  rows are padded.
+- `own logits`: the model's own full forward computes the logits. It replaces sage's head, which never keeps
+  all logits, where a model transforms its logits in a way that the head does not know. It takes more
+  memory.
+- `refused`: the model's own code fails on a plain text, or nothing agrees with it. The run ends with exit
+  status 2 before any training.
 
 The table below is made by `scripts/model_table.py`. It builds a tiny form of each causal language model of
-transformers {transformers.__version__} with random weights. It then compares summed log-probabilities and gradients
-with plain autograd through `model(...).logits` in float32, for full training and for LoRA. The check at the start of
-a run does not use this table. `generation` shows how `generation=hf` runs the model: `batched` (a refilled batch),
-`equal lengths` (the model's own `generate`, on prompts of equal length) or `one by one`.
+transformers {transformers.__version__} with random weights. It then compares summed log-probabilities and
+gradients with plain autograd through `model(...).logits` in float32, for full training and for LoRA. The
+check at the start of a run does not use this table. `generation` shows how `generation=hf` runs the model:
+`batched` (a refilled batch), `equal lengths` (the model's own `generate`, on prompts of equal length) or
+`one by one`.
 
-A window in the tiny forms is 16 tokens and a chunk is 32, while texts have up to 96 tokens. A model with a longer window
-or chunk than any text of a run may pack where the table says `padded`.
+A window in the tiny forms is 16 tokens and a chunk is 32, while texts have up to 96 tokens. A model with a
+longer window or chunk than any text of a run may pack where the table says `padded`.
 """
 
 

@@ -52,8 +52,8 @@ def row(prefix: int, length: int = LENGTH, flex: bool = False) -> Row:
 @pytest.mark.parametrize("flex", [False, True], ids=["texts", "flex"])
 @pytest.mark.parametrize("prefix", ROWS)
 def test_against_the_dense_mask(flex, kv_heads, softcap, prefix, window):
-    """Protects who sees whom in the CPU path and in CUDA's (FlexAttention, here uncompiled), sliding windows, and the
-    CPU path's gradients. FlexAttention has none on a CPU."""
+    """Protects who sees whom in the CPU path and in CUDA's (FlexAttention, here uncompiled), sliding
+    windows, and the CPU path's gradients. FlexAttention has none on a CPU."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, heads, LENGTH, 16, generator=generator, requires_grad=not flex)
@@ -74,7 +74,8 @@ def test_against_the_dense_mask(flex, kv_heads, softcap, prefix, window):
 
 
 def test_masks_that_packed_rows_do_not_have_are_refused():
-    """Protects models with chunked attention, sinks or masks of their own from being read as if they had none."""
+    """Protects models with chunked attention, sinks or masks of their own from being read as if they had
+    none."""
     config = types.SimpleNamespace(attention_chunk_size=8)
     mask = {"mask_function": None, "config": config}
     assert local_mask(**mask) is None and local_mask(**mask, local_size=4) == Window(4)

@@ -154,7 +154,8 @@ def policy_of(model_type: str, **changes) -> Policy:
 
 
 def test_a_head_that_disagrees_gives_way(capsys):
-    """Protects models that transform their logits in a way that sage's head does not know, here by a wrong scale."""
+    """Protects models that transform their logits in a way that sage's head does not know, here by a wrong
+    scale."""
     policy = policy_of("llama")
     policy.head.scale = 1.01
     assert settle(table.Asked(policy), [table.some_pairs()], "auto", "llama") == "shared"
@@ -189,7 +190,8 @@ def test_weights_that_are_not_finite_are_recognised():
 
 @pytest.mark.parametrize("model_type", ["minimax", "mamba", "qwen3_next", "bloom"])
 def test_leaks_show_in_small_weights(model_type, monkeypatch):
-    """A model at its usual init, whose logits hardly depend on the text: wrong packing must not pass for rounding."""
+    """A model at its usual init, whose logits hardly depend on the text: wrong packing must not pass for
+    rounding."""
     monkeypatch.setattr(table, "SCALE", 0.02)
     policy = policy_of(model_type)
     assert settle(table.Asked(policy), [table.some_pairs()], "auto", model_type) == "padded"
@@ -220,6 +222,7 @@ def test_rank_0_decides():
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-3), (torch.bfloat16, 0.5)], ids=str)
 def test_limits(dtype, most):
-    """What counts as rounding grows with what the text does to the model, between rounding itself and a ceiling."""
+    """What counts as rounding grows with what the text does to the model, between rounding itself and a
+    ceiling."""
     small, large = selfcheck.limits(dtype, 0.0), selfcheck.limits(dtype, 100.0)
     assert 0 < small.mean <= small.most < large.most == most

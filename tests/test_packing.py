@@ -18,7 +18,8 @@ lengths = st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=40
 @settings(max_examples=300, deadline=None)
 @given(lengths, st.integers(240, 1200), st.integers(1, 9), st.sampled_from(LAYOUTS), st.integers(0, 30))
 def test_plan(lengths, budget, world_size, layout, prefix):
-    """Protects the mean over the batch (each pair once), memory (the budget) and ZeRO's collectives (equal counts)."""
+    """Protects the mean over the batch (each pair once), memory (the budget) and ZeRO's collectives (equal
+    counts)."""
     prefix = min(prefix, lengths[:, 0].min() - 1) if layout == "shared" else 0
     plans = plan(lengths, budget, world_size, layout, prefix)
     assert plans == plan(
@@ -40,7 +41,8 @@ def test_plan(lengths, budget, world_size, layout, prefix):
 
 
 def test_packed_ranks_get_equal_work():
-    """Protects speed on many ranks: the slowest decides, and packed micro-batches differ by less than one pair."""
+    """Protects speed on many ranks: the slowest decides, and packed micro-batches differ by less than one
+    pair."""
     lengths = np.random.default_rng(0).integers(20, 200, (500, 3))
     tokens = pair_tokens(lengths, "shared")
     work = [sum(tokens[m].sum() for m in mine) for mine in plan(lengths, 4096, 8, "shared")]
@@ -65,8 +67,8 @@ ids = st.lists(
     st.lists(st.integers(0, 3), max_size=5),
 )
 def test_collate_against_a_naive_reading(rows, layout, prefix):
-    """Protects position bookkeeping: every label is a response token, and what predicts it has read that response's own
-    prompt and past, whatever the ids are (trap 3: pad == eos is told apart by position)."""
+    """Protects position bookkeeping: every label is a response token, and what predicts it has read that
+    response's own prompt and past, whatever the ids are, even where pad == eos."""
     prefix = prefix if layout == "shared" else []
     rows = [(prefix + prompt, *responses) for prompt, *responses in rows]
     pairs = [pair(str(i), *row) for i, row in enumerate(rows)]

@@ -98,8 +98,9 @@ def naive(model: torch.nn.Module, prompt: list[int], response: list[int]) -> tor
 @each
 @pytest.mark.parametrize("layout, prefix", [*((layout, 0) for layout in LAYOUTS), ("shared", 11)])
 def test_log_probabilities_and_gradients(name, layout, prefix):
-    """Protects the layouts (who sees whom, at which position; the last token of a shared prompt predicting both first
-    tokens), padding, the shift by one, soft caps, logit scales, tied heads and learned positions."""
+    """Protects the layouts (who sees whom, at which position; the last token of a shared prompt predicting
+    both first tokens), padding, the shift by one, soft caps, logit scales, tied heads and learned
+    positions."""
     model = tiny(name)
     policy, rows = Policy(model), pairs(prefix)
     out = policy(collate(rows, layout, prefix))
@@ -179,7 +180,8 @@ def test_the_head_that_is_asked_for(monkeypatch):
 
 
 def test_logit_statistics_against_autograd():
-    """Protects D and U of the logit-level score: |d margin / d logits|^2 and the trace of logsumexp's Hessian."""
+    """Protects D and U of the logit-level score: |d margin / d logits|^2 and the trace of logsumexp's
+    Hessian."""
     model, rows = tiny("llama"), pairs()
     logps, stats = Policy(model)(collate(rows, "padded"), logit=True)
     assert torch.equal(logps.chosen, Policy(model)(collate(rows, "padded")).chosen)
@@ -242,7 +244,8 @@ OPT = {
     "max_position_embeddings": 64,
     "pad_token_id": 1,
 }
-# Each keeps its dropout in another place: modules, numbers in modules, numbers in the config; and a router's jitter.
+# Each keeps its dropout in another place: modules, numbers in modules, numbers in the config; and a
+# router's jitter.
 RANDOM = {
     "gpt2": transformers.GPT2Config(
         vocab_size=VOCAB,
@@ -293,8 +296,8 @@ def test_training_mode_is_deterministic(tmp_path, name):
 
 
 def test_a_question_between_forward_and_backward_changes_no_gradient(tiny_model):
-    """Layers that the backward computes again must find the mode of their forward, although the reference was asked
-    in between."""
+    """Layers that the backward computes again must find the mode of their forward, although the reference
+    was asked in between."""
     pytest.importorskip("peft")
     cfg = ModelConfig(path=str(tiny_model), gradient_checkpointing=True, lora=LoraConfig(dropout=0.5))
     policy, batch = (
@@ -319,7 +322,8 @@ def test_a_question_between_forward_and_backward_changes_no_gradient(tiny_model)
 
 @pytest.mark.parametrize("layout, backend", [("padded", "auto"), ("padded", OWN), ("unshared", "auto")])
 def test_the_routers_loss_is_the_models_own(layout, backend):
-    """Protects the load-balancing loss of a mixture of experts and its gradient, in padded and packed rows."""
+    """Protects the load-balancing loss of a mixture of experts and its gradient, in padded and packed
+    rows."""
     model = tiny("mixtral")
     rows = pairs() if layout == "padded" else [pairs()[2]]  # equal lengths: no row has padding
     policy, batch = Policy(model, backend, router_coefficient=0.5), collate(rows, layout)
@@ -336,7 +340,8 @@ def test_the_routers_loss_is_the_models_own(layout, backend):
 
 
 def test_the_routers_coefficient():
-    """Ours, else the model's own where its config asks for the loss. A model without routers cannot have one."""
+    """Ours, else the model's own where its config asks for the loss. A model without routers cannot have
+    one."""
     model, dense = tiny("mixtral", router_aux_loss_coef=0.02), tiny("llama")
     assert router_coefficient(ModelConfig(path=""), model) == 0
     model.config.output_router_logits = True
@@ -368,7 +373,8 @@ def bytes_saved(policy: Policy) -> int:
 
 @pytest.mark.parametrize("name", ["llama", "opt", "lora"])
 def test_gradient_checkpointing_saves_memory(tmp_path, name):
-    """Layers checkpoint only in training mode: what they compute inside is not kept, and gradients stay the same."""
+    """Layers checkpoint only in training mode: what they compute inside is not kept, and gradients stay the
+    same."""
     size = {"num_hidden_layers": 8}
     config = (
         transformers.OPTConfig(**{**OPT, **size})
@@ -416,7 +422,8 @@ def without(folder, *words: str, rename: str = "") -> None:
 
 
 def test_weights_that_are_not_there_are_refused_by_name(tmp_path):
-    """Random weights in place of a head or a layer would be trained with exit 0. A tied head is not missing."""
+    """Random weights in place of a head or a layer would be trained with exit 0. A tied head is not
+    missing."""
     untied = tmp_path / "untied"
     saved(untied, transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False))
     shutil.copytree(untied, tmp_path / "renamed")

@@ -1,9 +1,9 @@
 """Attention over packed rows: a response sees its own prompt and its own past, and nothing else of the row.
 
-A row is a prefix that all its prompts begin with, followed by spans [prompt | chosen | rejected]. In a span, `rejected`
-may be absent, and `prompt` is the part behind the prefix. The attention is registered with transformers, so the model's
-own code runs unchanged. On a CPU it computes each response exactly, over its own text. On CUDA it is one FlexAttention
-over the row under a block mask.
+A row is a prefix that all its prompts begin with, followed by spans [prompt | chosen | rejected]. In a
+span, `rejected` may be absent, and `prompt` is the part behind the prefix. The attention is registered with
+transformers, so the model's own code runs unchanged. On a CPU it computes each response exactly, over its
+own text. On CUDA it is one FlexAttention over the row under a block mask.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from sage.data.packing import Span
 
 IMPLEMENTATION = "sage_packed"
-# Queries in one block on a CPU. Half of a short text's scores lie ahead of the query and are skipped. Smaller blocks
-# make smaller products, which are slower.
+# Queries in one block on a CPU. Half of a short text's scores lie ahead of the query and are skipped.
+# Smaller blocks make smaller products, which are slower.
 BLOCK = 128
 
 
@@ -34,7 +34,8 @@ class Window(NamedTuple):
 
 
 class Row:
-    """A packed row of `length` tokens. Masks are made when a layer first asks for them, and serve all layers."""
+    """A packed row of `length` tokens. Masks are made when a layer first asks for them, and serve all
+    layers."""
 
     def __init__(
         self, prefix: int, spans: Sequence[Span], length: int, device: torch.device, compiled: bool = True
@@ -49,7 +50,8 @@ class Row:
         self.block_masks: dict[int | None, BlockMask] = {}
 
     def texts(self) -> Iterator[tuple[slice, list[slice]]]:
-        """(queries, keys) of each text. The queries are the last of the keys, and each sees all that is before it."""
+        """(queries, keys) of each text. The queries are the last of the keys, and each sees all that is
+        before it."""
         if self.prefix:
             yield slice(0, self.prefix), [slice(0, self.prefix)]
         before = [slice(0, self.prefix)] if self.prefix else []
@@ -63,8 +65,8 @@ class Row:
     def block_mask(self, window: int | None) -> BlockMask:
         """The row as a FlexAttention mask. A token behind the last span sees only itself."""
         if window not in self.block_masks:
-            # Each token's part: -1 for the prefix, then 3 * span + (0 prompt, 1 chosen, 2 rejected), and its place in
-            # its own text. They are built on the CPU, so the device never waits.
+            # Each token's part: -1 for the prefix, then 3 * span + (0 prompt, 1 chosen, 2 rejected), and
+            # its place in its own text. They are built on the CPU, so the device never waits.
             parts, places = [torch.full((self.prefix,), -1)], [torch.arange(self.prefix)]
             for i, (_, prompt, chosen, rejected) in enumerate(self.spans):
                 sizes = torch.tensor([prompt, chosen, rejected])
@@ -97,7 +99,8 @@ def local_mask(
     use_vmap: bool = False,
     **_: Any,
 ) -> Window | None:
-    """transformers' mask interface: the mask of the layers of one type, given to `packed_attention` as attention_mask.
+    """transformers' mask interface: the mask of the layers of one type, given to `packed_attention` as
+    attention_mask.
 
     Raises:
         NotImplementedError: the model asks for a mask that packed rows do not have.
@@ -122,10 +125,11 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, heads, t, d], key [1, kv_heads, t, d], value [1, kv_heads, t, w]
-    -> [1, t, heads, w].
+    """transformers' attention interface: query [1, heads, t, d], key [1, kv_heads, t, d], value [1,
+    kv_heads, t, w] -> [1, t, heads, w].
 
-    Gemma 2's `softcap` and sliding windows are honoured. Whatever else a model may ask for, the self-check finds out.
+    Gemma 2's `softcap` and sliding windows are honoured. Whatever else a model may ask for, the self-check
+    finds out.
 
     Raises:
         NotImplementedError: the layer asks for something that packed rows do not have.
@@ -158,8 +162,9 @@ def packed_attention(
 class _Texts(torch.autograd.Function):
     """Softmax attention of a row's texts, block by block of queries, recomputed in the backward pass.
 
-    Scores and softmax are float32, the other products in the model's dtype. scaled_dot_product_attention on each text
-    would fill and add up gradients of the whole row for every slice of it. In bfloat16 it takes twice as long (torch 2.13).
+    Scores and softmax are float32, the other products in the model's dtype. scaled_dot_product_attention on
+    each text would fill and add up gradients of the whole row for every slice of it. In bfloat16 it takes
+    twice as long (torch 2.13).
     """
 
     @staticmethod
@@ -255,7 +260,8 @@ def _group(x: Tensor, k: Tensor) -> Tensor:
 def _scores(
     q: Tensor, k: Tensor, block: slice, scaling: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    """[kv_heads, heads / kv_heads * own, seen] of a block of `own` queries, the last of the keys, in the wider dtype."""
+    """[kv_heads, heads / kv_heads * own, seen] of a block of `own` queries, the last of the keys, in the
+    wider dtype."""
     with _bfloat16_factors() if q.dtype == torch.bfloat16 else nullcontext():
         scores = _scaled_product(q.to(k.dtype), k.transpose(1, 2), scaling)
     if softcap is not None:
@@ -277,7 +283,8 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 @contextmanager
 def _bfloat16_factors() -> Iterator[None]:
-    """float32 products of bfloat16 factors. They stay exact, and a CPU with bfloat16 units makes them faster."""
+    """float32 products of bfloat16 factors. They stay exact, and a CPU with bfloat16 units makes them
+    faster."""
     matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:

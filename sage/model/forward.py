@@ -1,4 +1,4 @@
-"""From pair indices to what a rank runs: micro-batches for the loop, and whole-set forwards for everyone else."""
+"""Run pairs through the policy: micro-batches for the training loop, and forwards over a whole set."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Work(NamedTuple):
 
 
 class PairForward:
-    """Runs pairs through the policy in micro-batches of at most `budget` tokens, over all ranks, counting the cost.
+    """Runs pairs through the policy in micro-batches of at most `budget` tokens, over all ranks, counting
+    the cost.
 
     `layout` is one of `sage.data.packing.LAYOUTS`.
     """
@@ -51,7 +52,7 @@ class PairForward:
         self.costs: dict[str, float] = dict.fromkeys(COSTS, 0.0)
 
     def cost_metrics(self) -> dict[str, float]:
-        """What training has cost so far, over all ranks: cost/*."""
+        """The cost of training so far over all ranks, as cost/*."""
         costs = {f"cost/{name}": self.costs[name] for name in COSTS[:4]}
         real, padded = self.costs["real_tokens"], self.costs["padded_tokens"]
         return {**costs, "cost/padding_fraction": 1 - real / padded if padded else 0.0}
@@ -96,7 +97,8 @@ class PairForward:
         description: str | None = None,
         model: Callable[[np.ndarray, MicroBatch], PairLogps] | None = None,
     ) -> PairLogps:
-        """Forward only: log-probabilities of n pairs in the order of `indices`, the same on every rank, [n] each.
+        """Forward only: log-probabilities of n pairs in the order of `indices`, the same on every rank, [n]
+        each.
 
         `description` shows a progress bar; `model` (a Reference) replaces the policy.
         """
@@ -114,7 +116,7 @@ class PairForward:
     def all_stats(
         self, pairs: TokenizedPairs, indices: np.ndarray, description: str | None = None, logit: bool = False
     ) -> tuple[PairLogps, LogitStats | None]:
-        """As `all_logps` of the policy, with what its next-token distributions say where `logit` asks for it."""
+        """`all_logps` of the policy, with LogitStats if `logit` is set."""
         if not logit:
             return self.all_logps(pairs, indices, description), None
 
@@ -137,7 +139,8 @@ class PairForward:
         width: int,
         forward: Callable[[Work], tuple[Tensor, ...]],
     ) -> Tensor:
-        """What `forward` says of every pair, `width` numbers each, from all ranks in the order of `indices`: [width, n]."""
+        """The `width` numbers that `forward` gives for each pair, from all ranks in the order of `indices`:
+        [width, n]."""
         out = torch.zeros(width, len(indices), device=self.engine.device)
         for work in track(self.micro_batches(pairs, indices), description, len(indices), self.size):
             values = torch.stack(list(forward(work)))

@@ -1,4 +1,5 @@
-"""Load models and tokenizers from a folder, a GGUF file or the hub, with an adapter where the config asks for one."""
+"""Load models and tokenizers from a folder, a GGUF file or the hub, with an adapter where the config asks
+for one."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def load_tokenizer(folder: str, cfg: ModelConfig) -> transformers.PreTrainedToke
 
 
 def compute_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it in hardware. Other CPUs take ten times as long for it."""
+    """`auto` is bfloat16 where the device multiplies it in hardware. Other CPUs take ten times as long for
+    it."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     if device.type == "cuda":
@@ -156,7 +158,8 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
 
 
 def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
-    """The model without adapter, with every weight from its files, and the attention that the config asks for."""
+    """The model without adapter, with every weight from its files, and the attention that the config asks
+    for."""
     wanted = ("sdpa", "eager") if cfg.attention == "auto" else (cfg.attention,)
     refusal, loaded = None, None
     for implementation in wanted:
@@ -187,7 +190,8 @@ def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
 
 
 def check_weights(cfg: ModelConfig, info: dict[str, Any]) -> None:
-    """Refuse a model whose files and code do not hold the same weights: the difference would be random or lost.
+    """Refuse a model whose files and code do not hold the same weights: the difference would be random or
+    lost.
 
     Args:
         info: transformers' loading info. A head that is tied to the embedding is not among its missing keys.
@@ -204,13 +208,14 @@ def check_weights(cfg: ModelConfig, info: dict[str, Any]) -> None:
             faults.append(f"{len(names)} weights are {text} ({', '.join(names[:SHOWN])}{more})")
     if faults:
         raise UserError(
-            f"model.path={cfg.path}: {'; '.join(faults)}; get the whole model, or set model.allow_missing=true to "
-            "begin with random values there"
+            f"model.path={cfg.path}: {'; '.join(faults)}; get the whole model, or set "
+            "model.allow_missing=true to begin with random values there"
         )
 
 
 def router_coefficient(cfg: ModelConfig, model: Any) -> float:
-    """The coefficient of the routers' load-balancing loss: our config's, else the model's own; 0 where it is off."""
+    """The coefficient of the routers' load-balancing loss: our config's, else the model's own; 0 where it
+    is off."""
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config.get_text_config()
     routed = hasattr(config, "output_router_logits")
     if cfg.router_aux_coef is not None:
@@ -225,7 +230,8 @@ def router_coefficient(cfg: ModelConfig, model: Any) -> float:
 
 
 def fingerprint(folder: str, adapter_path: str | None) -> str:
-    """Hash of everything that decides the initial policy: weights, configs, remote code, and the adapter's files.
+    """Hash of everything that decides the initial policy: weights, configs, remote code, and the adapter's
+    files.
 
     Reference log-probabilities and built pairs are keyed on it, and a resumed run checks it.
     """

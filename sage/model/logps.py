@@ -1,4 +1,4 @@
-"""What a policy says of preference pairs, as plain tensors."""
+"""Log-probabilities and logit statistics of preference pairs, as plain tensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class PairLogps(NamedTuple):
 
 
 class LogitStats(NamedTuple):
-    """What the next-token distributions p_t of a pair's responses say, each [n] float32, without gradients.
+    """Statistics of the next-token distributions p_t of n pairs, each [n] float32, without gradients.
 
-    With s_t = sum_v p_t[v]^2 and y_t the token that was written, sums over a response's tokens.
+    They are sums over a response's tokens. y_t is the token that was written, and s_t = sum_v p_t[v]^2.
     """
 
     squared_norm: Tensor  # D = sum over both responses of (1 - 2 p_t[y_t] + s_t): |d margin / d logits|^2

@@ -1,4 +1,5 @@
-"""The policy: the one module that the engine wraps. A micro-batch goes in, response log-probabilities come out."""
+"""The policy: the one module that the engine wraps. A micro-batch goes in, response log-probabilities come
+out."""
 
 from __future__ import annotations
 
@@ -26,14 +27,15 @@ OWN = "own"  # as `Policy.backend`: the logits come from the model's own full fo
 class Head(nn.Module):
     """Statistics of labels from hidden states, without logits of the positions that are not scored.
 
-    It holds the head's weight as its own parameter (the same object as the model's), so that ZeRO-3 gathers it for
-    this module's forward and again before its backward.
+    It holds the head's weight as its own parameter (the same object as the model's), so that ZeRO-3 gathers
+    it for this module's forward and again before its backward.
     """
 
     def __init__(self, lm_head: nn.Linear, config: transformers.PreTrainedConfig):
         super().__init__()
         self.weight, self.bias = lm_head.weight, lm_head.bias
-        # Models transform their logits in many ways. These are the common ones; the self-check finds the others.
+        # Models transform their logits in many ways. These are the common ones; the self-check finds the
+        # others.
         self.softcap = number(config, "final_logit_softcapping") or None  # Gemma 2
         # Cohere multiplies its logits by logit_scale, and Granite divides them by logits_scaling.
         self.scale = (number(config, "logit_scale") or 1.0) / (number(config, "logits_scaling") or 1.0)
@@ -54,7 +56,8 @@ class Head(nn.Module):
 class Policy(nn.Module):
     """The one module that the engine wraps: micro-batch in, response log-probabilities out.
 
-    Dropout, router jitter and their like are off in training mode too: they would make policy and reference differ.
+    Dropout, router jitter and their like are off in training mode too: they would make policy and reference
+    differ.
     """
 
     def __init__(self, model: Any, backend: str = "auto", router_coefficient: float = 0.0):
@@ -142,7 +145,8 @@ class Policy(nn.Module):
                 self.set_mode(True)
 
     def set_mode(self, training: bool) -> None:
-        """Training mode without its randomness. Out of it a model keeps its numbers: some compute with them there."""
+        """Training mode without its randomness. Out of it a model keeps its numbers: some compute with them
+        there."""
         self.model.train(training)
         for holder, name, value in self.rates:
             setattr(holder, name, 0.0 if training else value)
@@ -271,7 +275,8 @@ def float32_head(causal: Any) -> Iterator[None]:
 
 
 def random_rates(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """(holder, name, value) of every dropout and jitter: in modules, in numbers that modules keep, and in configs.
+    """(holder, name, value) of every dropout and jitter: in modules, in numbers that modules keep, and in
+    configs.
 
     A dropout that peft added is not among them: its user asked for it.
     """

@@ -1,7 +1,8 @@
 """Rotary positions whose frequencies depend on the length of the text (longrope, dynamic NTK).
 
-transformers takes the length from the largest position of the call. In a batch, one long text then changes all others.
-Here such a module is asked once per text, so a text gets the frequencies that it would get alone.
+transformers takes the length from the largest position of the call. In a batch, one long text then changes
+all others. Here such a module is asked once per text, so a text gets the frequencies that it would get
+alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from sage.data.packing import MicroBatch
 
 
 class TextRopes:
-    """The rotary modules of a model. `texts` is set before each forward; None leaves the model's own code alone.
+    """The rotary modules of a model. `texts` is set before each forward; None leaves the model's own code
+    alone.
 
     Modules are found by what they take (`x`, `position_ids`), not by name.
     """

@@ -1,7 +1,8 @@
 """The self-check: does sage compute what the model's own code computes?
 
-Every run asks at its start, on its own device and dtype and on a few of its own pairs. The model's own logits of one
-text alone are the truth. What disagrees gives way to a slower path that agrees, and one line says so.
+Every run asks at its start, on its own device and dtype and on a few of its own pairs. The model's own
+logits of one text alone are the truth. What disagrees gives way to a slower path that agrees, and one line
+says so.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from sage.model.rope import TextRopes
 from sage.util.errors import UserError, first_line
 from sage.util.progress import console
 
-# A few short texts suffice: whatever is wrong is wrong in most tokens. Their lengths differ, so that rows pad.
+# A few short texts suffice: whatever is wrong is wrong in most tokens. Their lengths differ, so that rows
+# pad.
 PAIRS, PREFIX, PROMPT, RESPONSE = 3, 8, 24, 16
 HEADS = {OWN: "the model's own logits, which take more memory", "tiled": "the tiled head"}
 
@@ -38,8 +40,9 @@ class Limits(NamedTuple):
 def limits(dtype: torch.dtype, effect: float) -> Limits:
     """What rounding may do, given the `effect` (mean, in nats per token) of reading another prompt.
 
-    In small random models a leak moves log-probabilities by little, so the limits shrink with the effect. They stay
-    above what rounding does: 1e-5 in float32. In bfloat16 single tokens err by tenths, and their mean by hundredths.
+    In small random models a leak moves log-probabilities by little, so the limits shrink with the effect.
+    They stay above what rounding does: 1e-5 in float32. In bfloat16 single tokens err by tenths, and their
+    mean by hundredths.
     """
     if torch.finfo(dtype).eps < 1e-6:
         limit = min(max(0.01 * effect, 2e-5), 1e-3)
@@ -67,7 +70,8 @@ class Sample:
         self.limits = limits(policy.dtype, float((other - logps[0]).abs().mean()))
 
     def batch(self, layout: str) -> tuple[MicroBatch, Tensor]:
-        """The pairs beside one whose text ends where the run's longest ends; and which scored tokens are not its."""
+        """The pairs and a neighbour at the last positions of the run's longest text; which scored tokens are
+        the pairs' own."""
         prefix = self.prefix if layout == "shared" else 0
         first = self.pairs[0]
         stranger = Pair(
@@ -84,7 +88,8 @@ class Sample:
         return batch, torch.tensor(known)
 
     def disagreement(self, engine: Engine | Frozen, layout: str) -> str | None:
-        """None where the policy agrees with the truth, else how it does not; rank 0's verdict on every rank."""
+        """None where the policy agrees with the truth, else how far it is off. Every rank gets rank 0's
+        verdict."""
         reason = None
         try:
             batch, known = self.batch(layout)
@@ -99,7 +104,8 @@ class Sample:
 
 
 def settle(engine: Engine | Frozen, pairs: Sequence[TokenizedPairs], packing: str, name: str) -> str:
-    """Choose the layout of the pairs' rows and the policy's head, so that they agree with the model's own code.
+    """Choose the layout of the pairs' rows and the policy's head, so that they agree with the model's own
+    code.
 
     Args:
         engine: around the policy, whose `backend` is lowered to one that agrees.
@@ -133,12 +139,13 @@ def settle(engine: Engine | Frozen, pairs: Sequence[TokenizedPairs], packing: st
                     "data.packing=padded"
                 )
             raise UserError(
-                f"model.path={name}: sage cannot compute what this model's own code computes, so it does not train it: "
-                f"with padded rows {reasons['padded', heads[-1]]}"
+                f"model.path={name}: sage cannot compute what this model's own code computes, so it does "
+                f"not train it: with padded rows {reasons['padded', heads[-1]]}"
             )
     if layout != layouts[0]:
         console.print(
-            f"rows are padded and prompts computed twice, since this model cannot pack: {reasons[layouts[0], heads[-1]]}"
+            "rows are padded and prompts computed twice, since this model cannot pack: "
+            f"{reasons[layouts[0], heads[-1]]}"
         )
     if head != heads[0]:
         console.print(
@@ -150,8 +157,8 @@ def settle(engine: Engine | Frozen, pairs: Sequence[TokenizedPairs], packing: st
             reason = sample.disagreement(engine, layout)
         if reason:
             raise UserError(
-                f"model.path={name}: in training mode, which gradient checkpointing and adapter dropout need, "
-                f"{reason}; set model.gradient_checkpointing=false and model.lora.dropout=0"
+                f"model.path={name}: in training mode, which gradient checkpointing and adapter dropout "
+                f"need, {reason}; set model.gradient_checkpointing=false and model.lora.dropout=0"
             )
     return layout
 
@@ -174,8 +181,8 @@ def layouts_of(policy: Policy, packing: str, name: str) -> list[str]:
     """The layouts to try, the fastest first. Texts that share a prompt must share its frequencies."""
     if packing == "shared" and policy.ropes:
         raise UserError(
-            f"data.packing=shared does not suit model.path={name}: its rotary frequencies depend on a text's length, "
-            "and the responses of a pair differ in length; set data.packing=auto"
+            f"data.packing=shared does not suit model.path={name}: its rotary frequencies depend on a text's "
+            "length, and the responses of a pair differ in length; set data.packing=auto"
         )
     if packing != "auto":
         return [packing]
@@ -189,7 +196,8 @@ def heads_of(policy: Policy, device: torch.device) -> list[str]:
 
 
 def shorten(pair: Pair, by: int) -> Pair:
-    """The prompt's first and last tokens and each response's first ones; `by` makes the lengths of pairs differ."""
+    """The prompt's first and last tokens and each response's first ones; `by` makes the lengths of pairs
+    differ."""
     prompt = pair.prompt_ids
     if len(prompt) > PREFIX + PROMPT - by:
         prompt = prompt[:PREFIX] + prompt[by - PROMPT :]
