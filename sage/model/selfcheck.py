@@ -47,7 +47,7 @@ def limits(dtype: torch.dtype, effect: float) -> Limits:
     if torch.finfo(dtype).eps < 1e-6:
         limit = min(max(0.01 * effect, 2e-5), 1e-3)
         return Limits(limit, limit)
-    limit = min(max(0.1 * effect, 0.01), 0.05)
+    limit = min(max(0.1 * effect, 0.05), 0.1)
     return Limits(limit, 10 * limit)
 
 
