@@ -1,4 +1,4 @@
-"""Per-token statistics of the language-model head, without keeping its logits."""
+"""Per-token statistics of the language-model head. Its logits are not kept."""
 
 import importlib.util
 
@@ -21,12 +21,15 @@ BACKENDS = {"oracle": oracle.token_stats, "tiled": tiled.token_stats, "triton": 
 
 
 def has_triton() -> bool:
-    """Whether Triton is installed: torch's CUDA wheels for Linux bring it."""
+    """Whether Triton is installed. torch's CUDA wheels for Linux bring it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """`triton` for bfloat16 on CUDA, else `tiled`, which leaves all products to cuBLAS in float32."""
+    """The fastest backend: `triton` for bfloat16 on CUDA, else `tiled`.
+
+    In float32 `tiled` is faster, because cuBLAS computes all its products.
+    """
     return "triton" if device.type == "cuda" and dtype == torch.bfloat16 and has_triton() else "tiled"
 
 
@@ -45,16 +48,19 @@ def token_stats(
 
     hidden  [n, h]  last hidden states of the scored positions only; n may be 0
     weight  [v, h]  of hidden's dtype; bias [v]
-    labels  [n]     int64 token ids y_t. Outside [0, v): ValueError on CPU; on an accelerator, where looking
-                    would wait for the device, `oracle` asserts on the device and the others answer NaN.
-    softcap c       cap(z) = c * tanh(z / c) (Gemma-2); None: identity
-    scale           multiplies the logits (Cohere's logit_scale; Granite divides: pass 1/x)
-    stats           which fields of TokenStats to compute; the others are None
-    backend         a name in BACKENDS, or `auto`: see `choose_backend`
+    labels  [n]     int64 token ids y_t. An id outside [0, v) is a ValueError on CPU. An accelerator would
+                    have to wait for that check. There `oracle` asserts on the device, and the other
+                    backends return NaN.
+    softcap c       cap(z) = c * tanh(z / c) (Gemma 2). None is the identity.
+    scale           multiplies the logits (Cohere's logit_scale). Granite divides its logits: pass 1/x.
+    stats           the fields of TokenStats to compute. The others are None.
+    backend         a name in BACKENDS, or `auto` for `choose_backend`
 
-    Logits and sums are float32 whatever hidden's dtype (float64 for float64), and so are the results [n].
-    `logps` carries gradients to hidden, weight and bias; the other statistics are detached.
-    Raises ValueError for shapes or dtypes that do not fit and for an unknown statistic or backend.
+    Logits, sums and results [n] are float32 for every dtype of `hidden` except float64, which stays float64.
+    `logps` carries gradients to hidden, weight and bias. The other statistics are detached.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or a statistic or backend is unknown.
     """
     if backend == "auto":
         backend = choose_backend(hidden.device, hidden.dtype)

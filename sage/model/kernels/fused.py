@@ -1,14 +1,18 @@
-# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright does not follow what `triton.jit` makes of a function.
-"""Per-token statistics on CUDA through Triton: the head's product and what is done with its logits in one kernel.
+# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright does not understand functions that `triton.jit` has wrapped.
+"""Per-token statistics on CUDA through Triton. One kernel computes the head's product and reduces its logits.
 
-Forward: one program per tile of logits, shaped like a matrix product, whose epilogue keeps a few numbers a row instead of
-the tile; torch merges them. Backward: the same tile recomputed, its epilogue writing the logits' gradient in the
-model's dtype to a buffer, and cuBLAS multiplying that into the gradients of hidden and weight. Accumulating those in
-Triton too would take [tokens, h] sums that no program's registers hold, so atomics or locks; this way two thirds of the
-backward pass run at cuBLAS's speed, every sum has one order, and a run repeats bit for bit.
+Forward: one program computes one tile of logits, like a matrix product. It keeps a few numbers per row and
+drops the tile. torch merges the numbers of all tiles.
 
-`TRITON_INTERPRET=1`, set before this module is imported, runs the kernels on CPU, for tests.
+Backward: the same program computes its tile again and writes the logits' gradient to a buffer, in the model's
+dtype. cuBLAS multiplies the buffer into the gradients of hidden and weight. Triton could accumulate these
+gradients too, but their [tokens, h] sums do not fit a program's registers, so it would need atomics or locks.
+With cuBLAS two thirds of the backward pass run at full speed. Every sum has a fixed order, so a run repeats
+bit for bit.
+
+Set `TRITON_INTERPRET=1` before importing this module to run the kernels on a CPU, in tests.
 """
 
 import torch
@@ -20,21 +24,21 @@ from sage.model.kernels import recompute
 from sage.model.kernels.oracle import TokenStats
 from sage.model.kernels.recompute import Partials
 
-# Neither table is tuned: no GPU was at hand. Compiled for Ampere and Hopper, no program spills registers.
-# Tokens x vocabulary of one tile of the backward pass: 64 MB of bfloat16, 60 GFLOP a product at h = 896, so that the
-# launches hide behind the products.
+# Neither table was tuned on a GPU. Compiled for Ampere and Hopper, no program spills registers.
+# Tokens x vocabulary of one tile of the backward pass: 64 MB of bfloat16, 60 GFLOP per product at h = 896.
+# The products then take long enough to hide the launches.
 TILE = (4096, 8192)
-# (tokens, vocabulary, hidden, warps, stages) of one program, by capability and bytes of an element.
+# (tokens, vocabulary, hidden, warps, stages) of one program, by CUDA capability and bytes per element.
 BLOCKS = {
-    (9, 2): (128, 128, 64, 8, 3),  # 96 KB of shared memory: RTX 50 has 99, later data-centre cards 227
+    (9, 2): (128, 128, 64, 8, 3),  # 96 KB of shared memory. RTX 50 has 99, data-centre cards have 227.
     (8, 2): (128, 128, 32, 8, 3),  # 32 KB
     (8, 4): (64, 64, 32, 4, 3),
 }
-GROUP = 16  # token blocks that share a block of the weight in L2 before the next is read
+GROUP = 16  # token blocks that use one block of the weight while it is in L2
 
 
 def blocks(hidden: Tensor) -> tuple[int, int, int, int, int]:
-    """The row of BLOCKS for the newest capability that the device has."""
+    """The row of BLOCKS for the newest capability that this device supports."""
     major = torch.cuda.get_device_capability(hidden.device)[0] if hidden.is_cuda else 8
     return BLOCKS[max(key for key in BLOCKS if key[0] <= major and key[1] == hidden.element_size())]
 
@@ -50,13 +54,20 @@ def token_stats(
     stats: tuple[str, ...] = ("logps",),
     tile: tuple[int, int] = TILE,
 ) -> TokenStats:
-    """`sage.model.kernels.token_stats` for bfloat16 and float32; `tile` is the backward pass's."""
+    """`sage.model.kernels.token_stats` for bfloat16 and float32. `tile` belongs to the backward pass."""
     if hidden.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"backend='triton' takes bfloat16 and float32, not {hidden.dtype}: choose tiled")
     backend = recompute.Backend(_partials, _residual, tile, hidden.dtype)
     return recompute.token_stats(
-        hidden.contiguous(), weight, labels, bias=bias, softcap=softcap, scale=scale, stats=stats, backend=backend
-    )  # fmt: skip
+        hidden.contiguous(),
+        weight,
+        labels,
+        bias=bias,
+        softcap=softcap,
+        scale=scale,
+        stats=stats,
+        backend=backend,
+    )
 
 
 def _partials(hidden, weight, bias, labels, softcap, scale, stats) -> Partials:
@@ -64,19 +75,16 @@ def _partials(hidden, weight, bias, labels, softcap, scale, stats) -> Partials:
     rows, cols, inner, warps, stages = blocks(hidden)
     k = triton.cdiv(v, cols)
 
-    def sums(name: str) -> Tensor | None:
-        return hidden.new_empty(k, n, dtype=torch.float32) if name in stats else None
-
     label_logit = hidden.new_full((n,), torch.nan, dtype=torch.float32)
     peaks, totals = hidden.new_empty(2, k, n, dtype=torch.float32)
-    squares, weighted = sums("sum_sq_probs"), sums("entropy")
+    squares = hidden.new_empty(k, n, dtype=torch.float32) if "sum_sq_probs" in stats else None
     if n:
         _partials_kernel[triton.cdiv(n, rows) * k,](
-            hidden, weight.contiguous(), bias, labels, label_logit, peaks, totals, squares, weighted,
+            hidden, weight.contiguous(), bias, labels, label_logit, peaks, totals, squares,
             n, v, h, softcap or 0.0, scale, softcap is not None, rows, cols, inner, GROUP,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return Partials(label_logit, peaks, totals, squares, weighted)
+    return Partials(label_logit, peaks, totals, squares)
 
 
 def _residual(hidden, weight, bias, columns, peak, total, softcap, scale, out) -> Tensor:
@@ -97,7 +105,7 @@ def _logits(
     CAP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of logits [ROWS, COLS] in float32, its rows and its columns."""
-    # Programs that run together take a group of token blocks against the same blocks of the weight.
+    # Programs that run at the same time share a group of token blocks and the same blocks of the weight.
     pid, row_blocks, col_blocks = tl.program_id(0), tl.cdiv(n, ROWS), tl.cdiv(v, COLS)
     first = pid // (GROUP * col_blocks) * GROUP
     height = tl.minimum(row_blocks - first, GROUP)
@@ -106,7 +114,8 @@ def _logits(
     cols = within // height * COLS + tl.arange(0, COLS)
 
     inner = tl.arange(0, INNER)
-    # int64: a vocabulary of 256k rows of 8,192 is more than 2^31 elements. Rows and columns past the end read the last.
+    # Offsets are int64, since a weight of 256k rows of 8,192 has more than 2^31 elements. Rows and columns
+    # past the end read the last one.
     hidden += tl.minimum(rows, n - 1).to(tl.int64)[:, None] * h + inner[None, :]
     weight += tl.minimum(cols, v - 1).to(tl.int64)[None, :] * h + inner[:, None]
     logits = tl.zeros((ROWS, COLS), tl.float32)
@@ -127,7 +136,7 @@ def _logits(
 
 @triton.jit(do_not_specialize=["n"])
 def _partials_kernel(
-    hidden, weight, bias, labels, label_logit, peaks, totals, squares, weighted, n, v, h, softcap, scale,
+    hidden, weight, bias, labels, label_logit, peaks, totals, squares, n, v, h, softcap, scale,
     CAP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     logits, rows, cols = _logits(hidden, weight, bias, n, v, h, softcap, scale, CAP, ROWS, COLS, INNER, GROUP)
@@ -139,16 +148,13 @@ def _partials_kernel(
 
     inside = (cols < v)[None, :]
     peak = tl.max(tl.where(inside, logits, -float("inf")), 1)
-    peak = tl.maximum(peak, -3.4028234663852886e38)  # else a tile of -inf alone would give -inf - -inf
-    shifted = logits - peak[:, None]
-    probs = tl.where(inside, tl.exp(shifted), 0.0)
+    peak = tl.maximum(peak, -3.4028234663852886e38)  # a tile of -inf alone would give -inf - -inf
+    probs = tl.where(inside, tl.exp(logits - peak[:, None]), 0.0)
     at = (start // COLS).to(tl.int64) * n + rows
     tl.store(peaks + at, peak, mask=rows < n)
     tl.store(totals + at, tl.sum(probs, 1), mask=rows < n)
     if squares is not None:
         tl.store(squares + at, tl.sum(probs * probs, 1), mask=rows < n)
-    if weighted is not None:
-        tl.store(weighted + at, tl.sum(probs * shifted, 1), mask=rows < n)
 
 
 @triton.jit(do_not_specialize=["n"])

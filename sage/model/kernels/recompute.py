@@ -1,12 +1,13 @@
-# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false, reportArgumentType=false
-# Statistics and gradients nobody asked for are None, which pyright cannot follow.
-"""The autograd function behind `tiled` and `triton`: online softmax, recomputed in the backward pass.
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false
+# pyright: reportOptionalSubscript=false, reportArgumentType=false
+# Statistics and gradients that were not asked for are None, which pyright cannot follow.
+"""The autograd function behind `tiled` and `triton`: an online softmax, computed again in the backward pass.
 
-No [n, v] tensor exists, forward or backward (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135;
-for the language-model head, Wijmans et al., arXiv 2411.09009). Recomputing, rather than keeping the gradient that the
-forward could have made, costs a dropped pair nothing.
+Neither pass holds an [n, v] tensor (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135; for
+the language-model head, Wijmans et al., arXiv 2411.09009). The forward pass could compute the gradient and
+keep it. It does not, so a pair that is scored and then dropped costs no gradient.
 
-A backend brings two functions: `partials` for the forward, `residual` for the backward.
+A backend provides two functions: `partials` for the forward pass and `residual` for the backward pass.
 """
 
 import platform
@@ -20,26 +21,26 @@ from torch.autograd.function import once_differentiable
 
 from sage.model.kernels.oracle import TokenStats, accumulator
 
-ROUNDABLE = 128.0  # up to here a logit is at most a quarter from the nearest bfloat16
+ROUNDABLE = 128.0  # a smaller logit is at most a quarter away from the nearest bfloat16
 
 
 class Partials(NamedTuple):
-    """Sums over each of k vocabulary blocks, with e = exp(z - peak of the block); None where not asked for."""
+    """Sums over each of k vocabulary blocks, with e = exp(z - peak of the block)."""
 
     label_logit: Tensor  # [n] z[y]; NaN for a label outside the vocabulary
     peaks: Tensor  # [k, n] max z
     totals: Tensor  # [k, n] sum e
-    squares: Tensor | None  # [k, n] sum e^2
-    weighted: Tensor | None  # [k, n] sum (z - peak) e
+    squares: Tensor | None  # [k, n] sum e^2, if asked for
 
 
 class Backend(NamedTuple):
-    """What `recompute` leaves to a backend.
+    """The parts of `recompute` that each backend computes in its own way.
 
     partials(hidden, weight, bias, labels, softcap, scale, stats) -> Partials
     residual(hidden, weight, bias, columns, peak, total, softcap, scale, out) -> Tensor
-        [rows, cols] of one tile, in `out`'s storage: (exp(z - peak) - total * [v = column]) * d cap, which is
-        d logp / d logits up to the row's factor -scale / total; columns: labels within the tile, or outside of it
+        [rows, cols] of one tile, in `out`'s storage: (exp(z - peak) - total * [v = column]) * d cap.
+        This is d logp / d logits without the row's factor -scale / total.
+        `columns` are the labels, counted from the tile's first column. A label may lie outside of the tile.
     tile    (tokens, vocabulary) of one tile of the backward pass
     dtype   of that tile
     """
@@ -55,21 +56,15 @@ def token_stats(hidden, weight, labels, *, bias, softcap, scale, stats, backend:
 
 
 def merge(parts: Partials, stats: frozenset[str]) -> tuple[TokenStats, Tensor, Tensor]:
-    """Statistics of the whole vocabulary, and its `peak` and `total` [n]."""
-    label_logit, peaks, totals, squares, weighted = parts
+    """Statistics over the whole vocabulary, and its `peak` and `total`, each [n]."""
+    label_logit, peaks, totals, squares = parts
     peak = peaks.amax(0)
-    shift = peaks - peak
-    shrink = shift.exp()
+    shrink = (peaks - peak).exp()
     total = (totals * shrink).sum(0)
     return (
         TokenStats(
             logps=label_logit - peak - total.log() if "logps" in stats else None,
             sum_sq_probs=(squares * shrink.square()).sum(0) / total.square() if squares is not None else None,
-            # sum_v (z - peak) e^(z - peak), each block moved from its own peak to the common one.
-            entropy=total.log() - ((weighted + shift * totals) * shrink).sum(0) / total
-            if weighted is not None
-            else None,
-            is_top1=label_logit >= peak if "is_top1" in stats else None,
         ),
         peak,
         total,
@@ -83,15 +78,15 @@ class _Stats(torch.autograd.Function):
             backend.partials(hidden, weight, bias, labels, softcap, scale, stats), stats
         )
         if hidden.dtype == torch.bfloat16:
-            # Any point near the peak serves the backward pass, and a product in bfloat16 can start from a rounded
-            # one. A large peak would be rounded so far that the exponential overflows.
+            # The backward pass can subtract any number near the peak. A product in bfloat16 can start from a
+            # rounded one. But rounding moves a large peak so far that the exponential overflows.
             exact, rounded = peak, peak.to(hidden.dtype).to(total.dtype)
             peak = torch.where(peak.abs() <= ROUNDABLE, rounded, peak)
             total = total * (exact - peak).exp()
         ctx.save_for_backward(hidden, labels, peak, total)
-        # The Parameter itself, not save_for_backward: ZeRO-3 empties `.data` after this forward and gathers it
-        # anew, into other storage, before the backward; saved-tensor hooks (offload, checkpointing) would have
-        # kept today's storage, and the version check would compare counters of two different buffers.
+        # Keep the Parameter itself and do not use save_for_backward. ZeRO-3 empties `.data` after this
+        # forward, and fills it before the backward in other storage. Saved-tensor hooks (offload,
+        # checkpointing) would keep the old one, and autograd's version check would compare two buffers.
         ctx.weight, ctx.bias = weight, bias
         ctx.softcap, ctx.scale, ctx.backend = softcap, scale, backend
         ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
@@ -100,10 +95,10 @@ class _Stats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        """d logp / d logit_v = [v = y] - p_v, then through the soft-cap (1 - (z/c)^2) and the scale.
+        """d logp / d logit_v = [v = y] - p_v, times 1 - (z/c)^2 for the soft-cap and times the scale.
 
-        A row's factor (its upstream gradient and 1 / total) commutes with both products, so it is applied to [n, h]
-        tensors and never to a tile.
+        A row's factor (its upstream gradient and 1 / total) commutes with both products. So it multiplies
+        [n, h] tensors and never a tile.
         """
         hidden, labels, peak, total = ctx.saved_tensors
         weight, bias = ctx.weight.data, None if ctx.bias is None else ctx.bias.data
@@ -116,14 +111,15 @@ class _Stats(torch.autograd.Function):
         grad_hidden = hidden.new_zeros(n, h, dtype=wide) if need_hidden else None
         grad_weight = (torch.empty_like if n else torch.zeros_like)(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
-        # One buffer each for all tiles: fresh pages cost a CPU as much as a third of a product.
+        # All tiles share one buffer. New pages cost a CPU as much as a third of a product.
         buffer = hidden.new_empty(min(rows, n) * min(cols, v), dtype=ctx.backend.dtype)
         weights = None if dtype == weight.dtype else hidden.new_empty(min(cols, v), h, dtype=dtype)
         in_place = weight.dtype == wide or n <= rows
         sums = None if in_place else hidden.new_empty(min(cols, v), h, dtype=wide)
 
         for cut_v in cuts(v, cols):
-            # The sum over tokens ends inside this loop: in place, or for half precision in several parts, in float32.
+            # Each pass of this loop finishes a sum over all tokens: in place, or in a float32 buffer if half
+            # precision needs several parts.
             width = cut_v.stop - cut_v.start
             own_weight = weight[cut_v] if weights is None else weights[:width].copy_(weight[cut_v])
             if need_weight:
@@ -157,20 +153,26 @@ def cuts(size: int, step: int) -> list[slice]:
 
 @cache
 def bfloat16_in_hardware() -> bool:
-    """Whether this CPU multiplies bfloat16 as it is, twice as fast as float32; others take ten times as long."""
-    if platform.machine() in ("x86_64", "AMD64"):  # where oneDNN takes AVX-512 for enough, and emulates it
+    """Whether this CPU has units for bfloat16.
+
+    They multiply twice as fast as float32. Emulation is ten times slower.
+    """
+    if platform.machine() in ("x86_64", "AMD64"):  # oneDNN says yes to any AVX-512 and then emulates
         return torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a gradient's factors are multiplied: x's own where the hardware takes it, else float32."""
+    """The dtype of a gradient's factors: x's own if the hardware can multiply it, else float32."""
     return x.dtype if x.is_cuda or bfloat16_in_hardware() else accumulator(x.dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """total <- beta * total + a @ b, for beta 0 or 1. Half-precision factors are summed in float32 on CUDA; a CPU rounds
-    their product once, before it is added, as the gradient is rounded in the end."""
+    """total <- beta * total + a @ b, for beta 0 or 1.
+
+    CUDA sums products of half-precision factors in float32. A CPU rounds each product once before it is
+    added.
+    """
     if b.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
     elif b.is_cuda:

@@ -1,7 +1,7 @@
-"""Per-token statistics in torch, over tiles of tokens x vocabulary: any device, any dtype.
+"""Per-token statistics in torch, over tiles of tokens x vocabulary. It runs on any device in any dtype.
 
-On CPU nine tenths of the time is the four matrix products, at the speed that one large product reaches; the exponential
-is most of the rest. So what is left to tune is the tile.
+On a CPU the four matrix products take nine tenths of the time, at the speed of one large product. The
+exponential takes most of the rest. So the size of the tile is all that is left to tune.
 """
 
 import torch
@@ -11,8 +11,8 @@ from sage.model.kernels import recompute
 from sage.model.kernels.oracle import TokenStats, accumulator
 from sage.model.kernels.recompute import Partials, add_product, cuts
 
-# Tokens x vocabulary of one tile. CPU: 8 MB of float32, the fastest of six sizes tried (one thread, h = 896,
-# v = 16,384, 1,024 tokens, beside other work). CUDA, a guess: enough work for each launch.
+# Tokens x vocabulary of one tile. On a CPU it is 8 MB of float32, the fastest of six sizes (one thread,
+# h = 896, v = 16,384, 1,024 tokens, on a busy machine). On CUDA it is an untuned guess.
 TILES = {"cpu": (2048, 1024), "cuda": (4096, 8192)}
 
 
@@ -27,22 +27,18 @@ def token_stats(
     stats: tuple[str, ...] = ("logps",),
     tile: tuple[int, int] | None = None,
 ) -> TokenStats:
-    """`sage.model.kernels.token_stats` in tiles of `tile` = (tokens, vocabulary) logits."""
+    """`sage.model.kernels.token_stats`, with logits in tiles of `tile` = (tokens, vocabulary)."""
     tile = tile or TILES.get(hidden.device.type, TILES["cuda"])
 
     def partials(hidden, weight, bias, labels, softcap, scale, stats) -> Partials:
         (rows, cols), n, v = tile, hidden.shape[0], weight.shape[0]
         dtype = accumulator(hidden.dtype)
         buffer = hidden.new_empty(min(rows, n) * min(cols, v), dtype=dtype)
-
-        def sums(name: str) -> Tensor | None:
-            return hidden.new_empty(-(-v // cols), n, dtype=dtype) if name in stats else None
-
-        # NaN until the label's tile comes by: a label outside the vocabulary shows itself.
+        # NaN until the label's tile comes by, so a label outside the vocabulary gives NaN.
         label_logit = hidden.new_full((n,), torch.nan, dtype=dtype)
         peaks, totals = hidden.new_empty(2, -(-v // cols), n, dtype=dtype)
-        squares, weighted = sums("sum_sq_probs"), sums("entropy")
-        if not hidden.is_cuda:  # a CPU has no product of half precision that comes out as float32
+        squares = torch.empty_like(peaks) if "sum_sq_probs" in stats else None
+        if not hidden.is_cuda:  # a CPU cannot multiply half precision into a float32 result
             hidden = hidden.to(dtype)
         wide = None if hidden.dtype == weight.dtype else hidden.new_empty(min(cols, v), hidden.shape[1])
         for k, cut_v in enumerate(cuts(v, cols)):
@@ -57,15 +53,12 @@ def token_stats(
                 label_logit[cut_n] = torch.where(inside, found, label_logit[cut_n])
 
                 peak = torch.amax(logits, 1, out=peaks[k, cut_n])
-                peak.clamp_(min=torch.finfo(dtype).min)  # else a tile of -inf alone would give -inf - -inf
-                logits.sub_(peak[:, None])
-                probs = logits.exp_() if weighted is None else logits.exp()
+                peak.clamp_(min=torch.finfo(dtype).min)  # a tile of -inf alone would give -inf - -inf
+                probs = logits.sub_(peak[:, None]).exp_()
                 torch.sum(probs, 1, out=totals[k, cut_n])
-                if weighted is not None:
-                    torch.sum(logits.mul_(probs), 1, out=weighted[k, cut_n])
                 if squares is not None:
                     torch.sum(probs.square_(), 1, out=squares[k, cut_n])
-        return Partials(label_logit, peaks, totals, squares, weighted)
+        return Partials(label_logit, peaks, totals, squares)
 
     in_bfloat16 = hidden.dtype == torch.bfloat16 and not hidden.is_cuda and recompute.bfloat16_in_hardware()
     if in_bfloat16 and bias is None and softcap is None and scale == 1:
@@ -91,8 +84,9 @@ def _residual(hidden, weight, bias, columns, peak, total, softcap, scale, out) -
 def _residual_bfloat16(hidden, weight, _bias, columns, peak, total, _softcap, _scale, out) -> Tensor:
     """`_residual` on a CPU with bfloat16 units, in half the time.
 
-    The product is rounded with the peak already subtracted, so an exponent z - peak is off by 0.2% of itself at the most:
-    least where the probability is, and less than the rounding of the hidden states makes of it anyway.
+    The peak is subtracted before the product is rounded. So an exponent z - peak is off by at most 0.2% of
+    itself. The error is smallest for the likeliest tokens, and smaller than the one from rounding the hidden
+    states.
     """
     if peak.numel() and peak.abs().max() > recompute.ROUNDABLE:
         wide = torch.empty_like(out, dtype=total.dtype)
@@ -100,7 +94,8 @@ def _residual_bfloat16(hidden, weight, _bias, columns, peak, total, _softcap, _s
         return _tile(hidden, weight, out).copy_(exact)
     residual = _tile(hidden, weight, out).copy_(-peak[:, None])
     torch.addmm(residual, hidden, weight.T, out=residual).exp_()
-    # The label's own in float32: where it is likely, the difference is less than what rounding would leave of it.
+    # The label's own entry is computed in float32. For a likely label it is a difference of two nearly equal
+    # numbers, which rounding would destroy.
     at = ((columns >= 0) & (columns < weight.shape[0])).nonzero().squeeze(1)
     logits = (hidden[at].to(total.dtype) * weight[columns[at]].to(total.dtype)).sum(1)
     residual[at, columns[at]] = ((logits - peak[at]).exp() - total[at]).to(out.dtype)
@@ -108,7 +103,7 @@ def _residual_bfloat16(hidden, weight, _bias, columns, peak, total, _softcap, _s
 
 
 def _within(columns: Tensor, cols: int) -> tuple[Tensor, Tensor]:
-    """Columns clamped into a tile, and which of them lie in it; both [rows]."""
+    """Columns clamped into a tile, and whether each lies in it. Both are [rows]."""
     return columns.clamp(0, cols - 1), (columns >= 0) & (columns < cols)
 
 
@@ -117,7 +112,7 @@ def _tile(hidden: Tensor, weight: Tensor, storage: Tensor) -> Tensor:
 
 
 def _logits(hidden, weight, bias, softcap, scale, out) -> Tensor:
-    """One tile of logits [rows, cols], in `out`'s storage: fresh pages cost more than the arithmetic on CPU."""
+    """One tile of logits [rows, cols], in `out`'s storage. New pages cost a CPU more than the arithmetic."""
     logits = _tile(hidden, weight, out)
     add_product(logits, hidden, weight.T, beta=0)
     if bias is not None:
