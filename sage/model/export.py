@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import transformers
 from torch import Tensor
 
 from sage.config import TrainConfig
+from sage.data.chat import ChatFormat, response_ends, training_end
 from sage.model.loading import load_model
+from sage.util.files import write_json
 
 
 def export(
@@ -24,6 +27,9 @@ def export(
 
     An adapter is merged in float32, and also kept in adapter/. All weights are cast to the model's dtype
     once, at the end, so a small change of a weight survives wherever that dtype can hold it.
+
+    The generation config names every token that ends a response, first the one that ended responses in
+    training. A base model that was trained with a chat template would never stop otherwise.
 
     Args:
         weights: state of the Policy module on the CPU.
@@ -42,7 +48,21 @@ def export(
     model.config.use_cache = True
     model.config.dtype = dtype
     model.save_pretrained(temporary)  # pyright: ignore
+    _name_ends(temporary / "generation_config.json", tokenizer, ChatFormat.of(cfg.data))
     tokenizer.save_pretrained(temporary)
     if final.exists():  # a kill fell between this export and the summary, and the run's end was run again
         shutil.rmtree(final)
     temporary.rename(final)
+
+
+def _name_ends(file: Path, tokenizer: transformers.PreTrainedTokenizerBase, chat: ChatFormat) -> None:
+    """Write the tokens that end a response into a generation config.
+
+    This changes the file, because transformers refuses to save a config that was changed in memory if it
+    finds a fault in it, and many published configs have faults.
+    """
+    first = training_end(tokenizer, chat)
+    ends = [first, *sorted(response_ends(tokenizer, chat) - {first})]
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    config.pop("_from_model_config", None)  # else some versions of transformers read config.json instead
+    write_json(file, config | {"eos_token_id": ends})
