@@ -15,7 +15,7 @@ import transformers
 from conftest import REPO
 
 from sage.data.packing import collate
-from sage.model import selfcheck
+from sage.model import kernels, selfcheck
 from sage.model.policy import OWN, Policy
 from sage.model.selfcheck import settle
 from sage.util.errors import UserError
@@ -226,3 +226,63 @@ def test_limits(dtype, most):
     ceiling."""
     small, large = selfcheck.limits(dtype, 0.0), selfcheck.limits(dtype, 100.0)
     assert 0 < small.mean <= small.most < large.most == most
+
+
+def off_in_logps(stats):
+    return stats._replace(logps=stats.logps + 0.01)
+
+
+def off_in_squares(stats):
+    return stats._replace(sum_sq_probs=stats.sum_sq_probs * 1.1)
+
+
+def off_in_gradients(stats):
+    return stats._replace(logps=1.2 * stats.logps - 0.2 * stats.logps.detach())
+
+
+def broken(stats):
+    raise RuntimeError("no compiler\nin this place")
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        (off_in_logps, "its logps differ from the tiled head's by 0.01"),
+        (off_in_squares, "its sum_sq_probs differ"),
+        (off_in_gradients, "its gradient of the hidden states is off by 0.2 of its size"),
+        (broken, "it fails (RuntimeError: no compiler)"),
+        (None, ""),
+    ],
+    ids=str,
+)
+def test_a_fast_kernel_is_compared_with_tiled(monkeypatch, capsys, fault, reason):
+    """Protects bfloat16 runs on CUDA, where auto takes a kernel that was compiled a moment ago.
+
+    Such faults are smaller than the rounding of the model, so its own logits do not show them.
+    """
+    calls = []
+
+    def kernel(*args, **options):
+        calls.append(options)
+        stats = kernels.tiled.token_stats(*args, **options)
+        return fault(stats) if fault and (stats.sum_sq_probs is not None or fault is broken) else stats
+
+    monkeypatch.setitem(kernels.BACKENDS, "triton", kernel)
+    policy = Policy(table.tiny_model(table.tiny_config("llama")).bfloat16())
+    with torch.no_grad():
+        policy(collate([table.some_pairs()[0]], "padded"))
+    assert not calls  # without the self-check, auto means tiled
+
+    monkeypatch.setattr(selfcheck, "choose_backend", lambda device, dtype: "triton")
+    settle(table.Asked(policy), [table.some_pairs()], "auto", "llama")
+    said = " ".join(capsys.readouterr().out.split())
+    assert calls
+    if fault is None:
+        assert policy.backend == "triton" and not said
+    else:
+        assert policy.backend == "tiled"
+        assert said.count("disagrees") == 1
+        assert said.startswith(
+            "log-probabilities come from the tiled head, since model.head=triton disagrees: "
+        )
+        assert reason in said

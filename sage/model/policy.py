@@ -61,7 +61,10 @@ class Policy(nn.Module):
     """
 
     def __init__(self, model: Any, backend: str = "auto", router_coefficient: float = 0.0):
-        """`backend` computes the head: a backend of `sage.model.kernels`, or OWN."""
+        """`backend` computes the head: a backend of `sage.model.kernels`, auto, or OWN.
+
+        With auto the self-check may choose a faster backend. Until then auto means tiled.
+        """
         super().__init__()
         self.router_coefficient = router_coefficient
         self.model: Any = model.eval()  # all of it: peft's outer module begins in training mode
@@ -185,7 +188,8 @@ class Policy(nn.Module):
         else:
             body, router_loss = causal.base_model(**inputs), None
         hidden = body.last_hidden_state.flatten(0, 1)[batch.positions]
-        return self.head(hidden, batch.labels, stats, self.backend), router_loss
+        backend = "tiled" if self.backend == "auto" else self.backend
+        return self.head(hidden, batch.labels, stats, backend), router_loss
 
     def inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """What the model's forward takes, with its attention set for this batch."""

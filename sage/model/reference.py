@@ -47,7 +47,9 @@ class Reference(Protocol):
         ...
 
 
-def ask(reference: Reference, forward: PairForward, pairs: TokenizedPairs, indices: np.ndarray) -> PairLogps:
+def reference_logps(
+    reference: Reference, forward: PairForward, pairs: TokenizedPairs, indices: np.ndarray
+) -> PairLogps:
     """Log-probabilities of n pairs under the reference, from memory or else by a forward pass."""
     known = reference.lookup(indices)
     return forward.all_logps(pairs, indices, model=reference) if known is None else known
@@ -185,7 +187,7 @@ def logit_of(table: pa.Table) -> LogitStats:
 
 
 class Online:
-    """Runs a frozen model in every step: the policy without its new adapter, or a copy of the first policy."""
+    """Runs a frozen model in every step: the policy without its adapter, or a copy of the first policy."""
 
     def __init__(self, model: Callable[..., PairLogps], adapters_off: bool):
         self.model, self.adapters_off = model, adapters_off

@@ -13,7 +13,7 @@ from sage.answering.accuracy import run_benchmarks
 from sage.answering.attempts import Sampler
 from sage.data.chat import ChatFormat
 from sage.data.tokens import TokenizedPairs
-from sage.model.reference import Cached, Reference, ask
+from sage.model.reference import Cached, Reference, reference_logps
 from sage.training.hooks import Hook
 from sage.training.metrics import means, per_pair
 from sage.training.run import Run
@@ -30,7 +30,7 @@ class HeldOut(Hook):
     def evaluate(self, run: Run) -> dict[str, float]:
         forward, everything = run.forward, np.arange(len(self.pairs))
         costs = dict(forward.costs)
-        reference = ask(self.reference, forward, self.pairs, everything)
+        reference = reference_logps(self.reference, forward, self.pairs, everything)
         if run.state.step == 0 and isinstance(self.reference, Cached):
             logps = reference  # the policy has not moved yet
         else:

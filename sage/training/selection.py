@@ -20,7 +20,7 @@ from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
 from sage.model.forward import PairForward
 from sage.model.logps import LogitStats, PairLogps
-from sage.model.reference import Cached, Reference, ask
+from sage.model.reference import Cached, Reference, reference_logps
 from sage.scorers import PairStats, Scorer, curvature, select, signal
 from sage.training.metrics import PER_PAIR
 from sage.training.pair_log import PairLog
@@ -134,7 +134,7 @@ class Selection:
         Costs a forward of each pair. The first step is free under a cached reference, since the policy still
         is the reference.
         """
-        reference, logit = ask(self.reference, self.forward, self.pairs, indices), None
+        reference, logit = reference_logps(self.reference, self.forward, self.pairs, indices), None
         cache = self.reference if self.step == 0 and isinstance(self.reference, Cached) else None
         if cache and (cache.logit or not self.scorer.needs_logit):
             policy = reference

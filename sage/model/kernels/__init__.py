@@ -28,7 +28,8 @@ def has_triton() -> bool:
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The fastest backend: `triton` for bfloat16 on CUDA, else `tiled`.
 
-    In float32 `tiled` is faster, because cuBLAS computes all its products.
+    In float32 `tiled` is faster, because cuBLAS computes all its products. `triton` is compiled on the user's
+    machine. Compare it with `tiled` before use, as `sage.model.selfcheck` does.
     """
     return "triton" if device.type == "cuda" and dtype == torch.bfloat16 and has_triton() else "tiled"
 
@@ -42,7 +43,7 @@ def token_stats(
     softcap: float | None = None,
     scale: float = 1.0,
     stats: tuple[str, ...] = ("logps",),
-    backend: str = "auto",
+    backend: str = "tiled",
 ) -> TokenStats:
     """Statistics of p_t = softmax(logits_t), logits = cap(scale * (hidden @ weight.T + bias)).
 
@@ -54,7 +55,7 @@ def token_stats(
     softcap c       cap(z) = c * tanh(z / c) (Gemma 2). None is the identity.
     scale           multiplies the logits (Cohere's logit_scale). Granite divides its logits: pass 1/x.
     stats           the fields of TokenStats to compute. The others are None.
-    backend         a name in BACKENDS, or `auto` for `choose_backend`
+    backend         a name in BACKENDS
 
     Logits, sums and results [n] are float32 for every dtype of `hidden` except float64, which stays float64.
     `logps` carries gradients to hidden, weight and bias. The other statistics are detached.
@@ -62,10 +63,8 @@ def token_stats(
     Raises:
         ValueError: shapes or dtypes do not fit, or a statistic or backend is unknown.
     """
-    if backend == "auto":
-        backend = choose_backend(hidden.device, hidden.dtype)
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: choose auto or one of {sorted(BACKENDS)}")
+        raise ValueError(f"backend={backend!r}: choose one of {sorted(BACKENDS)}")
     if unknown := set(stats) - set(TokenStats._fields):
         raise ValueError(f"stats: unknown {sorted(unknown)}, choose from {list(TokenStats._fields)}")
     if softcap is not None and not softcap > 0:
