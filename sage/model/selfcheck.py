@@ -130,10 +130,10 @@ class Sample:
 @torch.enable_grad()
 def difference(head: Head, hidden: Tensor, labels: Tensor, backend: str) -> str | None:
     """How `backend` differs from tiled, in the statistics of these tokens or in their gradients."""
-    found: list[tuple[TokenStats, tuple[Tensor, ...]]] = []
+    found: list[tuple[Any, tuple[Tensor, ...]]] = []
     for name in (backend, "tiled"):
         leaves = [x.detach().requires_grad_() for x in (hidden, head.weight)]
-        stats = token_stats(
+        stats: Any = token_stats(
             *leaves,
             labels,
             bias=head.bias,
