@@ -13,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sage.util import ranks
 from sage.util.errors import UserError, disk_full, report
 from sage.util.output import outlive_reader
 
@@ -28,7 +29,7 @@ JOBS = {
 }
 
 
-def hold(run_dir: Path, rank: str) -> FileLock:
+def hold(run_dir: Path, rank: int) -> FileLock:
     """Lock this rank's place in a run. The system releases the lock when the process ends, however it ends.
 
     Raises:
@@ -47,14 +48,13 @@ def hold(run_dir: Path, rank: str) -> FileLock:
 
 def main() -> None:
     outlive_reader()
-    run_dir, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+    run_dir, rank = Path(sys.argv[1]), ranks.rank()
     try:
         lock = hold(run_dir, rank)
         from hydra.utils import get_method
         from transformers.utils import logging
 
         from sage import config
-        from sage.util import ranks
 
         logging.disable_progress_bar()  # we show our own
 
@@ -68,7 +68,7 @@ def main() -> None:
             )
         if not isinstance(e, UserError):
             raise
-        if rank != "0":
+        if rank != 0:
             time.sleep(5)  # rank 0 most likely says the same; it ends first and the launcher ends this rank
         report(e)
         os._exit(2)  # the other ranks may wait in a collective: do not join them at exit

@@ -11,7 +11,6 @@ an undisturbed one. Ranks take chunks in turn.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -84,12 +83,12 @@ class Sampler:
         chat: ChatFormat,
         cache_dir: str,
     ):
-        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world_size = ranks.rank(), ranks.world_size()
         if self.world_size > 1 and not dist.is_initialized():
             # A rank with longer responses ends much later than the others.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", ranks.local_rank()) if on_gpu else torch.device("cpu")
         folder = ranks.main_first(lambda: loading.resolve_model(model, cache_dir))
         self.tokenizer = loading.load_tokenizer(folder, model)
         self.source = Source(folder, model, device, response_ends(self.tokenizer, chat))

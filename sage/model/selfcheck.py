@@ -110,7 +110,8 @@ class Sample:
 
         The truth does not suffice here: in bfloat16 the model rounds more than a wrong kernel may hide.
         """
-        policy, reason, found = engine.policy, None, []
+        policy: Any = engine.policy
+        reason, found = None, []
 
         def compare(head: Head, args: tuple[Any, ...]) -> None:
             # Under ZeRO-3 the head's weight is whole only here, after DeepSpeed's own hook.
@@ -132,7 +133,7 @@ def difference(head: Head, hidden: Tensor, labels: Tensor, backend: str) -> str 
     """How `backend` differs from tiled, in the statistics of these tokens or in their gradients."""
     found: list[tuple[Any, tuple[Tensor, ...]]] = []
     for name in (backend, "tiled"):
-        leaves = [x.detach().requires_grad_() for x in (hidden, head.weight)]
+        leaves = hidden.detach().requires_grad_(), head.weight.detach().requires_grad_()
         stats: Any = token_stats(
             *leaves,
             labels,
