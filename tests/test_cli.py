@@ -431,7 +431,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 @pytest.mark.parametrize(
     "line, expected",
     [
-        ("sage ", {"train", "build-pairs", "score-dataset", "eval", "resume"}),
+        ("sage ", set(cli.COMMANDS)),
         ("sage tr", {"train"}),
         ("sage train loss=d", {"loss=dpo", "loss=dpop"}),
         ("sage train +experiment=de", {"+experiment=demo"}),
