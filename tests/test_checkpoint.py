@@ -53,7 +53,7 @@ def common(tiny_model, tmp_path_factory) -> list[str]:
 
 
 def both(world_size: int, names: list[str], common: list[str], root: Path) -> Path:
-    """root/whole/NAME runs 8 steps at once; root/resumed/NAME is what a kill after step 4 leaves, gone on with."""
+    """root/whole/NAME runs 8 steps at once. root/resumed/NAME is killed after step 4 and resumed."""
     wholes = [freeze(root / "whole" / n, *common, f"world_size={world_size}", *VARIANTS[n]) for n in names]
     execute(world_size, wholes)
     halves = [interrupted(root / "whole" / n, 4, root / "resumed" / n) for n in names]
@@ -174,6 +174,23 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
     sidecar = ranks / "checkpoints" / "step_4" / "train_state.pt"
     torch.save({**torch.load(sidecar, weights_only=True), "world_size": 4}, sidecar)
 
+    versions = {}
+    for name, reason in (
+        ("older", "(KeyError: 'queue')"),
+        ("newer", "(TypeError: "),
+        ("optimizer", "holds the state of FusedAdam, and this run's optimizer is AdamW"),
+    ):
+        run = interrupted(whole, 4, tmp_path / name)
+        versions[run] = reason
+        sidecar = run / "checkpoints" / "step_4" / "train_state.pt"
+        state = torch.load(sidecar, weights_only=True)
+        assert state["optimizer"] == "AdamW"
+        if name == "older":
+            del state["selection"]["queue"]
+        else:
+            state["optimizer" if name == "optimizer" else "surprise"] = "FusedAdam"
+        torch.save(state, sidecar)
+
     evil = {}
     for name, variant, pattern in (
         ("sidecar", "zero0", "train_state.pt"),
@@ -188,10 +205,14 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
             torch.save({"module": payload}, file)
         else:
             file.write_bytes(pickle.dumps(payload))
-    before = {run: (run / "metrics.jsonl").read_text() for run in (data, ranks, *evil.values())}
+    before = {run: (run / "metrics.jsonl").read_text() for run in (data, ranks, *versions, *evil.values())}
     execute(1, list(before))
     assert "data.path no longer holds the pairs that" in (data / ERROR_FILE).read_text()
     assert "world_size=4" in (ranks / ERROR_FILE).read_text()
+    for run, reason in versions.items():
+        error = (run / ERROR_FILE).read_text()
+        assert f"{run}/checkpoints/step_4 " in error and reason in error
+        assert "start a new run" in error and not (run / "final").exists()
     for name, run in evil.items():
         assert (run / ERROR_FILE).exists() and not (run / "final").exists()
         assert "is damaged, or sage did not write it" in (run / ERROR_FILE).read_text(), name

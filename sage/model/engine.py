@@ -193,11 +193,13 @@ class Engine(Ranks):
         # Without master weights and shards DeepSpeed does not wrap the optimizer. It then reports no norm and
         # applies any update, so clipping and checking are up to us.
         self.unwrapped = trainable if engine.zero_stage == 0 and dtype == torch.float32 else None
-        self.optimizer: Any
+        adam = build_optimizer(trainable, optimizer, engine.offload)
+        self.optimizer_class = type(adam).__name__
+        self.optimizer: Any  # DeepSpeed's wrapper around it
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
             model=self.policy,
             model_parameters=trainable,  # pyright: ignore
-            optimizer=build_optimizer(trainable, optimizer, engine.offload),
+            optimizer=adam,
             config=deepspeed_config(engine, dtype, 0.0 if self.unwrapped else self.max_grad_norm),
             dist_init_required=False,
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sage.model.engine import Engine
-from sage.util.errors import UserError
+from sage.util.errors import UserError, first_line
 from sage.util.files import fsync
 
 SIDECAR = "train_state.pt"
@@ -29,7 +31,9 @@ class TrainState:
 
     data_fingerprint: str
     world_size: int
-    model: str = ""  # fingerprint of the initial model's files; empty in checkpoints of older versions
+    # Older versions left these two empty.
+    model: str = ""  # fingerprint of the initial model's files
+    optimizer: str = ""  # class of the optimizer, whose state the engine keeps
     step: int = 0
     selection: dict[str, Any] = field(default_factory=dict)  # with the curriculum's and the scorer's
     costs: dict[str, float] = field(default_factory=dict)
@@ -41,7 +45,7 @@ class TrainState:
 def rng_state() -> dict[str, Tensor | None]:
     """The states of torch's generators on this rank, which an adapter's dropout draws from.
 
-    Nothing else draws from a global generator: data order, selection and sampling have seeded ones of their own.
+    Nothing else draws from a global generator: data order, selection and sampling have their own.
     """
     return {
         "torch": torch.get_rng_state(),
@@ -84,23 +88,32 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
-def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
-    """Load a checkpoint into the engine and the generators, and return its TrainState.
-
-    Raises:
-        UserError: the checkpoint belongs to other pairs, another initial model or another number of ranks, or
-            its
-            files hold more than plain data. Nothing in them is executed.
-    """
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn the errors of a checkpoint that is damaged, or of another version, into a UserError."""
     try:
-        return _restore(engine, state, folder)
+        yield
     except (pickle.UnpicklingError, EOFError) as e:
         raise UserError(
             f"{folder} is damaged, or sage did not write it: delete it to resume from the one before"
         ) from e
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise UserError(
+            f"{folder} was written by another version of sage, and this version cannot read it "
+            f"({type(e).__name__}: {first_line(e)}): start a new run, or delete this folder to resume from "
+            "the one before"
+        ) from e
 
 
-def _restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
+def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
+    """Load a checkpoint into the engine and the generators, and return its TrainState.
+
+    Raises:
+        UserError: the checkpoint belongs to other pairs, another initial model, another optimizer or another
+            number of ranks.
+    """
     saved = TrainState(**torch.load(folder / SIDECAR, weights_only=True))
     if saved.world_size != state.world_size:
         raise UserError(
@@ -110,9 +123,15 @@ def _restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
         raise UserError(f"{folder}: data.path no longer holds the pairs that this run began with")
     if saved.model and saved.model != state.model:
         raise UserError(
-            f"{folder}: the files of model.path or model.adapter_path are not those that this run began with, "
-            "so its reference would change: put the old files back, or start a new run"
+            f"{folder}: the files of model.path or model.adapter_path are not those that this run began "
+            "with, so its reference would change: put the old files back, or start a new run"
         )
+    if saved.optimizer and saved.optimizer != state.optimizer:
+        raise UserError(
+            f"{folder} holds the state of {saved.optimizer}, and this run's optimizer is {state.optimizer}: "
+            "resume where the same optimizer builds, or start a new run"
+        )
+    saved.model, saved.optimizer = state.model, state.optimizer
     engine.load(folder)
     set_rng_state(saved.rng[engine.rank])
     return saved

@@ -77,7 +77,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     selection = Selection(
         scorer, curriculum, loss, data.pairs, forward, reference, log, cfg.batch_size, cfg.seed
     )
-    fresh = TrainState(data.pairs.fingerprint, engine.world_size, identity["weights"])
+    fresh = TrainState(data.pairs.fingerprint, engine.world_size, identity["weights"], engine.optimizer_class)
     state = restore(run_dir, engine, forward, selection, fresh)
     built_in: list[Hook] = []
     if data.held_out is not None and held_out_reference is not None:
@@ -221,8 +221,9 @@ def restore(
 ) -> TrainState:
     """Load the newest checkpoint into the run's parts and return its state, or `state` if there is none."""
     if saved := checkpoint.list_checkpoints(run_dir):
-        state = checkpoint.restore(engine, state, saved[-1])
-        selection.load_state_dict(state.selection)
+        with checkpoint.readable(saved[-1]):
+            state = checkpoint.restore(engine, state, saved[-1])
+            selection.load_state_dict(state.selection)
         forward.costs.update(state.costs)
         console.print(f"resumed from {saved[-1]}")
     selection.log.rewind(state.step)
