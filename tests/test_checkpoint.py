@@ -178,7 +178,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
     for name, reason in (
         ("older", "(KeyError: 'queue')"),
         ("newer", "(TypeError: "),
-        ("optimizer", "holds the state of FusedAdam, and this run's optimizer is AdamW"),
+        ("adam", "holds the state of FusedAdam, and this run's optimizer is AdamW"),
     ):
         run = interrupted(whole, 4, tmp_path / name)
         versions[run] = reason
@@ -188,7 +188,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         if name == "older":
             del state["selection"]["queue"]
         else:
-            state["optimizer" if name == "optimizer" else "surprise"] = "FusedAdam"
+            state["optimizer" if name == "adam" else "surprise"] = "FusedAdam"
         torch.save(state, sidecar)
 
     evil = {}

@@ -60,6 +60,10 @@ class RunConfig(CommandConfig):
     cache_dir: str = key(
         "~/.cache/sage", "folder for converted models, tokenised pairs and reference log-probabilities"
     )
+    generation: dict[str, Any] = key(
+        {}, "the backend that samples responses: a class of sage.answering, or yours, by _target_"
+    )
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def check(self) -> None:
         """Raise UserError if values that are valid alone cannot run together."""
@@ -82,10 +86,6 @@ class TrainConfig(RunConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    generation: dict[str, Any] = key(
-        {}, "the backend that samples responses: a class of sage.answering, or yours, by _target_"
-    )
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     pairing: PairingConfig = field(default_factory=PairingConfig)
     steps: int | None = key(None, "optimizer steps; give this or epochs", low=1)
     epochs: float | None = key(None, "passes over the training pairs; give this or steps", above=0)
@@ -94,8 +94,7 @@ class TrainConfig(RunConfig):
     reference: str = key(
         "cached",
         "reference log-probabilities: cached = computed once and kept on disk; online = computed in "
-        "every step by "
-        "a second model",
+        "every step by a second model",
         choices=("cached", "online"),
     )
     eval_every: int = key(0, "steps between evaluations; 0 = only before and after training", low=0)
@@ -199,7 +198,7 @@ class BuildPairsConfig(TrainConfig):
         check_prompt("data.problems", self.data.problems)
 
     def ignored(self) -> dict[str, str]:
-        used = (*(f.name for f in fields(RunConfig)), "data", "generation", "sampling", "pairing")
+        used = (*(f.name for f in fields(RunConfig)), "data", "pairing")
         data = ["problems", *(f.name for f in fields(ChatConfig))]
         return {
             **because("which trains nothing", *(f.name for f in fields(self) if f.name not in used)),
@@ -246,10 +245,8 @@ class ScoreConfig(TrainConfig):
     def ignored(self) -> dict[str, str]:
         training = (
             "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark "
-            "benchmark_limit "
-            "save_every keep_checkpoints log_every model.gradient_checkpointing engine.offload "
-            "data.eval_path "
-            "data.eval_split data.eval_limit hooks"
+            "benchmark_limit save_every keep_checkpoints log_every model.gradient_checkpointing "
+            "engine.offload data.eval_path data.eval_split data.eval_limit hooks"
         )
         return {**super().ignored(), **because("which trains nothing", *training.split())}
 
@@ -258,7 +255,7 @@ class ScoreConfig(TrainConfig):
 class InspectConfig(TrainConfig):
     """`sage inspect` takes all keys of `sage train`, so that an experiment means the same pairs in both."""
 
-    command: str = key("inspect", "the command this config is for", choices=("inspect",))
+    command: str = key("inspect", "the command that this config is for", choices=("inspect",))
     name: str = key("inspect", "unused: no folder is made")
     show: int = key(3, "print this many pairs", low=0)
     json: str | None = key(None, "write every pair and every dropped row to this file, as JSON lines")
@@ -277,10 +274,6 @@ class EvalConfig(RunConfig):
     name: str = key("eval", "names the run's folder")
     data: ChatConfig = field(default_factory=ChatConfig)
     benchmark: dict[str, ProblemsConfig] = key({}, "the problems of each benchmark, by its name")
-    generation: dict[str, Any] = key(
-        {}, "the backend that samples responses: a class of sage.answering, or yours, by _target_"
-    )
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     samples: int = key(1, "responses per problem; accuracy is their mean", low=1)
     benchmark_limit: int | None = key(
         None, "use only the first N problems of each benchmark; null = all", low=1
