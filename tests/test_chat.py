@@ -1,6 +1,7 @@
-"""sage.data.chat, placement and encoding: for every kind of template, the tokens trained are those that a
-model reads and writes. The templates and tokenizers of tests/templates.py imitate those of released
-models."""
+"""sage.data.chat, placement and encoding: the tokens trained are those that a model reads and writes.
+
+The templates and tokenizers of tests/templates.py imitate those of released models.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import FAMILIES, QWEN3, byte_level, family, sentencepiece
 
-from sage.data.chat import ChatFormat, Renderer, encode_prompts, response_ends, tokenizer_fingerprint
+from sage.data.chat import (
+    ChatFormat,
+    Renderer,
+    encode_prompts,
+    encode_texts,
+    response_ends,
+    tokenizer_fingerprint,
+)
 from sage.data.encoding import Encoder
 from sage.data.pairs import load_pairs
 from sage.data.placement import place
@@ -43,8 +51,7 @@ def asks(content):
 
 
 def encode(name, prompt, chosen, rejected, tools=None, chat=None, **more):
-    """Prompt, chosen and rejected as (ids, text with special tokens), and the rules; or the reason of the
-    refusal."""
+    """Prompt, chosen and rejected as (ids, text with special tokens), and the rules; or why it is refused."""
     tokenizer = family(name) if isinstance(name, str) else name
     record = {"pair_id": "1", "pass_rate": None, "tools": json.dumps(tools) if tools else None, **more}
     record |= {"prompt": json.dumps(prompt), "chosen": json.dumps(chosen), "rejected": json.dumps(rejected)}
@@ -61,6 +68,43 @@ def whole(tokenizer, *messages, **more):
 
 
 # --- the template's own tokens
+
+
+@each_family
+def test_texts_have_the_ids_that_the_tokenizer_gives_them(name):
+    """Protects the fast path, whatever settings earlier calls have left in the tokenizer."""
+    tokenizer = FAMILIES[name]()
+    texts = ["", " two  and two", QUESTION, "a<|im_end|>b</s>\n", "¼ 数学 🙂", " two  and two"]
+    right = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(texts, padding=True, truncation=True, max_length=4)
+    assert encode_texts(tokenizer, texts) == right and encode_texts(tokenizer, []) == []
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_asked():
+    """Some classes change the text before the shared code sees it."""
+    tokenizer = FAMILIES["chatml"]()
+
+    class Own(type(tokenizer)):
+        def _encode_plus(self, text, *args, **more):
+            return super()._encode_plus([part.replace("x", "y") for part in text], *args, **more)
+
+    tokenizer.__class__ = Own
+    assert encode_texts(tokenizer, ["x"]) == encode_texts(FAMILIES["chatml"](), ["y"])
+
+
+def test_a_repeated_prompt_is_written_once_and_others_are_not_mixed_up():
+    renderer = Renderer(family("qwen3"), ChatFormat())
+    prompts = [QUESTION, [asks(QUESTION)], [asks("other")], QUESTION]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for prompt in prompts:
+        messages = [asks(prompt)] if isinstance(prompt, str) else prompt
+        for offered in (None, tools):
+            right = whole(
+                renderer.tokenizer, *messages, tools=offered, add_generation_prompt=True, tokenize=False
+            )
+            assert renderer.prompt(prompt, offered) == right
+    assert len(renderer.heads) == 4
 
 
 @each_family

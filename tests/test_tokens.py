@@ -4,12 +4,14 @@ import json
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sage.data import tokens as tokenized
 from sage.data.chat import ChatFormat
+from sage.data.columns import to_column, to_lists
 from sage.data.pairs import load_pairs
 from sage.data.tokens import TokenizedPairs, tokenize_pairs
 from sage.util.errors import UserError
@@ -87,9 +89,18 @@ def tokenise(tmp_path):
 # ---------------------------------------------------------------- tokens
 
 
+def test_columns_of_ids_keep_every_row():
+    rows = [[1, 2], [], None, [3], [4, 5, 6], [2**31 - 1]]
+    column = to_column(rows)
+    assert column.type == pa.list_(pa.int32()) and column.to_pylist() == rows
+    full = pa.chunked_array([to_column([row or [] for row in rows]), to_column([[7]]), to_column([])])
+    for start in range(8):  # slices keep the whole of what they were cut from
+        part = full.slice(start, 3)
+        assert to_lists(part) == part.to_pylist()
+
+
 def test_chat_ids_are_the_templates_own(tokenizer, write, tokenise):
-    """Protects the prompt (tokenised once, up to the assistant's turn) and the response (to its end
-    token)."""
+    """Protects the prompt, up to the assistant's turn, and the response, to its end token."""
     pair = tokenise(load_pairs(write(PLAIN)), tokenizer)[0]
     assert (
         tokenizer.decode(pair.prompt_ids)

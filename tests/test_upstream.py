@@ -91,6 +91,10 @@ def test_transformers():
     assert any(callable(getattr(model, name, None)) for name in names)  # model/loading
 
 
+def test_transformers_tokenizers_encode_in_one_place():
+    assert callable(transformers.PreTrainedTokenizerFast._encode_plus)  # data/chat: a class may replace it
+
+
 def test_transformers_reports_missing_unexpected_and_mismatched_weights(tiny_model):
     _, info = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, output_loading_info=True)
     assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= info.keys()  # model/loading

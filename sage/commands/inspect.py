@@ -1,5 +1,4 @@
-"""Show pairs exactly as they will be trained. Needs the tokenizer only; runs in one process, without a run
-directory."""
+"""Show pairs exactly as they will be trained, from the tokenizer alone, without a run directory."""
 
 from __future__ import annotations
 
@@ -17,10 +16,11 @@ from rich.table import Table
 
 from sage.config import InspectConfig, ModelConfig
 from sage.data.chat import ChatFormat, Renderer, response_ends
+from sage.data.columns import to_lists
 from sage.data.display import COLOURS, WARNINGS, shown, texts_of, warnings_of
 from sage.data.pairs import PairSet, load_data
 from sage.data.source import resolve_path
-from sage.data.tokens import Pair, TokenizedPairs, tokenize_pairs
+from sage.data.tokens import IDS, Pair, TokenizedPairs, tokenize_pairs
 from sage.model import loading
 from sage.util.files import write_whole
 from sage.util.progress import console
@@ -87,8 +87,11 @@ def examine(
 
     def rows() -> Iterator[dict[str, Any]]:
         for start in range(0, len(pairs), BATCH):
-            columns = pairs.data[start : start + BATCH]
-            batch = [Pair(*row) for row in zip(*(columns[name] for name in Pair._fields), strict=True)]
+            table = pairs.data.data.table.slice(start, BATCH)
+            columns = [
+                to_lists(table[name]) if name in IDS else table[name].to_pylist() for name in Pair._fields
+            ]
+            batch = [Pair(*row) for row in zip(*columns, strict=True)]
             for pair, texts in zip(batch, texts_of(batch, tokenizer), strict=True):
                 for name in warnings_of(pair, texts, ends, marks):
                     found[name].append(pair.pair_id)
@@ -120,8 +123,7 @@ def template_in_prompts(source: PairSet, renderer: Renderer) -> list[str]:
 
 
 def dropped_rows(pairs: TokenizedPairs, source: PairSet) -> Iterator[dict[str, Any]]:
-    """Every row that gives no pair: row, pair_id, reason and, where the reason does not say it all, a
-    detail."""
+    """Every row that gives no pair: row, pair_id, reason, and a detail where the reason needs one."""
     for row in source.dropped:
         yield row._asdict()
     table = source.pairs.data.table

@@ -1,5 +1,4 @@
-"""The chat format: which template writes a conversation, what a model reads before it answers, and where it
-stops.
+"""The chat format: the template that writes a conversation, the text before an answer, and what ends one.
 
 Training, generation and export take prompts and end tokens from here, so they cannot disagree.
 Nothing here imports torch.
@@ -17,10 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from sage.config import ChatConfig
 from sage.util.errors import UserError
 
 PROBE = "sage-probe-5f2e"  # stands for a text in a rendering, to find what the template writes around it
+HEADS = 4096  # rendered prompts to keep
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt")  # template variables that sage sets
 MARK = re.compile(r"[<\[][^\s<>\[\]]+[>\]]")  # <|im_end|>, </s>, [/INST]: ordinary text has nothing like it
 # What opens and closes a thought: <think>, <thinking>, [THINK], <seed:think>, ◁think▷ and so on.
@@ -61,6 +63,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, chat: ChatFormat):
         self.tokenizer = tokenizer
         self.arguments = dict(chat.arguments)
+        self.heads: dict[str, str] = {}  # rendered prompts, which many pairs share
         self.template = None if chat.template is False else choose_template(tokenizer, chat.template)
         written = json.dumps(self.template)
         for name in self.arguments:
@@ -102,7 +105,11 @@ class Renderer:
             return prompt
         if not self.is_rendered(prompt):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            return self.render(messages, tools, answering=True)
+            key = json.dumps([messages, tools])
+            if key not in self.heads:
+                self.heads = self.heads if len(self.heads) < HEADS else {}
+                self.heads[key] = self.render(messages, tools, answering=True)
+            return self.heads[key]
         text = prompt if isinstance(prompt, str) else prompt[0]["content"]
         question, turn, _ = self.surroundings
         if text.rstrip().endswith(turn.strip()):
@@ -121,11 +128,10 @@ class Renderer:
 
     @cached_property
     def surroundings(self) -> tuple[str, str, str]:
-        """What the template writes before a question, between it and the answer, and after the question's
-        turn.
+        """What the template writes before a question, between it and the answer, and after its turn.
 
-        The last is the header of the assistant's turn. A thought that the generation prompt opens is in none
-        of them.
+        The last is the header of the assistant's turn. None of them has a thought that the generation prompt
+        opens.
         """
         asked = [{"role": "user", "content": PROBE}]
         try:
@@ -138,8 +144,7 @@ class Renderer:
 
     @cached_property
     def around(self) -> tuple[str, str]:
-        """What the template writes before the answer to a question, beyond the generation prompt, and after
-        it."""
+        """What the template writes between the generation prompt and an answer, and after the answer."""
         asked = [{"role": "user", "content": PROBE}]
         try:
             head = self.render(asked, answering=True)
@@ -167,8 +172,7 @@ class Renderer:
 
     @cached_property
     def ends(self) -> list[str]:
-        """Texts of the tokens that end a response: the one with which the template closes the turn, and
-        eos."""
+        """Texts of the tokens that end a response: the one that closes the template's turn, and eos."""
         closing, end = ("", None) if self.template is None else self.closing(self.tail)
         by_template = [
             text for text, index in self.end_tokens.items() if index == end and closing.endswith(text)
@@ -176,8 +180,7 @@ class Renderer:
         return list(dict.fromkeys([*by_template, self.tokenizer.eos_token]))
 
     def closing(self, tail: str) -> tuple[str, int | None]:
-        """A tail up to its first end token, and that token's id; the whole tail and None where it has
-        none."""
+        """A tail up to its first end token, and that token's id; without one, the whole tail and None."""
         found = [(tail.find(text), -len(text), text) for text in self.end_tokens if text in tail]
         if not found:
             return tail, None
@@ -229,13 +232,30 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: ChatFormat) 
 
 
 def encode_heads(tokenizer: Any, texts: Sequence[str], plain: bool) -> list[list[int]]:
-    """Ids of rendered prompts. A plain one gets the tokenizer's begin tokens, unless its text has them
-    already."""
+    """Ids of rendered prompts. A plain one gets the tokenizer's begin tokens unless its text has them."""
     if not texts:
         return []
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ids = encode_texts(tokenizer, texts)
     begin = begin_ids(tokenizer) if plain else []
     return [row if row[: len(begin)] == begin else [*begin, *row] for row in ids]
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts, without begin and end tokens. Equal texts share one list."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return []
+    encode = getattr(type(tokenizer), "_encode_plus", None)
+    if encode is transformers.PreTrainedTokenizerFast._encode_plus:
+        # The tokenizer's own call gives the same ids, but it also computes offsets, which takes half as long
+        # again. Calling it on one text sets truncation, padding and the handling of special tokens.
+        tokenizer(distinct[:1], add_special_tokens=False, verbose=False)
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encoded]
+    else:
+        ids = tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"]
+    known = dict(zip(distinct, ids, strict=True))
+    return [known[text] for text in texts]
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
@@ -246,8 +266,7 @@ def begin_ids(tokenizer: Any) -> list[int]:
 
 
 def training_end(tokenizer: Any, chat: ChatFormat) -> int:
-    """The token that ends a response in training: the one with which the template closes the turn, else
-    eos."""
+    """The token that ends a response in training: the one that closes the template's turn, else eos."""
     renderer = Renderer(tokenizer, chat)
     end = None if renderer.template is None else renderer.closing(renderer.tail)[1]
     return tokenizer.eos_token_id if end is None else end

@@ -1,5 +1,4 @@
-"""Pairs as a person reads them: their tokens as text, special tokens visible, and what looks wrong in
-them."""
+"""Pairs as a person reads them: tokens as text, special tokens visible, and what looks wrong."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ LONGER = 3.0  # times the other response's length
 def texts_of(pairs: Sequence[Pair], tokenizer: Any) -> Iterator[tuple[str, str, str]]:
     """Prompt, chosen and rejected of each pair, decoded from their ids with all special tokens."""
     prompts = decode(tokenizer, [pair.prompt_ids for pair in pairs])
-    # Some tokenizers drop the space with which a text begins, so a response is decoded after the prompt's
-    # last token.
+    # Some tokenizers drop a text's first space, so a response is decoded after the prompt's last token.
     before = decode(tokenizer, [pair.prompt_ids[-1:] for pair in pairs])
     sides = [
         decode(tokenizer, [pair.prompt_ids[-1:] + getattr(pair, name) for pair in pairs])
@@ -42,8 +40,7 @@ def shown(pair: Pair, tokenizer: Any, ends: set[int], width: int | None = None) 
 
     Args:
         ends: the tokens that end a response. One that ends otherwise is marked as cut off.
-        width: the most characters of each part; the end of the prompt and both ends of the responses are
-            shown.
+        width: the most characters of each part: the end of the prompt, both ends of the responses.
     """
     out = Text(f"pair {pair.pair_id}")
     for name, text in zip(COLOURS, next(texts_of([pair], tokenizer)), strict=True):

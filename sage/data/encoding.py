@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 
-from sage.data.chat import Renderer, encode_heads, tokenizer_fingerprint
+from sage.data.chat import Renderer, encode_heads, encode_texts, tokenizer_fingerprint
 from sage.data.fields import Refused
 from sage.data.placement import Placed, place
 from sage.util.errors import UserError
@@ -100,8 +100,7 @@ class Encoder:
                 ids[number + 1] = self.ended(pair, number, found, lead)
 
     def ended(self, pair: Placed, number: int, ids: list[int] | None, lead: str = "") -> list[int] | None:
-        """A response's ids with the eos token where its text has no end token; encoded apart where there are
-        none."""
+        """A response's ids with eos where its text has no end token. Without ids, it is encoded apart."""
         ids = self.apart(lead + getattr(pair, SIDES[number])) if ids is None else ids
         return [*ids, self.tokenizer.eos_token_id] if ids is not None and pair.ends[number] else ids
 
@@ -110,29 +109,23 @@ class Encoder:
     ) -> list[list[int] | None]:
         """Ids of each text as it follows its context; None where a token straddles the border.
 
-        Only the end of the context, from its last special token on, is encoded again: no token crosses that
-        one.
+        Only the end of the context is encoded again, from its last special token on. No token crosses that.
         """
         near = [context[self.last_mark(context) :] for context in contexts]
-        distinct = list(dict.fromkeys(near))  # most prompts end alike
-        known = dict(zip(distinct, self.ids(distinct), strict=True))
-        joined = self.ids([start + text for start, text in zip(near, texts, strict=True)])
+        starts = encode_texts(self.tokenizer, near)
+        joined = encode_texts(self.tokenizer, [start + text for start, text in zip(near, texts, strict=True)])
         return [
             ids[len(start) :] if ids[: len(start)] == start == prompt[len(prompt) - len(start) :] else None
-            for ids, start, prompt in zip(joined, map(known.__getitem__, near), prompts, strict=True)
+            for ids, start, prompt in zip(joined, starts, prompts, strict=True)
         ]
 
     def apart(self, text: str) -> list[int] | None:
-        """Ids of a text that continues another one, whose tokens do not touch it; None where that cannot be
-        seen."""
+        """Ids of a text that continues another one; None where no context shows where it begins."""
         for context in CONTEXTS:
-            known, ids = self.ids([context, context + text])
+            known, ids = encode_texts(self.tokenizer, [context, context + text])
             if ids[: len(known)] == known:
                 return ids[len(known) :]
         return None
-
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def last_mark(self, context: str) -> int:
         """Where the last special token of the context begins; 0 where it has none."""

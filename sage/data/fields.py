@@ -64,8 +64,8 @@ def check_response(message: Message, written: str) -> None:
         if message.get(name) and not _stands(str(message[name]), written):
             raise Refused(
                 "lost",
-                f"the chat template leaves out {name}: put the thought into the content, between <think> and "
-                f"</think>",
+                f"the chat template leaves out {name}: put the thought into the content, between <think> "
+                "and </think>",
             )
     _check_calls(message, written)
     if not _stands(content_of(message), written):
@@ -73,8 +73,7 @@ def check_response(message: Message, written: str) -> None:
 
 
 def with_objects(message: Message) -> Message:
-    """The message with tool-call arguments as objects where they are JSON text, as serving engines give
-    them."""
+    """The message with tool-call arguments as objects where they are JSON text, as serving engines do."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message

@@ -176,8 +176,8 @@ def _split_started(messages: list[Message], answers: list[Message]) -> tuple[lis
     if not before or any(fields_of(message) for message in (last, *answers)):
         raise Refused(
             "started_answer",
-            "the prompt ends with an assistant's message that the response continues: both may have content "
-            "only",
+            "the prompt ends with an assistant's message that the response continues: both may only have "
+            "content",
         )
     return before, content_of(last)
 
@@ -204,8 +204,7 @@ def _structured(
     if renderer.is_rendered(messages) or base is None:
         raise Refused(
             "template_refuses",
-            f"the response has {fields_of(answer)[0]}, which the chat template does not write after this "
-            f"prompt",
+            f"the response has {fields_of(answer)[0]}, which the template does not write after this prompt",
         )
     body = full[len(base) :]
     check_response(answer, body)
@@ -216,8 +215,7 @@ def _structured(
 
 
 def _lead(side: Side, head: str, tail: str) -> str | None:
-    """What the template writes between the generation prompt and the response; None where it changes
-    either."""
+    """What the template writes between generation prompt and response; None where it changes either."""
     if side.full is None or not side.full.startswith(head):
         return None
     if side.closing is not None:
@@ -235,8 +233,7 @@ def _around(renderer: Renderer, messages: list[Message], tools: list | None, hea
     before, _, after = written.rpartition(PROBE)
     if before.startswith(head):
         return before.removeprefix(head), after
-    # Some templates write the prompt otherwise once there is an answer. The white space before it stays the
-    # same.
+    # Some templates write the prompt differently once there is an answer. The white space before it stays.
     return renderer.around[0] if renderer.around[0].isspace() else "", after
 
 
@@ -264,8 +261,7 @@ def without_end(text: str, ends: Sequence[str]) -> str:
 def _resolve(
     head: str, lead: str, added: str, tail: str, sides: list[Side], fixed: bool
 ) -> tuple[str, str, list[str], list[bool], set[str]]:
-    """Prompt, lead and responses such that a thought is opened once; which responses are cut off; the rules
-    used."""
+    """Prompt, lead and responses with the thought opened once; which are cut off; the rules used."""
     kinds, texts = [side.kind for side in sides], [side.text for side in sides]
     plain = kinds == ["plain", "plain"]
     if CLOSE.search(lead) and not plain:
@@ -276,8 +272,7 @@ def _resolve(
         if CLOSED.search(head) and not plain:
             raise Refused(
                 "second_thought",
-                "the prompt closes the thought (as with enable_thinking=false), and a response brings one "
-                "of its own",
+                "the prompt closes the thought (enable_thinking=false), and a response brings its own",
             )
     elif plain:
         base = (head + lead)[: opened.start()]

@@ -23,11 +23,12 @@ import transformers
 from sage.data import chat as chat_module
 from sage.data import encoding, fields, placement
 from sage.data.chat import ChatFormat, Renderer
+from sage.data.columns import to_column
 from sage.data.encoding import IDS, Encoder
 from sage.data.source import first_five
 from sage.util.errors import UserError
 from sage.util.files import write_whole
-from sage.util.progress import console
+from sage.util.progress import console, track
 
 PARALLEL_FROM = 2000  # rows; below this, starting worker processes costs more than it saves
 BATCH = 1000  # rows encoded at a time
@@ -84,8 +85,7 @@ class TokenizedPairs:
 
     @cached_property
     def common_prefix(self) -> int:
-        """Number of tokens with which all prompts begin, at least one token short of each; 0 where it is
-        small."""
+        """How many tokens all prompts share at their start, at least one short of each; 0 if few."""
         table = self.data.data.table
         common = int(self.lengths()[:, 0].min()) - 1
         first = np.array(table["prompt_ids"][0].as_py()[:common])
@@ -103,8 +103,7 @@ class TokenizedPairs:
 
 
 class Limits(NamedTuple):
-    """What a model can take: token ids below `vocabulary` and texts of up to `positions` tokens; None = no
-    limit."""
+    """What a model can take: ids below `vocabulary`, texts of up to `positions` tokens; None = no limit."""
 
     vocabulary: int | None = None
     positions: int | None = None
@@ -169,8 +168,7 @@ def model_limits(folder: str) -> Limits:
 
 
 def _cache_key(pairs: datasets.Dataset, renderer: Renderer, max_length: int, limits: Limits) -> str:
-    """A hash of all that decides the ids. datasets' own hash of a function does not see a tokenizer's
-    state."""
+    """A hash of all that decides the ids. datasets' own hash of a function misses a tokenizer's state."""
     tokenizer = renderer.tokenizer
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         # Padding and truncation are whatever the last call left behind.
@@ -189,23 +187,27 @@ def _cache_key(pairs: datasets.Dataset, renderer: Renderer, max_length: int, lim
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for module in (chat_module, encoding, fields, placement):
-        digest.update(
-            Path(str(module.__file__)).read_bytes()
-        )  # an earlier version of sage may have had other rules
+        # An earlier version of sage may have had other rules.
+        digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
-    for pair in pairs:
-        digest.update(json.dumps(pair).encode())
+    for start in range(0, len(pairs), BATCH):
+        digest.update(json.dumps(pairs[start : start + BATCH]).encode())
     return digest.hexdigest()[:32]
 
 
 def _encode_all(pairs: datasets.Dataset, encode: Encoder, num_proc: int) -> pa.Table:
-    if len(pairs) <= PARALLEL_FROM:
-        return pa.table(encode(pairs[:]), schema=ENCODED)  # pyright: ignore
+    many = len(pairs) > PARALLEL_FROM
+    if num_proc == 1 or not many:
+        starts = range(0, max(len(pairs), 1), BATCH)
+        title = "tokenising pairs" if many else None
+        tracked = track(starts, title, len(pairs), lambda start: min(BATCH, len(pairs) - start))
+        return pa.concat_tables([_as_table(pairs[start : start + BATCH], encode) for start in tracked])
     mapped = pairs.map(
-        encode,
+        _as_table,
+        fn_kwargs={"encode": encode},
         batched=True,
         batch_size=BATCH,
-        num_proc=num_proc if num_proc > 1 else None,
+        num_proc=num_proc,
         remove_columns=pairs.column_names,
         features=datasets.Features.from_arrow_schema(ENCODED),
         new_fingerprint="tokenised",  # unused: our own cache is keyed by content
@@ -213,6 +215,15 @@ def _encode_all(pairs: datasets.Dataset, encode: Encoder, num_proc: int) -> pa.T
         desc="Tokenising pairs",
     )
     return mapped.data.table.cast(ENCODED)
+
+
+def _as_table(batch: dict[str, list], encode: Encoder) -> pa.Table:
+    columns = encode(batch)
+    arrays = [
+        to_column(columns[name]) if name in IDS else pa.array(columns[name], ENCODED.field(name).type)
+        for name in ENCODED.names
+    ]
+    return pa.table(arrays, schema=ENCODED)
 
 
 def _select(table: pa.Table, max_length: int, limits: Limits) -> tuple[pa.Table, dict[str, Any]]:
@@ -276,15 +287,13 @@ def _check(
     limits: Limits,
     tokenizer: Any,
 ) -> None:
-    """Raise UserError where pairs could not be encoded, none is left, or the model has no embedding for a
-    token."""
+    """Refuse pairs that could not be encoded, an empty set, and a token without an embedding."""
     rows = dict(zip(*(pairs.data.table[name].to_pylist() for name in ("pair_id", "row")), strict=True))
     refused = [f"row {rows[pair_id]} (pair {pair_id}): {why}" for pair_id, why in notes["details"].items()]
     if len(refused) > max_bad * len(pairs):
         head = (
-            f"{len(refused)} of {len(pairs)} pairs cannot be trained on as they are; a share of "
-            f"data.max_bad={max_bad} "
-            "may be dropped"
+            f"{len(refused)} of {len(pairs)} pairs cannot be trained on as they are; "
+            f"a share of data.max_bad={max_bad} may be dropped"
         )
         raise UserError(first_five(head, refused))
     if not len(data):
@@ -294,8 +303,7 @@ def _check(
             limit += f" or the model's {limits.positions} positions"
         raise UserError(
             f"no pair is left of {len(pairs)}: {counts}. The shortest pair has {notes['shortest']} tokens; "
-            f"pairs "
-            f"longer than {limit} are dropped"
+            f"pairs longer than {limit} are dropped"
         )
     for name in IDS if limits.vocabulary else ():
         largest = pc.max(pc.list_flatten(data.data.table[name])).as_py()  # pyright: ignore
@@ -304,10 +312,9 @@ def _check(
             pair_id = data.data.table["pair_id"][row].as_py()
             raise UserError(
                 f"row {rows[pair_id]} (pair {pair_id}) has the token "
-                f"{tokenizer.convert_ids_to_tokens(largest)!r} with "
-                f"id {largest}, but the model has embeddings only for ids below {limits.vocabulary}: add "
-                f"embeddings to "
-                "the model, or take the token out of the data"
+                f"{tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}, but the model has "
+                f"embeddings only for ids below {limits.vocabulary}: add embeddings to the model, or take "
+                "the token out of the data"
             )
 
 
