@@ -1,13 +1,13 @@
-"""The time and peak memory of a DPO step, side by side: sage, its ablations, TRL 1.16 and the textbook loop.
+"""Measures the time and peak memory of a DPO step in sage, its ablations, TRL 1.16 and the textbook loop.
 
     python benchmarks/dpo_step.py                      # GSM8K pairs, 16 a step
     python benchmarks/dpo_step.py --shots 8 --pairs 2  # prompts of about 1,400 tokens
 
-Every contender is a process of its own that trains the same model on the same pairs in the same order and dtype, with
-the reference computed beforehand and no gradient checkpointing; `sage, forward only` scores the pairs of a step. Contenders
-take turns, so that a machine that slows down slows them all. The first step of a process warms up and is not counted. TRL
-runs with every micro-batch size of --trl-micro-batches, accumulated to the same batch, and its fastest one counts. Needs
-the `peer` extra.
+Every contender runs in its own process. All train the same model on the same pairs, in the same order and
+dtype, with the reference computed beforehand and without gradient checkpointing. `sage, forward only` scores
+the pairs of a step. Contenders take turns, so a machine that slows down slows all of them. The first step of
+a process is a warm-up and is not counted. TRL runs with every micro-batch size in --trl-micro-batches,
+accumulated to the same batch. Its fastest one counts. This script needs the `peer` extra.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ SAGE = {
 
 
 def make_pairs(folder: Path, count: int, shots: int) -> Path:
-    """`count` pairs with a template written out, behind `shots` solved examples; beside them, in SHUFFLED, the same so
-    that sage, which shuffles, draws them in this order."""
+    """Write `count` pairs with a template written out, behind `shots` solved examples.
+
+    SHUFFLED, beside them, holds the same pairs. sage shuffles, and draws those in this order.
+    """
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     random.Random(0).shuffle(rows)
     examples, rows = rows[:shots], rows[shots : shots + count]
@@ -245,8 +247,10 @@ def gemm_flops(threads: int, dtype: torch.dtype) -> float:
 
 
 def dense_flops(model: str, dtype: torch.dtype) -> float:
-    """The rate of the bare model's forward and backward on dense rows of 256 tokens, without head, loss and optimizer, in
-    FLOP/s: what a packed step, which has all of these, is measured against."""
+    """FLOP/s of the bare model's forward and backward on dense rows of 256 tokens.
+
+    A packed step, which also has a head, a loss and an optimizer, is compared with this rate.
+    """
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -272,8 +276,10 @@ def attention_flops(config, looks: float) -> float:
 
 
 def useful_flops(model: str, pairs: Path, batch: int) -> tuple[float, float, float]:
-    """Per pair: FLOPs of forward and backward with nothing computed twice or in vain, tokens, scored tokens. What all
-    prompts begin with is computed once for the `batch` pairs of a step."""
+    """Per pair: FLOPs of forward and backward if nothing is computed twice, tokens, and scored tokens.
+
+    The tokens that all prompts begin with are computed once for the `batch` pairs of a step.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
@@ -373,22 +379,25 @@ def main() -> None:
     pace = {label: args.pairs / statistics.median(times) for label, times in seconds.items()}
     trl = max((label for label in pace if label.startswith("TRL")), key=pace.__getitem__, default=None)
     print(
-        f"\n{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, {args.dtype}; "
-        f"{args.pairs} pairs a step of {tokens:.0f} tokens, {scored:.0f} of them scored"
+        f"\n{platform.processor() or platform.machine()}, {args.threads} threads, "
+        f"torch {torch.__version__}, {args.dtype}; {args.pairs} pairs a step of "
+        f"{tokens:.0f} tokens, {scored:.0f} of them scored"
     )
     print(
-        f"matrix product: {ceiling / 1e9:.0f} GFLOP/s; dense forward and backward: {dense / 1e9:.0f} GFLOP/s; "
-        f"useful work: {flops / 1e9:.0f} GFLOP a pair\n"
+        f"matrix product: {ceiling / 1e9:.0f} GFLOP/s; dense forward and backward: "
+        f"{dense / 1e9:.0f} GFLOP/s; useful work: {flops / 1e9:.0f} GFLOP a pair\n"
     )
     print(
-        f"{'contender':28}{'pairs/s':>9}{'scored tokens/s':>17}{'peak GB':>9}{'of GEMM':>9}{'of dense':>10}{'speed/TRL':>11}{'memory/TRL':>12}"
+        f"{'contender':28}{'pairs/s':>9}{'scored tokens/s':>17}{'peak GB':>9}{'of GEMM':>9}{'of dense':>10}"
+        f"{'speed/TRL':>11}{'memory/TRL':>12}"
     )
     for label, rate in pace.items():
         if label == FORWARD:
             continue
         against = f"{rate / pace[trl]:>10.2f}x{memory[label] / memory[trl]:>11.2f}x" if trl else ""
         print(
-            f"{label:28}{rate:9.3f}{rate * scored:17.0f}{memory[label]:9.1f}{rate * flops / ceiling:9.2f}{rate * flops / dense:10.2f}{against}"
+            f"{label:28}{rate:9.3f}{rate * scored:17.0f}{memory[label]:9.1f}"
+            f"{rate * flops / ceiling:9.2f}{rate * flops / dense:10.2f}{against}"
         )
     if FORWARD in pace and "sage" in pace:
         print(f"\na step of sage takes {pace[FORWARD] / pace['sage']:.2f}x the time of its forward alone")

@@ -1,13 +1,14 @@
 """The language-model head alone, side by side: forward and backward of the mean log-probability.
 
-    python benchmarks/kernel.py                                   # CPU, float32: V = 151,936, H = 896, 4,096 tokens
+    python benchmarks/kernel.py      # CPU, float32: V = 151,936, H = 896, 4,096 tokens
     python benchmarks/kernel.py --device cuda --dtype bfloat16
 
-Contenders: sage's backends; TRL 1.16's tiled function at the chunk size that TRL sets; on CUDA also Liger-Kernel and
-cut-cross-entropy, where installed. Each measurement is a process of its own, contenders take turns, and one whose loss
-or gradients differ from the first's stops the run. Time on CPU is processor time, which other work on the machine
-disturbs less than it does the clock, so run it with one thread. Memory is the peak above the inputs: resident on CPU,
-allocated on CUDA. The oracle holds several [tokens, V] tensors: 7 GB above the inputs at the default size.
+Contenders are sage's backends and TRL 1.16's tiled function with TRL's chunk size. On CUDA they are also
+Liger-Kernel and cut-cross-entropy, if installed. Each measurement runs in its own process, and contenders
+take turns. The run stops if a contender's loss or gradients differ from the first one's. Time on a CPU is
+processor time, which other work on the machine disturbs less than the clock. So run it with one thread.
+Memory is the peak above the inputs: resident on CPU, allocated on CUDA. The oracle holds several [tokens, V]
+tensors: 7 GB above the inputs at the default size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ REFERENCE = "oracle"
 
 
 def loss_function(name: str):
-    """(hidden, weight, labels) -> minus the mean log-probability; ImportError where the package is missing."""
+    """(hidden, weight, labels) -> minus the mean log-probability. ImportError if a package is missing."""
     if name == "trl":
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
@@ -75,7 +76,7 @@ class Memory:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """In this process: seconds of forward and backward, peak bytes, and figures that tell whether the result is right."""
+    """Seconds of forward and backward in this process, peak bytes, and numbers to check the result with."""
     cuda = args.device == "cuda"
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
@@ -115,14 +116,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 def machine(args: argparse.Namespace) -> dict[str, str | int]:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = cpu[1] if cpu else platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu[1] if cpu else platform.machine(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else processor,
         "cpus": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "load": f"{os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,
         "python": platform.python_version(),
-    }  # fmt: skip
+    }
 
 
 def absent(name: str, device: str) -> str | None:
@@ -145,7 +147,7 @@ def check(results: dict[str, list[dict[str, float]]], tolerance: float) -> None:
 
 
 def table(results: dict[str, list[dict[str, float]]], missing: dict[str, str]) -> str:
-    """Medians, and each contender's speed and memory as multiples of the oracle's (of the first's, where it is absent)."""
+    """Medians, and each contender's speed and memory as multiples of the oracle's or the first one's."""
     medians = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in results.items()}
     base = next(iter(medians.values()))
     lines = [

@@ -1,12 +1,12 @@
-"""Makes the arithmetic task (sage/assets/arithmetic): a small model with bad habits, its problems, and its own pairs.
+"""Makes the arithmetic task (sage/assets/arithmetic): a small model with bad habits, problems and its pairs.
 
 python scripts/make_arithmetic.py sage/assets/arithmetic
 
-The model learns chained additions and subtractions, written out step by step, from solutions of which about 40% are
-wrong: wherever a step carries or borrows, the writer may forget it, and how often he does is a habit of the two units
-digits that meet. So the model errs confidently in some places, now and then in others. Its own samples, checked against
-the true answers, become preference pairs. Minutes on one core; on another machine or PyTorch the weights differ in
-their last bits, and the pairs with them.
+The model learns chained additions and subtractions, written out step by step. About 40% of its solutions to
+learn from are wrong: where a step carries or borrows, the writer may forget it. How often he forgets depends
+on the two units digits. So the model is confidently wrong in some places, and sometimes wrong in others. Its
+own samples are checked against the true answers and become preference pairs. This takes minutes on one core.
+On another machine or PyTorch the last bits of the weights differ, and so do the pairs.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ PAIRS = 2  # the most that one problem gives
 END, ANSWER = "<end>", "#### "
 TOKENS = [END, ANSWER, *"0123456789+-=\n"]
 # A conversation of one turn is the bare text, so that prompts read alike with and without the template.
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 Terms = tuple[int, ...]  # of a sum; the first is positive
 Habits = dict[tuple[int, int], float]
 
 
 def problems(rng: random.Random) -> Iterator[Terms]:
-    """Endlessly: three terms of two digits. Running totals stay in 30..199, so a wrong one is never negative."""
+    """Yield three two-digit terms, without end. Totals stay in 30..199, so a wrong one is never negative."""
     while True:
         terms = [rng.randrange(30, 100)]
         while len(terms) < TERMS:
@@ -157,7 +160,8 @@ def answer(
             if samples > 1
             else {"do_sample": False}
         )
-        ids = model.generate(**batch, max_new_tokens=64, **how)[:, batch["input_ids"].shape[1] :]  # pyright: ignore
+        ids = model.generate(**batch, max_new_tokens=64, **how)  # pyright: ignore
+        ids = ids[:, batch["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         found += [texts[i : i + samples] for i in range(0, len(texts), samples)]
     return found

@@ -28,8 +28,8 @@ def finished(solution: str) -> bool:
 def make_pair(line: int, record: dict) -> dict | None:
     """One pair for the question on this 1-based line, or None when no finished solution is wrong.
 
-    Chosen is the strongest system's right solution, or the ground truth when none is right; rejected is the weakest
-    system's wrong one.
+    Chosen is the strongest system's right solution, or the ground truth if none is right. Rejected is the
+    weakest system's wrong solution.
     """
     texts = {source: clean(record[source]["solution"]) for source in SOURCES}
     right = [source for source in SOURCES if record[source]["is_correct"]]

@@ -1,4 +1,4 @@
-"""Fixtures that most tests stand on: a tiny random model with a real tokenizer, and a handful of real-looking pairs."""
+"""Fixtures that most tests use: a tiny random model with a real tokenizer, and a few plausible pairs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ REPO = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPO.parent / "shared" / "data"
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def make_tokenizer():
-    """A byte-level BPE of 320 tokens with a ChatML template; pad is the end token, as in many released models."""
+    """A byte-level BPE of 320 tokens with a ChatML template. Its pad token is the end token, as is common."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,8 +1,8 @@
 r"""Small imitations of the chat templates and tokenizers of well-known models.
 
-The templates keep what matters of the originals: special tokens, white space, what is trimmed or stripped, what the
-generation prompt opens, how thoughts, tools and system messages are written. The tokenizers are of the same kinds,
-trained on a few sentences.
+The templates keep what matters of the originals: special tokens, white space, what is trimmed or stripped, how
+the generation prompt begins, and how thoughts, tools and system messages are written. The tokenizers are of the
+same kinds, trained on a few sentences.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -142,8 +143,10 @@ PHI4 = r"""{% for message in messages %}{% if (message['role'] == 'system') %}{{
 ZEPHYR = "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 
 SENTENCES = (
-    "What is 2 + 2? The answer is 4. two and two or three. Weather in Paris? It is 12 C. Answer in French. Be brief.",
-    "foobar foobar assistant user system get_weather location quatre four Step 1: 3 * 4 = 12. Step 2: 2 + 12 = 14.",
+    "What is 2 + 2? The answer is 4. two and two or three. Weather in Paris? It is 12 C. Answer in French. "
+    "Be brief.",
+    "foobar foobar assistant user system get_weather location quatre four Step 1: 3 * 4 = 12. "
+    "Step 2: 2 + 12 = 14.",
 )
 
 
@@ -155,7 +158,7 @@ def byte_level(
     bos: str | None = None,
     **more: Any,
 ):
-    """A byte-level BPE, as GPT-2, Qwen, Llama-3, R1 and Phi-4 have; `added` are tokens without the special flag."""
+    """A byte-level BPE, as in GPT-2, Qwen, Llama-3, R1 and Phi-4. `added` tokens have no special flag."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

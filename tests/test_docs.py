@@ -39,7 +39,7 @@ FILES = sorted(file for file in SAGE.rglob("*.py") if "assets" not in file.parts
 
 
 def imports(file: Path) -> set[str]:
-    """Dotted names of all that a file imports, in functions too; what only type checkers read does not count."""
+    """Dotted names of all that a file imports, in functions too, except imports for type checkers."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -126,7 +126,7 @@ def test_layout_picture_names_every_room_once():
 
 
 def commands(program: str) -> list[tuple[str, list[str]]]:
-    """(page, words) of every line in a code block, and every `inline` command, that begins with this program."""
+    """(page, words) of every line in a code block and every `inline` command of this program."""
     found = []
     for page in PAGES:
         text = page.read_text()

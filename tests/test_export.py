@@ -14,7 +14,7 @@ from sage.model.loading import load_model
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_adapter_is_merged_in_float32(tiny_model, tmp_path, dtype):
-    """The exported weight is the exact sum, rounded once: a product or a sum in bfloat16 loses small changes."""
+    """The exported weight is the exact sum, rounded once. A sum in bfloat16 would lose small changes."""
     run = freeze(
         tmp_path / "run",
         *["model=hf", f"model.path={tiny_model}", "data.path=none.jsonl", "+model/lora=default", "steps=1"],

@@ -1,10 +1,10 @@
-"""`sage train` against TRL 1.16's DPOTrainer: five steps of the same run, each trainer in a process of its own.
+"""Compares `sage train` with TRL 1.16's DPOTrainer over five steps of the same run, in two processes.
 
-Same model folder, same pairs in the same order, float32, no dropout, AdamW, the same rates, the same clipping. Run as
-a script, this file is the TRL process: python tests/test_peer.py JOB_FILE.
+Both have the same model folder, the same pairs in the same order, float32, no dropout, AdamW, the same rates
+and the same clipping. As a script, this file is the TRL process: python tests/test_peer.py JOB_FILE.
 
-What is left alike on purpose, since the two differ there by convention: weight decay is 0 (transformers spares biases
-and norms, sage decays all weights), and so is the warm-up (transformers' first rate is 0, sage's is lr / warm-up steps).
+Weight decay and warm-up are 0, since the conventions differ there. transformers' first rate is 0, and sage's
+is lr / warm-up steps.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ class Case(NamedTuple):
     max_grad_norm: float = 1.0
 
 
-# With one pair per micro-batch, accumulated, two of TRL's losses become ours. "aot" sorts logratios over the micro-batch
-# before the smoothed sigmoid loss: over one pair that is cDPO, which TRL 1.16 no longer offers by itself. "sft" averages
-# over all tokens of the micro-batch, so long answers weigh more: over one pair it is nll_weight's -log pi / length.
+# With one pair per micro-batch, accumulated, two of TRL's losses equal ours. "aot" sorts logratios over the
+# micro-batch before the smoothed sigmoid loss. Over one pair this is cDPO, which TRL 1.16 no longer offers
+# alone. "sft" averages over all tokens of the micro-batch, so long answers weigh more. Over one pair it is
+# nll_weight's -log pi / length.
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH}
 CASES = {
     "dpo": Case(["loss=dpo"], {"loss_type": ["sigmoid"]}),
-    # Adam forgets the scale of a gradient unless epsilon is about as large: only then does clipping show in the losses.
+    # Adam forgets the scale of a gradient unless epsilon is about as large. Only then do the losses show
+    # clipping.
     "dpo, clipped": Case(
         ["loss=dpo", "optimizer.eps=1e-3"],
         {"loss_type": ["sigmoid"], "adam_epsilon": 1e-3},
@@ -95,7 +97,7 @@ def trl_run(tiny_model, pair_file, tmp_path_factory) -> dict[str, Any]:
 
 
 def test_the_same_tokens(trl_run, tiny_model, pair_file, tmp_path):
-    """TRL tokenises prompt and response together, sage apart: for these pairs no token straddles the boundary."""
+    """TRL tokenises prompt and response together. In these pairs no token straddles their boundary."""
     from transformers import AutoTokenizer
 
     pairs = tokenize_pairs(

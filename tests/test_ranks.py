@@ -25,7 +25,7 @@ ranks.leave()
 
 @pytest.mark.slow
 def test_ranks_whose_group_is_kept_alive_end_well(tmp_path):
-    """Without `leave`, four of five such runs abort: a gloo thread needs the interpreter while it shuts down."""
+    """Without `leave`, four of five such runs abort: a gloo thread needs the interpreter at shutdown."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -68,7 +68,7 @@ ranks.leave()
 
 @pytest.mark.slow
 def test_ranks_take_rank_0s_answer_and_its_refusal(tmp_path):
-    """A rank that looks for a file by itself, or that waits for a rank which has given up, would wait for ever."""
+    """A rank that looks for a file by itself, or waits for a rank that gave up, would wait for ever."""
     script = tmp_path / "script.py"
     script.write_text(AGREE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
