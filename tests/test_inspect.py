@@ -14,6 +14,7 @@ from sage.commands.inspect import inspect
 from sage.data.chat import ChatFormat, response_ends
 from sage.data.display import shown, texts_of, warnings_of
 from sage.data.tokens import Pair
+from sage.util.errors import UserError
 
 LONG = " ".join(["two and two is four"] * 9)
 ROWS = [
@@ -63,6 +64,33 @@ def test_shows_pairs_dropped_rows_and_warnings(folder, capsys):
         assert any(line.startswith("warning:") and line.endswith(name) for line in out.splitlines()), name
     assert "a thought is opened twice: twice" in out
     assert "markup of a chat template in it: markup" in out
+
+
+def test_wrong_labels_are_listed_or_dropped_as_in_training(folder, capsys):
+    """Protects `exactly as they will be trained`: data.answers=drop leaves pairs out of training."""
+    rows = [
+        {"pair_id": "good", "prompt": "What is 2 + 2?", "chosen": "It is 4.", "rejected": "It is 5."},
+        {"pair_id": "both", "prompt": "What is 2 + 2? [INST]", "chosen": "It is 5.", "rejected": "It is 4."},
+        {"pair_id": "right", "prompt": "What is 2 + 2?", "chosen": "It is 4.", "rejected": "So it is 4."},
+    ]
+    rows = [row | {"answer": "4"} for row in rows]
+    words = ["+data.columns.answer=answer", f"json={folder / 'out.jsonl'}"]
+    out = run(folder, capsys, "data.answers=check", *words, rows=rows).splitlines()
+    assert "warning: 1 pairs: the chosen response's answer is wrong: both" in out
+    assert "warning: 2 pairs: the rejected response's answer is right: both, right" in out
+    assert any("2 pairs are kept" in line for line in out)
+
+    out = run(folder, capsys, "data.answers=drop", *words, rows=rows).splitlines()
+    assert any(line.startswith("1 pairs, lengths") for line in out) and "dropped: 2" in out
+    assert not any(line.startswith("warning") for line in out)
+    found = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [(row["pair_id"], row.get("reason")) for row in found[:1]] == [("good", None)]
+    assert {(row["pair_id"], row["reason"], row["row"]) for row in found[1:]} == {
+        ("both", "wrong_chosen", 2),
+        ("right", "right_rejected", 3),
+    }
+    with pytest.raises(UserError, match="leaves no pair"):
+        run(folder, capsys, "data.answers=drop", *words, rows=rows[1:])
 
 
 def test_json_has_every_pair_and_every_dropped_row(folder, capsys):

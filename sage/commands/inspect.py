@@ -14,14 +14,16 @@ import numpy as np
 import pyarrow.compute as pc
 from rich.table import Table
 
-from sage.config import InspectConfig, ModelConfig
+from sage.answering.check import Finding, check_answers, without
+from sage.config import DataConfig, InspectConfig, ModelConfig
 from sage.data.chat import ChatFormat, Renderer, response_ends
 from sage.data.columns import to_lists
 from sage.data.display import COLOURS, WARNINGS, shown, texts_of, warnings_of
-from sage.data.pairs import PairSet, load_data
+from sage.data.pairs import Dropped, PairSet, load_data
 from sage.data.source import resolve_path
 from sage.data.tokens import IDS, Pair, TokenizedPairs, tokenize_pairs
 from sage.model import loading
+from sage.util.errors import UserError
 from sage.util.files import write_whole
 from sage.util.progress import console
 
@@ -41,7 +43,7 @@ def inspect(cfg: InspectConfig) -> None:
     Raises:
         UserError: the same as `sage train` would, for its data and tokenizer.
     """
-    source = load_data(cfg.data)
+    source, wrong = with_answers_checked(load_data(cfg.data), cfg.data)
     tokenizer = loading.load_tokenizer(tokenizer_folder(cfg.model, cfg.cache_dir), cfg.model)
     chat = ChatFormat.of(cfg.data)
     pairs = tokenize_pairs(
@@ -59,11 +61,43 @@ def inspect(cfg: InspectConfig) -> None:
     for note in source.notes + pairs.notes:
         console.print(note)
     found = examine(pairs, source, tokenizer, chat, ends, cfg.json)
+    for finding in wrong:
+        found[finding.reason].append(finding.pair_id)
     print_lengths(pairs)
     print_dropped(pairs, source)
     print_warnings(found)
     if cfg.json:
         console.print(f"all of it: {cfg.json}")
+
+
+def with_answers_checked(source: PairSet, data: DataConfig) -> tuple[PairSet, list[Finding]]:
+    """What `data.answers` leaves of a source, and the wrong labels that stay in it.
+
+    Raises:
+        UserError: no pair is left.
+    """
+    if data.answers is None:
+        return source, []
+    drop = data.answers == "drop"
+    check = check_answers(source.pairs)
+    source = source._replace(notes=[*source.notes, check.summary(drop)])
+    if not drop:
+        return source, check.findings
+    first = {finding.pair_id: finding for finding in reversed(check.findings)}
+    dropped = [
+        Dropped(
+            finding.row,
+            f"{data.path}, row {finding.row}",
+            pair_id,
+            finding.reason,
+            f"the true answer is {finding.answer}, the response's is {finding.extracted}",
+        )
+        for pair_id, finding in first.items()
+    ]
+    pairs = without(source.pairs, check.findings).flatten_indices()
+    if not len(pairs):
+        raise UserError(f"{data.path}: data.answers=drop leaves no pair; data.answers=check lists them")
+    return source._replace(pairs=pairs, dropped=[*source.dropped, *dropped]), []
 
 
 def tokenizer_folder(cfg: ModelConfig, cache_dir: str) -> str:

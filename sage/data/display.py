@@ -94,6 +94,8 @@ WARNINGS = {
     "only_the_end_differs": "chosen and rejected differ only at the end token",
     "begin_alike": f"chosen and rejected begin with the same {ALIKE} tokens or more, half of the shorter one",
     "one_much_longer": f"one response has more than {LONGER:g} times the tokens of the other",
+    "wrong_chosen": "the chosen response's answer is wrong",
+    "right_rejected": "the rejected response's answer is right",
 }
 
 
