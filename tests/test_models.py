@@ -15,7 +15,7 @@ import transformers
 from conftest import REPO
 
 from sage.data.packing import collate
-from sage.model import kernels, selfcheck
+from sage.model import kernels, sample, selfcheck
 from sage.model.policy import OWN, Policy
 from sage.model.selfcheck import settle
 from sage.util.errors import UserError
@@ -197,6 +197,39 @@ def test_leaks_show_in_small_weights(model_type, monkeypatch):
     assert settle(table.Asked(policy), [table.some_pairs()], "auto", model_type) == "padded"
 
 
+@pytest.mark.parametrize("model_type", ["minimax", "mamba2", "falcon_h1"])
+def test_leaks_show_in_bfloat16(model_type, monkeypatch):
+    """Protects models in bfloat16, whose rounding hides what packing changes: they are asked in float32
+    first, and keep their weights."""
+    monkeypatch.setattr(table, "SCALE", 0.06)
+    model = table.tiny_model(table.tiny_config(model_type)).to(torch.bfloat16)
+    policy, sets = Policy(model), [table.some_pairs()]
+    before = {name: parameter.data_ptr() for name, parameter in policy.named_parameters()}
+    known = selfcheck.check_in_float32(policy, torch.device("cpu"), sets, "auto", model_type)
+    assert {name: parameter.data_ptr() for name, parameter in policy.named_parameters()} == before
+    assert policy.dtype == torch.bfloat16
+    assert settle(table.Asked(policy), sets, "auto", model_type, known) == "padded"
+
+
+def test_without_memory_for_float32_the_own_dtype_decides(monkeypatch, capsys):
+    policy, sets = Policy(policy_of("llama").model.to(torch.bfloat16)), [table.some_pairs()]
+    monkeypatch.setattr(selfcheck, "free_memory", lambda _: 0)
+    assert selfcheck.check_in_float32(policy, torch.device("cpu"), sets, "auto", "x") == {}
+    assert "the self-check runs in bfloat16 only" in capsys.readouterr().out
+
+
+def test_what_begins_in_long_texts_only():
+    """Protects long texts: this model attends to 8 blocks of 8 tokens, so texts of 48 tokens may pack and
+    longer ones may not."""
+    config = table.tiny_config("minimax_m3_vl_text")
+    config.layer_types, config.index_block_size, config.index_topk_blocks = ["minimax_m3_sparse"] * 2, 8, 8
+    policy = Policy(table.tiny_model(config))
+    assert settle(table.Asked(policy), [table.some_pairs()], "auto", "x") == "padded"
+    policy, short = Policy(table.tiny_model(config)), table.some_pairs()
+    short = type(short)(short.data.select([0]), {}, "")
+    assert settle(table.Asked(policy), [short], "auto", "x") == "shared"
+
+
 def test_training_mode_that_computes_something_else_is_refused():
     policy = policy_of("llama")
     policy.trains = True
@@ -224,7 +257,7 @@ def test_rank_0_decides():
 def test_limits(dtype, most):
     """What counts as rounding grows with what the text does to the model, between rounding itself and a
     ceiling."""
-    small, large = selfcheck.limits(dtype, 0.0), selfcheck.limits(dtype, 100.0)
+    small, large = sample.limits(dtype, 0.0), sample.limits(dtype, 100.0)
     assert 0 < small.mean <= small.most < large.most == most
 
 

@@ -161,10 +161,17 @@ class Policy(nn.Module):
         if self.ropes:  # one text: the frequencies forget the texts before it
             self.ropes.texts = [(slice(0, 1), slice(0, batch.input_ids.shape[1]))]
         with float32_head(causal):
-            logits = causal(input_ids=batch.input_ids, use_cache=False).logits
-        stats = own_stats(logits.flatten(0, 1)[batch.positions], batch.labels, ("logps",))
+            kept = self.last_logits(batch.input_ids.shape[1] - int(batch.positions[0]))
+            logits = causal(input_ids=batch.input_ids, use_cache=False, **kept).logits[0]
+        places = batch.positions - (batch.input_ids.shape[1] - len(logits))
+        stats = own_stats(logits[places], batch.labels, ("logps",))
         assert stats.logps is not None
         return stats.logps
+
+    def last_logits(self, count: int) -> dict[str, int]:
+        """The option of the model's own forward that keeps its last `count` logits, where it has it."""
+        taken = inspect.signature(self.causal.forward).parameters
+        return {"logits_to_keep": count} if "logits_to_keep" in taken else {}
 
     def ask(
         self, batch: MicroBatch, stats: tuple[str, ...], router: bool

@@ -30,7 +30,7 @@ from sage.model.engine import Engine, Frozen, init_distributed
 from sage.model.forward import PairForward
 from sage.model.policy import Policy
 from sage.model.reference import Absent, Cached, Online, Reference, Scored
-from sage.model.selfcheck import settle
+from sage.model.selfcheck import check_in_float32, settle
 from sage.scorers import Scorer
 from sage.training import checkpoint
 from sage.training.base import BaseModel, open_model
@@ -177,9 +177,11 @@ def build_engine(
     cfg: TrainConfig, base: BaseModel, data: Data, device: torch.device
 ) -> tuple[Engine, PairForward]:
     """Load the policy, put it under the engine, and check it against the model's own code."""
-    engine = Engine(base.load(), cfg.engine, cfg.optimizer, base.dtype, device)
+    policy = base.load()
     asked = [data.pairs] if data.held_out is None else [data.pairs, data.held_out]
-    layout = settle(engine, asked, cfg.data.packing, cfg.model.path)
+    known = check_in_float32(policy, device, asked, cfg.data.packing, cfg.model.path)
+    engine = Engine(policy, cfg.engine, cfg.optimizer, base.dtype, device)
+    layout = settle(engine, asked, cfg.data.packing, cfg.model.path, known)
     return engine, PairForward(engine, cfg.micro_batch_tokens, layout)
 
 

@@ -1,0 +1,225 @@
+"""Whole and shortened pairs of a run, and what the model's own code says of them: what the self-check asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sage.data.packing import MicroBatch, collate
+from sage.data.tokens import Pair, TokenizedPairs
+from sage.model.engine import Engine, Frozen
+from sage.model.kernels import TokenStats, token_stats
+from sage.model.policy import Head, Policy
+from sage.util.errors import first_line
+
+# A few short texts suffice: whatever is wrong is wrong in most tokens. Their lengths differ, so that rows
+# pad.
+PAIRS, PREFIX, PROMPT, RESPONSE = 3, 8, 24, 16
+# Backends of the head sum in float32, so they differ by much less than the model's own rounding. Their
+# gradients are rounded to the model's dtype.
+STATISTIC_LIMIT, GRADIENT_LIMIT = 1e-3, 0.05
+
+
+class Limits(NamedTuple):
+    """The largest errors of a log-probability that count as rounding, in nats per token."""
+
+    mean: float
+    most: float
+
+
+def limits(dtype: torch.dtype, effect: float) -> Limits:
+    """What rounding may do, given the `effect` (mean, in nats per token) of reading another prompt.
+
+    In small random models a leak moves log-probabilities by little, so the limits shrink with the effect.
+    They stay above what rounding does: 1e-5 in float32. In bfloat16 single tokens err by tenths, and their
+    mean by hundredths.
+    """
+    if torch.finfo(dtype).eps < 1e-6:
+        limit = min(max(0.01 * effect, 2e-5), 1e-3)
+        return Limits(limit, limit)
+    limit = min(max(0.1 * effect, 0.05), 0.1)
+    return Limits(limit, 10 * limit)
+
+
+class Whole:
+    """A policy that no engine has wrapped or sharded yet."""
+
+    def __init__(self, policy: Policy, device: torch.device):
+        self.policy, self.device = policy.to(device), device
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.policy(*args, **options)
+
+
+class Sample:
+    """A few pairs of the run, and the model's own log-probability of each token of their responses.
+
+    All are shortened but one: the longest text of the run shows windows, chunks and sparse attention that
+    begin to matter only there.
+    """
+
+    def __init__(self, engine: Engine | Frozen | Whole, sets: Sequence[TokenizedPairs]):
+        """`sets` are the pairs of the run; the first one gives the sample."""
+        pairs = sets[0]
+        self.prefix, self.longest = (
+            min(pairs.common_prefix, PREFIX),
+            max(int(lengths_of(s).max()) for s in sets),
+        )
+        order = np.argsort(pairs.lengths().sum(1), kind="stable")
+        indices = dict.fromkeys(order[np.linspace(0, len(order) - 1, PAIRS).astype(int)].tolist())
+        self.pairs = [shorten(pairs[index], 3 * i) for i, index in enumerate(indices)]
+        self.short = len(self.pairs)
+        lengths = lengths_of(pairs)
+        if lengths.max() > PREFIX + PROMPT + RESPONSE:
+            self.pairs.append(whole(pairs[int(lengths.argmax())]))
+        texts = [(pair.prompt_ids, pair.chosen_ids) for pair in self.pairs]
+        texts += [(pair.prompt_ids, pair.rejected_ids) for pair in self.pairs]
+        logps = [engine(alone(*text).to(engine.device), alone=True) for text in texts]
+        self.truth = torch.cat(logps)
+        prompt, response = texts[0]
+        other = engine(alone(prompt[::-1], response).to(engine.device), alone=True)
+        policy: Any = engine.policy
+        self.limits = limits(policy.dtype, float((other - logps[0]).abs().mean()))
+
+    def batches(self, layout: str) -> Iterator[tuple[Tensor, MicroBatch]]:
+        """Micro-batches of the layout, with the numbers of their pairs, -1 for one that is not asked about."""
+        first, prefix = self.pairs[0], self.prefix if layout == "shared" else 0
+        short, long = list(range(self.short)), list(range(self.short, len(self.pairs)))
+        # A long text would pad all others, so it has its own rows.
+        for members in [short + long] if layout != "padded" else [short, long]:
+            if not members:
+                continue
+            rows = [self.pairs[i] for i in members]
+            if members != long:
+                members = [*members, -1]
+                beginning = first.prompt_ids[: prefix + 1]
+                rows.append(Pair("", None, beginning, first.rejected_ids[:2], first.chosen_ids[:2]))
+            batch = collate(rows, layout, prefix)
+            if batch.spans is not None:  # the stranger stands at the last positions of the longest text
+                start = batch.spans[-1 if layout == "shared" else -2].start
+                places = batch.position_ids[0, start:]
+                places += max(self.longest - 1 - int(places.max()), 0)
+            yield torch.tensor(members), batch
+
+    def compare(self, engine: Engine | Frozen | Whole, layout: str) -> str | None:
+        """None where the policy agrees with the truth, else how far it is off."""
+        sides = [[p.chosen_ids for p in self.pairs], [p.rejected_ids for p in self.pairs]]
+        places = [i for side in sides for i, response in enumerate(side) for _ in response]
+        members = torch.tensor(places, device=engine.device)  # the pair of each token of the truth
+        for numbers, batch in self.batches(layout):
+            logps = engine(batch.to(engine.device), tokens=True).detach()
+            known = numbers[batch.slots // batch.longest % len(numbers)] >= 0
+            asked = torch.isin(members, numbers.to(engine.device))
+            errors = (logps[known.to(engine.device)] - self.truth[asked]).abs()
+            for group in (members[asked] < self.short, members[asked] >= self.short):
+                if not group.any():
+                    continue
+                mean, most = float(errors[group].mean()), float(errors[group].max())
+                if not (mean <= self.limits.mean and most <= self.limits.most):
+                    return f"it changes a token's log-probability by {most:.2g} nats ({mean:.2g} on average)"
+        return None
+
+    def disagreement(self, engine: Engine | Frozen, layout: str) -> str | None:
+        """`compare`, or how the model's code fails. Every rank gets rank 0's verdict."""
+        try:
+            reason = self.compare(engine, layout)
+        except Exception as e:  # a model's code fails in many ways on what it does not know
+            reason = f"it fails ({type(e).__name__}: {first_line(e)})"
+        return engine.gather(reason)[0]
+
+    def difference_from_tiled(self, engine: Engine | Frozen, layout: str) -> str | None:
+        """How the policy's head differs from the tiled one on the same hidden states; None if it does not.
+
+        The truth does not suffice here: in bfloat16 the model rounds more than a wrong kernel may hide.
+        """
+        policy: Any = engine.policy
+        reason, found = None, []
+
+        def compare(head: Head, args: tuple[Any, ...]) -> None:
+            # Under ZeRO-3 the head's weight is whole only here, after DeepSpeed's own hook.
+            found.append(difference(head, args[0], args[1], policy.backend))
+
+        hook = policy.head.register_forward_pre_hook(compare)
+        try:
+            _, batch = next(self.batches(layout))
+            engine(batch.to(engine.device))
+            (reason,) = found
+        except Exception as e:  # a kernel may not compile, or may need too much memory
+            reason = f"it fails ({type(e).__name__}: {first_line(e)})"
+        finally:
+            hook.remove()
+        return next((r for r in engine.gather(reason) if r), None)
+
+
+@torch.enable_grad()
+def difference(head: Head, hidden: Tensor, labels: Tensor, backend: str) -> str | None:
+    """How `backend` differs from tiled, in the statistics of these tokens or in their gradients."""
+    found: list[tuple[Any, tuple[Tensor, ...]]] = []
+    for name in (backend, "tiled"):
+        leaves = hidden.detach().requires_grad_(), head.weight.detach().requires_grad_()
+        stats: Any = token_stats(
+            *leaves,
+            labels,
+            bias=head.bias,
+            softcap=head.softcap,
+            scale=head.scale,
+            stats=TokenStats._fields,
+            backend=name,
+        )
+        upstream = torch.linspace(-1, 1, len(labels), device=hidden.device)
+        found.append((stats, torch.autograd.grad(stats.logps, leaves, upstream.to(stats.logps.dtype))))
+    (stats, gradients), (known, right) = found
+    for name, ours, theirs in zip(TokenStats._fields, stats, known, strict=True):
+        if not (off := float((ours - theirs).detach().abs().max())) <= STATISTIC_LIMIT:
+            return f"its {name} differ from the tiled head's by {off:.2g}"
+    for name, ours, theirs in zip(("hidden states", "weight"), gradients, right, strict=True):
+        size = float(theirs.float().norm())
+        if not (off := float((ours.float() - theirs.float()).norm())) <= GRADIENT_LIMIT * size:
+            return f"its gradient of the {name} is off by {off / max(size, 1e-30):.2g} of its size"
+    return None
+
+
+def lengths_of(pairs: TokenizedPairs) -> np.ndarray:
+    """Tokens of each pair's longer text, [n]."""
+    lengths = pairs.lengths()
+    return lengths[:, 0] + lengths[:, 1:].max(1)
+
+
+def shorten(pair: Pair, by: int) -> Pair:
+    """The prompt's first and last tokens and each response's first ones; `by` makes the lengths of pairs
+    differ."""
+    prompt = pair.prompt_ids
+    if len(prompt) > PREFIX + PROMPT - by:
+        prompt = prompt[:PREFIX] + prompt[by - PROMPT :]
+    return pair._replace(
+        prompt_ids=prompt,
+        chosen_ids=pair.chosen_ids[: RESPONSE - by],
+        rejected_ids=pair.rejected_ids[: RESPONSE - by // 2],
+    )
+
+
+def whole(pair: Pair) -> Pair:
+    """The pair's longer text, of which only the last tokens are its response."""
+    longer, other = pair.chosen_ids, pair.rejected_ids
+    if len(longer) < len(other):
+        longer, other = other, longer
+    text, scored = pair.prompt_ids + longer, min(RESPONSE, len(longer))
+    return Pair("", None, text[:-scored], text[-scored:], other[:RESPONSE])
+
+
+def alone(prompt: list[int], response: list[int]) -> MicroBatch:
+    """One text without padding or neighbours."""
+    batch = collate([Pair("", None, prompt, response, response)], "padded")
+    n = len(response)
+    return batch._replace(
+        input_ids=batch.input_ids[:1],
+        position_ids=batch.position_ids[:1],
+        attention_mask=None,
+        positions=batch.positions[:n],
+        labels=batch.labels[:n],
+        slots=batch.slots[:n],
+    )
