@@ -1,4 +1,4 @@
-"""Whole and shortened pairs of a run, and what the model's own code says of them: what the self-check asks."""
+"""What the self-check asks: a few pairs of the run, and what the model's own code says of them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Sample:
         self.limits = limits(policy.dtype, float((other - logps[0]).abs().mean()))
 
     def batches(self, layout: str) -> Iterator[tuple[Tensor, MicroBatch]]:
-        """Micro-batches of the layout, with the numbers of their pairs, -1 for one that is not asked about."""
+        """Micro-batches of the layout, with the numbers of their pairs, and -1 for one without a truth."""
         first, prefix = self.pairs[0], self.prefix if layout == "shared" else 0
         short, long = list(range(self.short)), list(range(self.short, len(self.pairs)))
         # A long text would pad all others, so it has its own rows.

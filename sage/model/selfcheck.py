@@ -48,8 +48,8 @@ def check_in_float32(
         needed = sum(4 * p.numel() for p in policy.parameters() if p.dtype != torch.float32)
         if needed > free_memory(device):
             console.print(
-                f"the self-check runs in {str(policy.dtype).removeprefix('torch.')} only: a float32 copy takes "
-                f"{needed / 2**30:.0f} GiB, and {free_memory(device) / 2**30:.0f} GiB are free"
+                f"the self-check runs in {str(policy.dtype).removeprefix('torch.')} only: a float32 copy "
+                f"takes {needed / 2**30:.0f} GiB, and {free_memory(device) / 2**30:.0f} GiB are free"
             )
             return {}
         backend, reasons = policy.backend, Reasons()
