@@ -74,8 +74,8 @@ def test_against_the_dense_mask(flex, kv_heads, softcap, prefix, window):
 
 
 def test_masks_that_packed_rows_do_not_have_are_refused():
-    """Protects models with chunked attention, sinks or masks of their own from being read as if they had
-    none."""
+    """Protects models with chunked attention, sinks or masks of their own from being read
+    as if they had none."""
     config = types.SimpleNamespace(attention_chunk_size=8)
     mask = {"mask_function": None, "config": config}
     assert local_mask(**mask) is None and local_mask(**mask, local_size=4) == Window(4)

@@ -110,8 +110,8 @@ def test_a_repeated_prompt_is_written_once_and_others_are_not_mixed_up():
 @each_family
 @pytest.mark.parametrize("system", [False, True])
 def test_plain_pairs_have_the_ids_of_the_whole_conversation(name, system):
-    """Protects the rule of all rules, against `apply_chat_template` itself: no ▁ or merge that the whole has
-    not."""
+    """Protects the rule of all rules, against `apply_chat_template` itself: no ▁ or merge that
+    the whole does not have."""
     tokenizer = family(name)
     messages = [{"role": "system", "content": "Be brief."}] * system + [asks(QUESTION)]
     if system and name == "gemma":
@@ -159,8 +159,8 @@ def test_pairs_that_differ_in_the_thought_alone_are_pairs(name):
 
 @each_family
 def test_cut_off_thoughts_have_no_end_and_nothing_before_them(name):
-    """Protects from an end token that nobody wrote, and from a thought of the template's before the
-    response's."""
+    """Protects from an end token that nobody wrote, and from a template's
+    thought before the response's own."""
     (prompt, chosen, rejected), rules = encode(name, QUESTION, TWO + GOOD, "<think>\ntwo or")
     assert "unclosed" in rules
     assert (prompt[1] + rejected[1]).endswith("<think>\ntwo or")
@@ -178,8 +178,8 @@ def test_a_plain_answer_is_never_inside_a_thought(name):
 
 @pytest.mark.parametrize("name", ["r1 distill", "qwen3 thinking"])
 def test_texts_sampled_after_an_opened_thought_go_on_with_it(name):
-    """Protects what vLLM returns for such models: thoughts without their opening mark, some of them cut
-    off."""
+    """Protects what vLLM returns for such models: thoughts without their opening
+    mark, some of them cut off."""
     (prompt, chosen, rejected), rules = encode(name, QUESTION, TWO[8:] + GOOD, "two or")
     assert prompt[1].endswith("<think>\n") and chosen[1].startswith(TWO[8:] + GOOD)
     assert rejected[1] == "two or" and rules == {"unclosed"}
@@ -336,8 +336,8 @@ def test_sampled_ids_are_used_exactly():
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "qwen3 thinking", "r1 distill", "mistral"])
 def test_a_solution_beside_a_sampled_response_follows_the_sampled_prompt(name):
-    """Protects pairs of a gold solution and a cut-off response: the prompt stays, the solution is whole and
-    ends."""
+    """Protects pairs of a gold solution and a cut-off response: the prompt stays, and
+    the solution is whole and ends."""
     tokenizer = family(name)
     prompt = encode_prompts(tokenizer, [QUESTION], ChatFormat())[0]
     mine = {"prompt_ids": prompt, "chosen_ids": None, "rejected_ids": [40, 41]}

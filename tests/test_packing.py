@@ -41,8 +41,8 @@ def test_plan(lengths, budget, world_size, layout, prefix):
 
 
 def test_packed_ranks_get_equal_work():
-    """Protects speed on many ranks: the slowest decides, and packed micro-batches differ by less than one
-    pair."""
+    """Protects speed on many ranks: the slowest decides, and packed micro-batches
+    differ by less than one pair."""
     lengths = np.random.default_rng(0).integers(20, 200, (500, 3))
     tokens = pair_tokens(lengths, "shared")
     work = [sum(tokens[m].sum() for m in mine) for mine in plan(lengths, 4096, 8, "shared")]

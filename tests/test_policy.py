@@ -99,8 +99,8 @@ def naive(model: torch.nn.Module, prompt: list[int], response: list[int]) -> tor
 @pytest.mark.parametrize("layout, prefix", [*((layout, 0) for layout in LAYOUTS), ("shared", 11)])
 def test_log_probabilities_and_gradients(name, layout, prefix):
     """Protects the layouts (who sees whom, at which position; the last token of a shared prompt predicting
-    both first tokens), padding, the shift by one, soft caps, logit scales, tied heads and learned
-    positions."""
+    both first tokens), padding, the shift by one, soft caps, logit scales,
+    tied heads and learned positions."""
     model = tiny(name)
     policy, rows = Policy(model), pairs(prefix)
     out = policy(collate(rows, layout, prefix))
@@ -322,8 +322,8 @@ def test_a_question_between_forward_and_backward_changes_no_gradient(tiny_model)
 
 @pytest.mark.parametrize("layout, backend", [("padded", "auto"), ("padded", OWN), ("unshared", "auto")])
 def test_the_routers_loss_is_the_models_own(layout, backend):
-    """Protects the load-balancing loss of a mixture of experts and its gradient, in padded and packed
-    rows."""
+    """Protects the load-balancing loss of a mixture of experts and its gradient,
+    in padded and packed rows."""
     model = tiny("mixtral")
     rows = pairs() if layout == "padded" else [pairs()[2]]  # equal lengths: no row has padding
     policy, batch = Policy(model, backend, router_coefficient=0.5), collate(rows, layout)
@@ -340,8 +340,8 @@ def test_the_routers_loss_is_the_models_own(layout, backend):
 
 
 def test_the_routers_coefficient():
-    """Ours, else the model's own where its config asks for the loss. A model without routers cannot have
-    one."""
+    """Ours, else the model's own where its config asks for the loss. A model without
+    routers cannot have one."""
     model, dense = tiny("mixtral", router_aux_loss_coef=0.02), tiny("llama")
     assert router_coefficient(ModelConfig(path=""), model) == 0
     model.config.output_router_logits = True
@@ -373,8 +373,8 @@ def bytes_saved(policy: Policy) -> int:
 
 @pytest.mark.parametrize("name", ["llama", "opt", "lora"])
 def test_gradient_checkpointing_saves_memory(tmp_path, name):
-    """Layers checkpoint only in training mode: what they compute inside is not kept, and gradients stay the
-    same."""
+    """Layers checkpoint only in training mode: what they compute inside is not kept, and
+    gradients stay the same."""
     size = {"num_hidden_layers": 8}
     config = (
         transformers.OPTConfig(**{**OPT, **size})
@@ -422,8 +422,8 @@ def without(folder, *words: str, rename: str = "") -> None:
 
 
 def test_weights_that_are_not_there_are_refused_by_name(tmp_path):
-    """Random weights in place of a head or a layer would be trained with exit 0. A tied head is not
-    missing."""
+    """Random weights in place of a head or a layer would be trained with exit 0.
+    A tied head is not missing."""
     untied = tmp_path / "untied"
     saved(untied, transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False))
     shutil.copytree(untied, tmp_path / "renamed")

@@ -41,8 +41,8 @@ def write(tmp_path):
 
 
 def make_tokenizer(template=CHATML, bos=False, pad="<|im_end|>"):
-    """A real byte-level BPE whose merges would happily join a prompt's last and a response's first
-    letters."""
+    """A real byte-level BPE whose merges would happily join a prompt's
+    last and a response's first letters."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -160,8 +160,8 @@ def test_plain_prompt_keeps_begin_and_loses_end(write, tokenise):
 
 
 def test_mismatch_of_data_and_template(tokenizer, write, tokenise):
-    """Protects from a chat flattened to text, and from a template that is not there, refuses or cannot
-    end."""
+    """Protects from a chat flattened to text, and from a template that is missing,
+    refuses or cannot end."""
     with pytest.raises(UserError, match=r"pair 1: .*data\.chat_template=true"):
         tokenise(load_pairs(write(CONVERSATION)), tokenizer, chat_template=False)
     with pytest.raises(UserError, match=r"data\.chat_template=false"):
@@ -196,8 +196,8 @@ def test_lengths(tokenizer, write, tokenise):
 
 @pytest.mark.parametrize("heads", [(0, 0), (7, 7), (8, 8), (30, 30), (30, 9)])
 def test_common_prefix(heads, monkeypatch):
-    """The longest common beginning that leaves every prompt a token of its own, and none that is too short to
-    pay."""
+    """The longest common beginning that leaves every prompt a token of its own, and none that
+    is too short to pay."""
     monkeypatch.setattr("sage.data.tokens.PREFIX_ROWS", 2)
     ids = list(range(100, 130))
     prompts = [ids[: heads[i % 2]] + [i, i, i] for i in range(5)]
@@ -299,8 +299,8 @@ def test_pairs_beyond_the_models_positions_are_dropped(family, write, tokenise, 
 
 
 def test_scaled_positions_count(tmp_path):
-    """A rope that was stretched reaches further than the config's number, which is sometimes the one
-    before."""
+    """A rope that was stretched reaches further than the config's number, which is
+    sometimes the one before."""
     assert tokenized.model_limits("") == tokenized.model_limits(str(tmp_path)) == (None, None)
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     for positions in (64, 256):

@@ -115,8 +115,7 @@ def _balance(tokens: np.ndarray, budget: int, world_size: int) -> list[list[int]
 
 
 def _chunk(tokens: np.ndarray, budget: int, world_size: int) -> list[list[int]]:
-    """Pairs sorted by length, so that rows need little padding, and split where padded rows fill the
-    budget."""
+    """Pairs sorted by length, for little padding, and split where padded rows fill the budget."""
     micro_batches: list[list[int]] = []
     for i in np.argsort(-tokens, kind="stable").tolist():
         # Sorted by falling length: the first pair of a micro-batch sets its padded length.
@@ -148,8 +147,7 @@ def _packed(pairs: Sequence[Pair], shared: bool, prefix: int) -> MicroBatch:
     before: dict[tuple[int, int], Tensor] = {}  # (side, pair) -> the positions that predict its tokens
 
     def add(pair: int, prompt: list[int], first: list[int], second: list[int], side: int) -> None:
-        """Append a span. Its first response is of this side (0 = chosen); the second is always the rejected
-        one."""
+        """Append a span. Its first response is of this side (0 = chosen), the second is the rejected one."""
         start, fork = len(ids), len(ids) + len(prompt)
         end = fork + len(first)
         spans.append(Span(start, len(prompt), len(first), len(second)))
