@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from templates import FAMILIES, QWEN3, byte_level, family, sentencepiece
 
 from sage.data.chat import (
+    MARK,
+    OPENED,
     ChatFormat,
     Renderer,
     encode_prompts,
@@ -295,6 +297,22 @@ def test_rendered_data_are_not_rendered_again(name):
     assert encode_prompts(tokenizer, [head], ChatFormat()) == encode_prompts(
         tokenizer, [QUESTION], ChatFormat()
     )
+
+
+@each_family
+def test_rendered_data_without_the_generation_prompt(name):
+    """Protects data sets whose prompt and responses were rendered apart, each turn with its own header."""
+    tokenizer = family(name)
+    asked = [asks(QUESTION)]
+    head = tokenizer.apply_chat_template(asked, tokenize=False)
+    full = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    header = OPENED.sub("", full)[len(head) :]
+    if not MARK.match(head):
+        pytest.skip("the template writes no markup around a question")
+    (prompt, chosen, rejected), rules = encode(name, head, header + GOOD, BAD)
+    assert "rendered" in rules and prompt[1].count("What is") == 1 and header.strip() in prompt[1]
+    assert prompt[1].count(MARK.findall(head)[-1]) <= full.count(MARK.findall(head)[-1])
+    assert chosen[1].lstrip().startswith(GOOD) and rejected[1].lstrip().startswith(BAD)
 
 
 def test_a_question_about_the_markup_is_no_rendered_prompt():

@@ -166,7 +166,7 @@ FORMATS = {
     "HH with a prompt column": (
         "pairs",
         {"prompt": HH, "chosen": " 4", "rejected": " 5"},
-        (CONVERSATION, [says(" 4")], [says(" 5")]),
+        SPLIT,
     ),
     "UltraFeedback": (
         "ultrafeedback",
@@ -210,13 +210,23 @@ FORMATS = {
         "step_dpo_full",
         {
             "prompt": "2 + 2?",
-            "initial_reason_steps": "s",
+            "initial_reason_steps": "Step 1:",
             "chosen": "c",
             "rejected": "r",
-            "full_chosen": "4",
-            "full_rejected": "5",
+            "full_chosen": " 4",
+            "full_rejected": " 5",
         },
-        ("2 + 2?", "4", "5"),
+        ([user("2 + 2?"), says("Step 1:")], [says(" 4")], [says(" 5")]),
+    ),
+    "Step-DPO, whole solutions that repeat the start": (
+        "step_dpo_full",
+        {
+            "prompt": "2 + 2?",
+            "initial_reason_steps": "Step 1:",
+            "full_chosen": "Step 1: 4",
+            "full_rejected": "Step 1: 5",
+        },
+        ([user("2 + 2?"), says("Step 1:")], [says(" 4")], [says(" 5")]),
     ),
     "TRL with tools": (
         "pairs",
@@ -257,6 +267,67 @@ def test_a_transcript_stays_text_without_a_template(tmp_path):
     """Protects base models: with data.chat_template=false HH's own marks are the template."""
     row = {"chosen": f"{HH} 4 more", "rejected": f"{HH} 4 less"}
     assert read(load(tmp_path, row, chat=False).pairs[0]) == (HH, " 4 more", " 4 less")
+
+
+# ---------------------------------------------------------------- siblings of the formats
+
+WHOLE = [user("Hi"), says("Hello"), user("2 + 2?")]
+SIBLINGS = {
+    "a system message before a prompt that the responses repeat": (
+        {
+            "prompt": [system("s"), user("Hi")],
+            "chosen": [*WHOLE, says("4")],
+            "rejected": [*WHOLE, says("5")],
+        },
+        ([system("s"), *WHOLE], *SPLIT[1:]),
+    ),
+    "one response whole, the other alone": (
+        {"prompt": "Hi", "chosen": [*WHOLE, says("4")], "rejected": [says("5")]},
+        SPLIT,
+    ),
+    "messages with ids of their own": (
+        {
+            "prompt": "q",
+            "chosen": [{**user("q"), "id": 1}, says("4")],
+            "rejected": [{**user("q"), "id": 2}, says("5")],
+        },
+        ([{**user("q"), "id": 1}], *SPLIT[1:]),
+    ),
+    "a started answer that both responses repeat": (
+        {"prompt": [user("q"), says("So ")], **sides("So 4", "So 5")},
+        ([user("q"), says("So ")], *SPLIT[1:]),
+    ),
+    "texts that repeat the prompt": (
+        {"prompt": "What is it?", "chosen": "What is it? 4", "rejected": "What is it?\n5"},
+        ("What is it?", "4", "5"),
+    ),
+    "a thought as OpenAI's parts": (
+        {"prompt": "q", **sides([{"type": "reasoning", "text": "t"}, {"type": "text", "text": "4"}], "5")},
+        ([user("q")], [says("4", reasoning_content="t")], [says("5")]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_siblings_of_the_formats(name, tmp_path):
+    """Protects rows that say the same in another shape: nothing is asked twice, and no row is refused."""
+    row, expected = SIBLINGS[name]
+    assert read(load(tmp_path, row).pairs[0]) == expected
+
+
+def test_a_restated_question_is_not_taken_away(tmp_path):
+    """Protects answers that restate the question: all rows must do it, else it is no format."""
+    row = {"prompt": "2 + 2", "chosen": "2 + 2 is 4", "rejected": "2 + 2 is 5"}
+    source = load(tmp_path, row, {"prompt": "Hi", "chosen": "Hello", "rejected": "No"})
+    assert read(source.pairs[0]) == ("2 + 2", "2 + 2 is 4", "2 + 2 is 5")
+    assert "all responses begin with the prompt; it is asked once" in load(tmp_path, row).notes
+
+
+@pytest.mark.parametrize("tools", [str(TOOLS), [json.dumps(TOOLS[0])]])
+def test_tools_in_other_spellings(tools, tmp_path):
+    """Protects Parquet files, whose tools are often texts, because their schemas differ."""
+    row = {"prompt": "q", **sides("4", "5"), "tools": tools}
+    assert json.loads(load(tmp_path, row).pairs[0]["tools"]) == TOOLS
 
 
 # ---------------------------------------------------------------- fields
@@ -317,8 +388,11 @@ def test_pairs_that_differ_only_in_the_thought_are_pairs(tmp_path):
             "function_call that is not valid JSON",
         ),
         ({"prompt": "[{'role': 'user', 'content': array(['x'])}]"}, "looks like messages written as text"),
+        ({"chosen": [says("4", images=["x.png"])]}, "chosen has a message with images"),
         ({"tools": "weather"}, "tools is not valid JSON"),
-        ({"tools": ["weather"]}, "tools is not a list of objects"),
+        ({"tools": ["weather"]}, "tools is not valid JSON"),
+        ({"tools": [5]}, "tools is not a list of objects"),
+        ({"tools": 5}, "tools is not a list of objects"),
         ({"system": ["s"]}, "system is not a text"),
         (
             {"prompt": [system("one"), user("?")], "system": "two"},
@@ -350,6 +424,22 @@ def test_unused_columns_are_named_once(tmp_path):
     assert load(tmp_path, row, row).notes == ["columns not used: sytem, id"]
 
 
+def test_keys_of_messages_that_templates_may_not_use_are_named(tmp_path):
+    """Protects thoughts under a name that no template knows."""
+    notes = load(tmp_path, {"prompt": "q", "chosen": [says("4", thought="t")], "rejected": [says("5")]}).notes
+    assert "keys of messages that only some chat templates use: thought" in notes
+
+
+@pytest.mark.parametrize("question", [[user("2 + 2?")], {"text": "2 + 2?"}, "2 + 2?"])
+def test_a_prompt_of_any_shape_is_not_passed_over(question, tmp_path):
+    """Protects from prompts such as "The answer is": the first row's question may be missing, too."""
+    row = {"question": question, "chosen": "The answer is 4.", "rejected": "The answer is 5."}
+    for first in ({}, {"question": None}, {"question": ""}, {"prompt": None}):
+        rows = [{**row, **first}, {**row, **({"prompt": ""} if "prompt" in first else {})}]
+        with pytest.raises(UserError, match=r"no prompt column was found.*data.columns.prompt=question"):
+            load(tmp_path, *rows)
+
+
 def test_an_unnamed_prompt_column_is_not_passed_over(tmp_path):
     """Protects from "The answer is" as the prompt where the question stands in a column of another name."""
     rows = [
@@ -372,7 +462,7 @@ def test_an_unnamed_prompt_column_is_not_passed_over(tmp_path):
     implicit = load(tmp_path, *rows, columns={"prompt": "", "system": ""})
     assert read(implicit.pairs[0])[0] == "The answer is"
     assert "no prompt column; the prompt is what chosen and rejected both begin with" in implicit.notes
-    with pytest.raises(UserError, match="no prompt column was found"):
+    with pytest.raises(UserError, match=r"no prompt column was found"):
         load(tmp_path, {"question": "?", **sides("4", "5")})
 
 

@@ -12,7 +12,7 @@ from templates import family
 from sage import cli, config
 from sage.commands.inspect import inspect
 from sage.data.chat import ChatFormat, response_ends
-from sage.data.display import shown, texts_of, warnings_of
+from sage.data.display import foreign_markup, shown, texts_of, warnings_of
 from sage.data.tokens import Pair
 from sage.util.errors import UserError
 
@@ -135,10 +135,14 @@ def test_warnings_against_hand_made_pairs():
     ends, marks = {1}, {1, 2}
 
     def warned(chosen, rejected, texts=("p", "c", "r")):
-        return warnings_of(Pair("1", None, [5], chosen, rejected), texts, ends, marks)
+        return warnings_of(
+            Pair("1", None, [5], chosen, rejected), texts, ends, marks, foreign_markup(["<|im_end|>"])
+        )
 
     assert warned([7, 8, 1], [9, 8, 1]) == []
     assert warned([7, 2, 1], [9, 8, 1]) == ["template_in_response"]
+    assert warned([7, 1], [9, 1], ("p", "4</s><|im_end|>", "r<|im_end|>")) == ["template_in_response"]
+    assert warned([7, 1], [9, 1], ("p", "4<|im_end|>", "r<|im_end|>")) == []
     assert warned([7, 1], [7]) == ["only_the_end_differs"]
     assert warned([*range(10, 20), 1], [*range(10, 20), 5, 1]) == ["begin_alike"]
     assert warned([7, 1], [8] * 7) == ["one_much_longer"]

@@ -380,6 +380,9 @@ def test_folders_and_globs_of_shards(suffix, tmp_path):
         assert pairs["row"][:] == [*range(1, len(prompts) + 1)] and len({*pairs["pair_id"]}) == len(prompts)
     target = write_rows(str(tmp_path), [3], tmp_path / "top")
     assert turns_of(load_pairs(str(target))["prompt"][0]) == "1"
+    with pytest.raises(UserError, match=r"top.* would not be read(?s:.*) as a glob"):
+        load_pairs(str(tmp_path))
+    target.unlink()
     with pytest.raises(UserError, match="no split 'dev'; the folder has train, test"):
         load_pairs(str(tmp_path), split="dev")
     if suffix == "jsonl":
@@ -388,6 +391,20 @@ def test_folders_and_globs_of_shards(suffix, tmp_path):
             UserError, match=r"1 of 4 rows(?s:.*)train-00001-of-00002.jsonl:2: not valid JSON"
         ):
             load_pairs(str(tmp_path))
+
+
+def test_a_folder_of_two_kinds_of_files_is_not_read_in_part(tmp_path):
+    """Protects from training on some of the files of a folder only. Settings in JSON are no rows."""
+    datasets.Dataset.from_list([PLAIN]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "settings.json").write_text("{}")
+    assert len(load_pairs(str(tmp_path))) == 1
+    (tmp_path / "b.jsonl").write_text(json.dumps(PLAIN) + "\n")
+    with pytest.raises(UserError, match="would not be read"):
+        load_pairs(str(tmp_path))
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: a.parquet\n---\n")
+    assert len(load_pairs(str(tmp_path))) == 1
+    (tmp_path / "settings.json").unlink()
+    assert len(load_pairs(f"{tmp_path}/*[lt]")) == 2
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):

@@ -18,7 +18,7 @@ from sage.answering.check import Finding, check_answers, without
 from sage.config import DataConfig, InspectConfig, ModelConfig
 from sage.data.chat import ChatFormat, Renderer, response_ends
 from sage.data.columns import to_lists
-from sage.data.display import COLOURS, WARNINGS, shown, texts_of, warnings_of
+from sage.data.display import COLOURS, MARKUP, WARNINGS, foreign_markup, shown, texts_of, warnings_of
 from sage.data.pairs import Dropped, PairSet, load_data
 from sage.data.source import resolve_path
 from sage.data.tokens import IDS, Pair, TokenizedPairs, tokenize_pairs
@@ -30,11 +30,6 @@ from sage.util.progress import console
 SHOWN = 5  # rows or pairs that a line names
 BATCH = 1000  # pairs decoded at a time
 BINS, BAR_WIDTH = 12, 40  # of the histogram
-# Markup of common chat templates, besides the special tokens of this one.
-MARKUP = (
-    r"<\|(?:im_start|im_end|user|assistant|system|start_header_id|eot_id)\|>"
-    r"|\[/?INST\]|<start_of_turn>|<｜User｜>"
-)
 
 
 def inspect(cfg: InspectConfig) -> None:
@@ -116,6 +111,7 @@ def examine(
     """Warning -> pair_ids; writes every pair, then every dropped row, to `file`."""
     renderer = Renderer(tokenizer, chat)
     marks = set() if renderer.template is None else set(renderer.end_tokens.values())
+    foreign = foreign_markup(renderer.end_tokens)
     found: dict[str, list[str]] = {name: [] for name in WARNINGS}
     found["template_in_prompt"] = template_in_prompts(source, renderer)
 
@@ -127,7 +123,7 @@ def examine(
             ]
             batch = [Pair(*row) for row in zip(*columns, strict=True)]
             for pair, texts in zip(batch, texts_of(batch, tokenizer), strict=True):
-                for name in warnings_of(pair, texts, ends, marks):
+                for name in warnings_of(pair, texts, ends, marks, foreign):
                     found[name].append(pair.pair_id)
                 row = pair._asdict()
                 del row["pass_rate"]
@@ -136,7 +132,7 @@ def examine(
 
     def write(path: Path) -> None:
         with path.open("w", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
+            out.writelines(json.dumps(row) + "\n" for row in rows())
 
     if file:
         write_whole(Path(file).expanduser().absolute(), write)
@@ -148,11 +144,9 @@ def examine(
 
 def template_in_prompts(source: PairSet, renderer: Renderer) -> list[str]:
     """The pairs whose prompt, as the source has it, holds the markup of a chat template."""
-    marks = [MARKUP]
-    if renderer.template is not None:
-        marks += [re.escape(mark) for mark in renderer.end_tokens if mark in renderer.surroundings[1]]
+    marks = {*MARKUP, *renderer.end_tokens}
     table = source.pairs.data.table
-    where = pc.match_substring_regex(table["prompt"], "|".join(marks))  # pyright: ignore
+    where = pc.match_substring_regex(table["prompt"], "|".join(map(re.escape, sorted(marks))))  # pyright: ignore
     return table["pair_id"].filter(where).to_pylist()
 
 

@@ -111,20 +111,28 @@ class Renderer:
                 self.heads[key] = self.render(messages, tools, answering=True)
             return self.heads[key]
         text = prompt if isinstance(prompt, str) else prompt[0]["content"]
-        question, turn, _ = self.surroundings
-        if text.rstrip().endswith(turn.strip()):
+        question, turn, header = self.surroundings
+        closing = turn.removesuffix(header)
+        if header and turn.strip() not in text:
+            text = text.rstrip().removesuffix(closing.strip()) + turn
+        elif text.rstrip().endswith(turn.strip()):
             text = text.rstrip() + turn[len(turn.rstrip()) :]
         begin = self.tokenizer.bos_token
         return begin + text if begin and question.startswith(begin) and not text.startswith(begin) else text
 
     def is_rendered(self, prompt: Prompt) -> bool:
-        """Whether a prompt is one text that this template has written already, generation prompt included."""
+        """Whether a prompt is one text that this template has written already, with or without the
+        generation prompt."""
         if not isinstance(prompt, str):
             if len(prompt) != 1 or not isinstance(prompt[0].get("content"), str):
                 return False
             prompt = prompt[0]["content"]
-        turn = self.surroundings[1].strip()
-        return bool(MARK.search(turn)) and turn in prompt
+        question, turn, header = self.surroundings
+        if MARK.search(turn) and turn.strip() in prompt:
+            return True
+        begin, closing = MARK.findall(question), turn.removesuffix(header).strip()
+        written = bool(MARK.match(prompt.lstrip())) and prompt.rstrip().endswith(closing)
+        return written and bool(header and begin) and begin[-1] in prompt
 
     @cached_property
     def surroundings(self) -> tuple[str, str, str]:

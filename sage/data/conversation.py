@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sage.data.messages import SPEECH, Messages, is_empty, read_transcript, read_turns
+from sage.data.messages import SAID, SPEECH, Messages, is_empty, read_transcript, read_turns
 from sage.util.errors import UserError
 
 Turns = str | Messages
@@ -30,26 +30,31 @@ class Pair(NamedTuple):
     rejected: Turns
 
 
-def read_pair(values: Mapping[str, Any], chat: bool, implicit: bool) -> Pair:
+def read_pair(values: Mapping[str, Any], chat: bool, implicit: bool, repeated: bool = False) -> Pair:
     """The pair in one row.
 
     Args:
         values: our column name (`formats.COLUMNS`) -> the row's value, for the columns that the source has.
         chat: texts in HH's form ("\\n\\nHuman: ...") become messages. Otherwise they stay texts.
         implicit: without a prompt, the text with which both responses begin is the prompt.
+        repeated: the source's responses begin with the prompt, so it is taken away from them.
 
     Raises:
         Useless: the responses are the same, or one is empty.
         MissingPrompt: there is no prompt.
         UserError: anything else that is wrong with the row.
     """
-    pair = _split(
-        _read("prompt", values.get("prompt"), chat),
-        _read_response("chosen", values.get("chosen"), chat),
-        _read_response("rejected", values.get("rejected"), chat),
-        implicit,
-    )
-    pair = _surround(pair, values)
+    given = values.get("prompt")
+    prompt = _read("prompt", given, chat)
+    responses = [_read_response(name, values.get(name), chat) for name in ("chosen", "rejected")]
+    if isinstance(given, str) and not isinstance(prompt, str) and given.endswith("Assistant:"):
+        # The space after a speaker's colon belongs to the mark.
+        responses = [side.removeprefix(" ") if isinstance(side, str) else side for side in responses]
+    pair = _split(prompt, *responses, implicit)
+    if repeated and isinstance(pair.prompt, str):
+        rests = (side.removeprefix(pair.prompt) for side in pair[1:] if isinstance(side, str))
+        pair = Pair(pair.prompt, *(rest.lstrip() if chat else rest for rest in rests))
+    pair = _continue(_surround(pair, values))
     if isinstance(pair.prompt, str):
         if not pair.prompt.strip():
             raise MissingPrompt("prompt is empty")
@@ -85,11 +90,7 @@ def _read_response(name: str, value: Any, chat: bool) -> Turns:
 
 
 def _split(prompt: Turns | None, chosen: Turns, rejected: Turns, implicit: bool) -> Pair:
-    # If one side is a text and the other messages (ms-swift), the text replaces the last message.
-    if isinstance(chosen, str) and not isinstance(rejected, str):
-        chosen = [*rejected[:-1], _says(chosen)]
-    elif isinstance(rejected, str) and not isinstance(chosen, str):
-        rejected = [*chosen[:-1], _says(rejected)]
+    chosen, rejected = _in_place(chosen, rejected), _in_place(rejected, chosen)
     if chosen == rejected:
         raise Useless("same_responses", "chosen and rejected are the same")
     if not isinstance(chosen, str):
@@ -103,6 +104,40 @@ def _split(prompt: Turns | None, chosen: Turns, rejected: Turns, implicit: bool)
     if isinstance(prompt, str):
         return Pair(prompt, chosen, rejected)
     return Pair(prompt, [_says(chosen)], [_says(rejected)])
+
+
+def repeats(head: str, chosen: str, rejected: str) -> bool:
+    """Whether both responses begin with this text and go on."""
+    return bool(head.strip()) and all(
+        side.startswith(head) and side[len(head) :].strip() for side in (chosen, rejected)
+    )
+
+
+def _continue(pair: Pair) -> Pair:
+    """The pair with the started answer once: some sources repeat it at the beginning of both responses."""
+    prompt, chosen, rejected = pair
+    if isinstance(prompt, str) or not prompt or prompt[-1]["role"] != "assistant":
+        return pair
+    started, (one,), (other,) = prompt[-1]["content"], chosen, rejected
+    assert isinstance(one, dict) and isinstance(other, dict)
+    if not repeats(started, one["content"], other["content"]):
+        return pair
+    return Pair(
+        prompt, *([{**side, "content": side["content"].removeprefix(started)}] for side in (one, other))
+    )
+
+
+def _in_place(response: Turns, other: Turns) -> Turns:
+    """A response that is a text, or the assistant's message alone, beside a whole conversation (ms-swift).
+
+    It replaces that conversation's last message.
+    """
+    if isinstance(other, str) or len(other) < 2:
+        return [_says(response)] if isinstance(response, str) and not isinstance(other, str) else response
+    if isinstance(response, str):
+        return [*other[:-1], _says(response)]
+    alone = [message["role"] for message in response] == ["assistant"]
+    return [*other[:-1], *response] if alone and other[0]["role"] != "assistant" else response
 
 
 def _split_texts(chosen: str, rejected: str) -> Pair:
@@ -123,7 +158,7 @@ def _split_texts(chosen: str, rejected: str) -> Pair:
 
 def _split_messages(prompt: Turns | None, chosen: Messages, rejected: Messages) -> Pair:
     """The messages with which both responses begin belong to the prompt."""
-    end = _shared(chosen, rejected)
+    end = _shared([_spoken(message) for message in chosen], [_spoken(message) for message in rejected])
     shared, responses = chosen[:end], (chosen[end:], rejected[end:])
     for name, messages in zip(("chosen", "rejected"), responses, strict=True):
         if not messages:
@@ -152,6 +187,9 @@ def _join_prompt(prompt: Turns | None, shared: Messages) -> Messages:
         return shared
     if theirs and ours[-len(theirs) :] == theirs:
         return given
+    heads = sum(role in ("system", "developer") for role, _ in ours)
+    if heads and ours[heads:] and theirs[: len(ours) - heads] == ours[heads:]:
+        return given[:heads] + shared  # the responses repeat the prompt without its system message
     if all(role in ("system", "developer") for role, _ in theirs):
         return shared + given
     if theirs[0][0] in ("assistant", "tool"):
@@ -236,6 +274,11 @@ def _check_started(pair: Pair) -> None:
 
 def _says(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
+
+
+def _spoken(message: dict[str, Any]) -> list[Any]:
+    """What a message says, without ids, times and the like."""
+    return [message.get(key) for key in ("role", "name", *SAID)]
 
 
 def _shared(chosen: Sequence, rejected: Sequence) -> int:

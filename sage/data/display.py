@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -12,6 +13,12 @@ from sage.data.tokens import Pair
 
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 ALIKE = 8  # tokens with which responses may begin alike before that is worth a warning
+# Markup of common chat templates.
+MARKUP = (
+    *(f"<|{word}|>" for word in ("im_start", "im_end", "endoftext", "user", "assistant", "system")),
+    *(f"<|{word}|>" for word in ("start_header_id", "eot_id", "end")),
+    *("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<｜User｜>", "<｜end▁of▁sentence｜>", "</s>"),
+)
 LONGER = 3.0  # times the other response's length
 
 
@@ -61,18 +68,26 @@ def shown(pair: Pair, tokenizer: Any, ends: set[int], width: int | None = None) 
     return out
 
 
-def warnings_of(pair: Pair, texts: tuple[str, str, str], ends: set[int], marks: set[int]) -> list[str]:
+def foreign_markup(special: Iterable[str]) -> re.Pattern[str]:
+    """Finds the markup of other templates: the tokenizer, which has the `special` tokens, reads it as text."""
+    return re.compile("|".join(re.escape(mark) for mark in sorted({*MARKUP} - {*special})))
+
+
+def warnings_of(
+    pair: Pair, texts: tuple[str, str, str], ends: set[int], marks: set[int], foreign: re.Pattern[str]
+) -> list[str]:
     """What looks wrong in a pair, as keys of WARNINGS.
 
     Args:
         texts: prompt, chosen and rejected with special tokens.
         ends: the tokens that end a response.
         marks: the special tokens of the chat template.
+        foreign: markup that is none of the tokenizer's special tokens.
     """
     found = []
     chosen, rejected = pair.chosen_ids, pair.rejected_ids
     bodies = [ids[:-1] if ids[-1] in ends else ids for ids in (chosen, rejected)]
-    if any(not marks.isdisjoint(body) for body in bodies):
+    if any(not marks.isdisjoint(body) for body in bodies) or any(map(foreign.search, texts[1:])):
         found.append("template_in_response")
     if any(_opened_twice(texts[0], response) for response in texts[1:]):
         found.append("thought_opened_twice")
@@ -89,7 +104,7 @@ def warnings_of(pair: Pair, texts: tuple[str, str, str], ends: set[int], marks: 
 
 WARNINGS = {
     "template_in_prompt": "the prompt's own text has the markup of a chat template in it",
-    "template_in_response": "a response has the markup of the chat template in it",
+    "template_in_response": "a response has the markup of a chat template in it",
     "thought_opened_twice": "a thought is opened twice",
     "only_the_end_differs": "chosen and rejected differ only at the end token",
     "begin_alike": f"chosen and rejected begin with the same {ALIKE} tokens or more, half of the shorter one",

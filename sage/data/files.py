@@ -25,14 +25,8 @@ KINDS = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-WRAPPERS = (
-    "data",
-    "rows",
-    "examples",
-    "instances",
-    "train",
-    "test",
-)  # names of lists that hold a file's rows
+# Names of lists that hold a file's rows.
+WRAPPERS = ("data", "rows", "examples", "instances", "pairs", "records", "samples", "items", "train", "test")
 BATCH = 1000  # rows of an Arrow table that become Python objects at a time
 
 

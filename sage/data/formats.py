@@ -12,8 +12,6 @@ SAMPLED = ("prompt_ids", "chosen_ids", "rejected_ids", "tokenizer")
 # Our names. `data.columns` maps all but the last four to columns of the source.
 MAPPABLE = tuple(field.name for field in fields(PairColumns))
 COLUMNS = (*MAPPABLE, *SAMPLED)
-# Columns that must be empty, because sage trains on text only.
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # They mean what their name says only in a format that has them, or where data.columns names them.
 MAPPED_ONLY = ("input", "history", "started")
 

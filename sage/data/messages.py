@@ -30,6 +30,8 @@ PLAIN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SAID = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 CALLS = ("function_call", "tool_call")  # roles whose content is the JSON of a tool call
 TEXT_PARTS = ("text", "input_text", "output_text")
+# Columns, and keys of messages, that must be empty, because sage trains on text only.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 SPEECH = re.compile(r"\s*(?:\n\n)?Human:")
 TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):[ ]?")
 
@@ -96,10 +98,13 @@ def _parse_messages(text: str) -> Any:
 
 def _message(name: str, message: dict[str, Any]) -> dict[str, Any]:
     message = {key: value for key, value in message.items() if value is not None}
+    keys = ", ".join(message) or "none"
+    if media := next((key for key in MEDIA if message.get(key)), None):
+        raise UserError(f"{name} has a message with {media}; sage trains on text only")
     theirs = message.pop("role", None) or message.pop("from", None)
     content = message.pop("content", message.pop("value", None))
     if not isinstance(theirs, str):
-        raise UserError(f"{name} has a message without a role; its keys are {', '.join(message) or 'none'}")
+        raise UserError(f"{name} has a message without a role; its keys are {keys}")
     role = theirs.lower() if theirs.lower() in (*PLAIN_ROLES, *ROLES) else theirs
     if content is None and not message:
         raise UserError(f"{name} has a message without content")
@@ -126,8 +131,8 @@ def _join_parts(name: str, parts: list[Any]) -> tuple[str, str]:
         kind = part.get("type", "text")
         if kind in TEXT_PARTS and isinstance(part.get("text"), str):
             text += part["text"]
-        elif kind == "thinking" and isinstance(part.get("thinking"), str):
-            thought += part["thinking"]
+        elif kind in ("thinking", "reasoning") and isinstance(part.get(kind, part.get("text")), str):
+            thought += part.get(kind, part.get("text"))
         else:
             raise UserError(f"{name} has a content part of type {kind!r}; sage trains on text only")
     return text, thought

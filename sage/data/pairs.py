@@ -4,6 +4,7 @@ Nothing here imports torch, so a command can refuse bad data before it loads a m
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, count, islice
@@ -13,9 +14,11 @@ import datasets
 import pyarrow as pa
 
 from sage.config import DataConfig
-from sage.data.conversation import MissingPrompt, Turns, Useless, read_pair
-from sage.data.formats import MEDIA, SAMPLED, lookup, map_columns
-from sage.data.source import Row, first_five, read_rows, refuse_bad_rows
+from sage.data.conversation import MissingPrompt, Pair, Turns, Useless, read_pair, repeats
+from sage.data.formats import SAMPLED, lookup, map_columns
+from sage.data.messages import MEDIA, SAID
+from sage.data.source import Row, first_five, read_rows
+from sage.data.values import as_json, holds_text, read_answer, read_pass_rate, read_tools
 from sage.util.errors import UserError
 
 IDS = SAMPLED[:3]
@@ -27,7 +30,8 @@ SCHEMA = pa.schema(
 )
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False)
+# Keys of messages that are checked or without meaning for a template; others are listed once.
+KNOWN = ("role", "content", "tool_call_id", "id", *SAID)
 # How CSV files write that a cell holds nothing.
 NOTHING = ("[]", "{}", "null", "nan", "NaN", "None")
 
@@ -116,16 +120,19 @@ def read_pair_set(
     names, form = map_columns(path, present, columns) if present else ({}, None)
     unused = [key for key in present if key not in {*_outer(names), *MEDIA}]
     # A text column that nothing names may be the prompt. Then what both responses begin with is not.
-    unnamed = [key for key in unused if "prompt" not in {*names, *columns} and _holds_text(rows, key)]
+    unnamed = [key for key in unused if "prompt" not in columns and _may_be_prompt(rows, key)]
+    repeats_prompt = _repeat_prompts(rows, names)
     pairs, dropped, bad = [], [], []
-    lost_prompts, repeated = 0, 0
+    lost_prompts, repeated, others = 0, 0, dict[str, None]()
     ids: set[str] = set()
     for row, place, record in rows:
         pair_id = None
         try:
             values = _values(record, names)
             pair_id = _pair_id(values.get("pair_id"), row)
-            pair = _record(values, chat, implicit="prompt" not in names and not unnamed)
+            implicit = "prompt" not in names and not unnamed
+            turns = read_pair(values, chat, implicit, repeats_prompt)
+            pair = _record(values, turns)
         except UserError as error:
             reason = error.reason if isinstance(error, Useless) else "bad_row"
             dropped.append(Dropped(row, place, pair_id, reason, str(error)))
@@ -137,15 +144,21 @@ def read_pair_set(
         repeated += unique != pair_id
         ids.add(unique)
         pairs.append({**pair, "pair_id": unique, "row": row})
+        messages = (message for part in turns if not isinstance(part, str) for message in part)
+        others |= dict.fromkeys(key for message in messages for key in message if key not in KNOWN)
     if len(bad) > max_bad * len(rows):
-        if lost_prompts and "prompt" not in names:
+        if lost_prompts and ("prompt" not in names or (lost_prompts == len(rows) and unnamed)):
             like = (unnamed or list(present))[0]
             raise UserError(
                 f"{path}: no prompt column was found; it has {', '.join(present)}. Say which one is the "
                 f"prompt, for example data.columns.prompt={like}, or set data.columns.prompt='' if both "
                 "responses begin with the prompt"
             )
-        refuse_bad_rows(path, bad, len(rows))
+        head = (
+            f"{path}: {len(bad)} of {len(rows)} rows are bad; mend or remove them, or have them dropped with "
+            f"data.max_bad={_ceiling(len(bad) / len(rows))}"
+        )
+        raise UserError(first_five(head, bad))
     if not pairs:
         lines = [f"{gone.place}: {gone.detail}" for gone in dropped]
         raise UserError(first_five(f"{path}: no pair is left of {len(rows)} rows; {_count(dropped)}", lines))
@@ -154,24 +167,28 @@ def read_pair_set(
         notes.append(f"read in the format of {form.name}")
     if "prompt" not in names:
         notes.append("no prompt column; the prompt is what chosen and rejected both begin with")
-    if unused:
-        notes.append(f"columns not used: {', '.join(unused)}")
+    if repeats_prompt:
+        notes.append("all responses begin with the prompt; it is asked once")
+    if shown := [key for key in unused if key.strip()]:  # pandas writes its index under an empty name
+        notes.append(f"columns not used: {_printable(', '.join(shown))}")
+    if others:
+        keys = _printable(", ".join(others))
+        notes.append(f"keys of messages that only some chat templates use: {keys}")
     if repeated:
         notes.append(f"{repeated} pair_ids were taken already and got a number, such as #2")
     return PairSet(datasets.Dataset(pa.Table.from_pylist(pairs, SCHEMA)), dropped, notes)
 
 
-def _record(values: Mapping[str, Any], chat: bool, implicit: bool) -> dict[str, Any]:
+def _record(values: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
     """A row of `read_pair_set`'s pairs but for pair_id and row, or a UserError with the reason alone."""
     for name in MEDIA:
         if values.get(name) and values[name] == values[name] and values[name] not in NOTHING:
             raise UserError(f"the row has {name}; sage trains on text only")
-    pair = read_pair(values, chat, implicit)
-    record: dict[str, Any] = {name: _json(name, turns) for name, turns in pair._asdict().items()}
-    tools = _tools(values.get("tools"))
-    record["tools"] = tools and _json("tools", tools)
-    record["answer"] = _answer(values.get("answer"))
-    record["pass_rate"] = _pass_rate(values.get("pass_rate"))
+    record: dict[str, Any] = {name: as_json(name, turns) for name, turns in pair._asdict().items()}
+    tools = read_tools(values.get("tools"))
+    record["tools"] = tools and as_json("tools", tools)
+    record["answer"] = read_answer(values.get("answer"))
+    record["pass_rate"] = read_pass_rate(values.get("pass_rate"))
     return {**record, **_sampled(values)}
 
 
@@ -190,17 +207,6 @@ def _values(record: Any, names: Mapping[str, str]) -> dict[str, Any]:
     return media | {name: lookup(record, theirs) for name, theirs in names.items()}
 
 
-def _json(name: str, value: Any) -> str:
-    try:
-        text = ENCODER.encode(value)
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} has half of a character (a lone surrogate), which is not text") from error
-    except (TypeError, RecursionError, ValueError) as error:
-        raise UserError(f"{name} cannot be written as JSON: {error}") from error
-    return text
-
-
 def _pair_id(value: Any, row: int) -> str:
     if isinstance(value, float):
         value = None if value != value else int(value) if value.is_integer() else value
@@ -208,63 +214,13 @@ def _pair_id(value: Any, row: int) -> str:
         return str(row)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"pair_id is {str(value)[:40]}, not a text or a number")
-    _json("pair_id", value)
+    as_json("pair_id", value)
     return str(value)
 
 
 def _alternatives(pair_id: str) -> Iterator[str]:
     """The id, then the id with a number."""
     return chain([pair_id], (f"{pair_id}#{number}" for number in count(2)))
-
-
-def _number(value: Any) -> Any:
-    """A number that CSV holds as text, and null for what stands for none."""
-    if isinstance(value, str):
-        try:
-            value = float(value) if value.strip() else None
-        except ValueError:
-            return value
-    return None if value != value else value
-
-
-def _pass_rate(value: Any) -> float | None:
-    number = _number(value)
-    if number is None:
-        return None
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
-        raise UserError(f"pass_rate is {str(value)[:40]}, not a number from 0 to 1")
-    return float(number)
-
-
-def _answer(value: Any) -> str | None:
-    """The true answer as text; a whole number without a point, several answers joined by commas."""
-    parts = value if isinstance(value, list) else [value]
-    texts = []
-    for part in parts:
-        if isinstance(part, float):
-            part = None if part != part else int(part) if part.is_integer() else part
-        if isinstance(part, str | int | float) and not isinstance(part, bool):
-            texts.append(str(part).strip())
-    text = ", ".join(filter(None, texts))
-    _json("answer", text)
-    return text or None
-
-
-def _tools(value: Any) -> list[Any] | None:
-    """A list of tools, from a list or its JSON text; None where there are none."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"tools is not valid JSON: {error}") from error
-    if not value or value != value:
-        return None
-    if isinstance(value, str):
-        return None
-    tools = [value] if isinstance(value, dict) else value
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError("tools is not a list of objects")
-    return tools
 
 
 def _sampled(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,13 +247,32 @@ def _outer(names: Mapping[str, str]) -> set[str]:
     return {*names.values(), *(theirs.partition(".")[0] for theirs in names.values())}
 
 
-def _holds_text(rows: Iterable[Row], column: str) -> bool:
-    """Whether a column could be a prompt: its first value is a text that is no number."""
-    for row in rows:
-        value = row.record.get(column) if isinstance(row.record, dict) else None
-        if value is not None:
-            return isinstance(value, str) and isinstance(_number(value), str)
-    return False
+def _may_be_prompt(rows: Iterable[Row], column: str) -> bool:
+    """Whether a column could be a prompt: somewhere it holds a text that is no number."""
+    return any(holds_text(row.record.get(column)) for row in rows if isinstance(row.record, dict))
+
+
+def _repeat_prompts(rows: Iterable[Row], names: Mapping[str, str]) -> bool:
+    """Whether all three are texts in all rows, and both responses begin with the prompt and go on."""
+    columns = [names.get(name) for name in ("prompt", "chosen", "rejected")]
+    if None in columns:
+        return False
+    texts = (
+        [lookup(row.record, str(column)) for column in columns]
+        for row in rows
+        if isinstance(row.record, dict)
+    )
+    return all(all(isinstance(text, str) for text in row) and repeats(*row) for row in texts)
+
+
+def _ceiling(share: float) -> float:
+    """The share with two digits, rounded up."""
+    return math.ceil(share * 100) / 100
+
+
+def _printable(text: str) -> str:
+    """The text with halves of characters spelled out, which no terminal can write."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _count(dropped: Iterable[Dropped]) -> str:

@@ -18,6 +18,9 @@ import datasets
 from sage.data.files import KINDS, kind_of, read_document, read_file, read_parquet, read_records
 from sage.util.errors import UserError
 
+# JSON files that `datasets` writes beside data.
+INFOS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+
 
 class Row(NamedTuple):
     """A row of a source: its 1-based number, where it stands (FILE:LINE), and what it holds.
@@ -167,6 +170,20 @@ def _folder_files(path: str, folder: Path, split: str) -> list[Path]:
     files = [Path(name) for name in found[split]]
     if unknown := [name for name in files if not kind_of(name)]:
         raise UserError(f"{path}: {unknown[0]} is not a kind of file that sage reads ({', '.join(KINDS)})")
+    readme = folder / "README.md"
+    if readme.is_file() and "data_files" in readme.read_text(encoding="utf-8", errors="replace"):
+        return files  # it says which files belong to the data
+    listed = {Path(name).resolve() for names in found.values() for name in names}
+    beside = [file for file in sorted(folder.iterdir()) if file.name[0] not in "._" and kind_of(file)]
+    left = [file for file in beside if file.resolve() not in listed and file.name not in INFOS]
+    if not any(name.suffix == ".json" for name in files):
+        left = [file for file in left if file.suffix != ".json"]  # settings and notes, not rows
+    if left:
+        names = ", ".join(file.name for file in left[:5])
+        raise UserError(
+            f"{path}: {names} would not be read: of a folder, datasets takes one kind of file, and where names "
+            f"say the split, no others. Give the files that you mean as a glob, such as data.path='{path}/*'"
+        )
     return files
 
 
