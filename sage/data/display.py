@@ -69,7 +69,7 @@ def shown(pair: Pair, tokenizer: Any, ends: set[int], width: int | None = None) 
 
 
 def foreign_markup(special: Iterable[str]) -> re.Pattern[str]:
-    """Finds the markup of other templates: the tokenizer, which has the `special` tokens, reads it as text."""
+    """Finds the markup of other templates, which a tokenizer with these special tokens reads as text."""
     return re.compile("|".join(re.escape(mark) for mark in sorted({*MARKUP} - {*special})))
 
 

@@ -181,7 +181,7 @@ def _folder_files(path: str, folder: Path, split: str) -> list[Path]:
     if left:
         names = ", ".join(file.name for file in left[:5])
         raise UserError(
-            f"{path}: {names} would not be read: of a folder, datasets takes one kind of file, and where names "
+            f"{path}: {names} would not be read: of a folder, datasets takes one kind of file, and if names "
             f"say the split, no others. Give the files that you mean as a glob, such as data.path='{path}/*'"
         )
     return files
