@@ -313,6 +313,9 @@ def test_rendered_data_without_the_generation_prompt(name):
     assert "rendered" in rules and prompt[1].count("What is") == 1 and header.strip() in prompt[1]
     assert prompt[1].count(MARK.findall(head)[-1]) <= full.count(MARK.findall(head)[-1])
     assert chosen[1].lstrip().startswith(GOOD) and rejected[1].lstrip().startswith(BAD)
+    talk = [asks("Hi"), says("Hello"), *asked]  # the answer's header stands in it already
+    renderer = Renderer(tokenizer, ChatFormat())
+    assert renderer.prompt(renderer.render(talk)).endswith(renderer.surroundings[1])
 
 
 def test_a_question_about_the_markup_is_no_rendered_prompt():

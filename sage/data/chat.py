@@ -112,9 +112,10 @@ class Renderer:
             return self.heads[key]
         text = prompt if isinstance(prompt, str) else prompt[0]["content"]
         question, turn, header = self.surroundings
-        closing = turn.removesuffix(header)
-        if header and turn.strip() not in text:
-            text = text.rstrip().removesuffix(closing.strip()) + turn
+        begins, closing = MARK.findall(question), turn.removesuffix(header).strip()
+        last = text[text.rfind(begins[-1]) if begins else 0 :]
+        if header and header.strip() not in last and last.rstrip().endswith(closing):
+            text = text.rstrip().removesuffix(closing) + turn
         elif text.rstrip().endswith(turn.strip()):
             text = text.rstrip() + turn[len(turn.rstrip()) :]
         begin = self.tokenizer.bos_token
@@ -123,16 +124,17 @@ class Renderer:
     def is_rendered(self, prompt: Prompt) -> bool:
         """Whether a prompt is one text that this template has written already, with or without the
         generation prompt."""
-        if not isinstance(prompt, str):
-            if len(prompt) != 1 or not isinstance(prompt[0].get("content"), str):
-                return False
-            prompt = prompt[0]["content"]
+        if not isinstance(prompt, str) and len(prompt) != 1:
+            return False
+        text = prompt if isinstance(prompt, str) else prompt[0].get("content")
+        if not isinstance(text, str):
+            return False
         question, turn, header = self.surroundings
-        if MARK.search(turn) and turn.strip() in prompt:
+        if MARK.search(turn) and turn.strip() in text:
             return True
         begin, closing = MARK.findall(question), turn.removesuffix(header).strip()
-        written = bool(MARK.match(prompt.lstrip())) and prompt.rstrip().endswith(closing)
-        return written and bool(header and begin) and begin[-1] in prompt
+        written = bool(MARK.match(text.lstrip())) and text.rstrip().endswith(closing)
+        return written and bool(header and begin) and begin[-1] in text
 
     @cached_property
     def surroundings(self) -> tuple[str, str, str]:

@@ -131,8 +131,8 @@ def _join_parts(name: str, parts: list[Any]) -> tuple[str, str]:
         kind = part.get("type", "text")
         if kind in TEXT_PARTS and isinstance(part.get("text"), str):
             text += part["text"]
-        elif kind in ("thinking", "reasoning") and isinstance(part.get(kind, part.get("text")), str):
-            thought += part.get(kind, part.get("text"))
+        elif kind in ("thinking", "reasoning") and isinstance(said := part.get(kind, part.get("text")), str):
+            thought += said
         else:
             raise UserError(f"{name} has a content part of type {kind!r}; sage trains on text only")
     return text, thought
