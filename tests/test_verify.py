@@ -287,12 +287,15 @@ def test_verify_answers_inside_solutions_and_keeps_other_files(tmp_path):
     """GSM8K's own column as the truth; an output file that exists is not overwritten."""
     from sage.commands.verify import verify
 
-    file = write_jsonl(tmp_path / "v.jsonl", [{"text": "It is 1,005.", "answer": "2 + 3 = 5\n#### 1,005"}])
+    # Half of a character, as generations cut by another tool may have it.
+    row = {"text": "\ud83d It is 1,005.", "answer": "2 + 3 = 5\n#### 1,005"}
+    file = write_jsonl(tmp_path / "v.jsonl", [row])
     output = tmp_path / "out.jsonl"
     columns = ResponseColumns(response="text")
     cfg = VerifyConfig(path=str(file), answer_from="hash", columns=columns, output=str(output))
     verify(cfg, tmp_path / "run")
-    assert json.loads(output.read_text())["correct"] is True
+    written = json.loads(output.read_text())
+    assert written["correct"] is True and written["text"] == row["text"]
     with pytest.raises(UserError, match=r"out\.jsonl: this file exists"):
         verify(cfg, tmp_path / "again")
 

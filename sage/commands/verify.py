@@ -53,7 +53,8 @@ def verify_rows(cfg: VerifyConfig, run_dir: Path) -> None:
     freeze(cfg, run_dir)
     verdicts = judge_all(cfg, responses, answers, "verify")
     lines = (
-        json.dumps({**record, **verdict._asdict()}, ensure_ascii=False, default=str) + "\n"
+        # ASCII, because a text may have half of a character.
+        json.dumps({**record, **verdict._asdict()}, default=str) + "\n"
         for record, verdict in zip(records, verdicts, strict=True)
     )
     write_text(output, "".join(lines))
