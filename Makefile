@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
+# Two processes share the test files. A file stays in one process, because its runs are shared by its tests.
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: help demo test quick peer lowest lint docs clean
 
@@ -14,10 +16,10 @@ demo: .venv/stamp-demo ## align SmolLM2-135M-Instruct with real GSM8K pairs, on 
 	$(BIN)/sage train +experiment=demo
 
 test: lint ## lint, types and all tests but the comparison with TRL
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not peer'
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m 'not peer'
 
 quick: .venv/stamp-dev ## the tests that take seconds
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow and not peer'
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m 'not slow and not peer'
 
 peer: .venv/stamp-dev .venv/stamp-peer ## the comparison with TRL, which it installs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m peer

@@ -286,7 +286,7 @@ def broken(stats):
         (broken, "it fails (RuntimeError: no compiler)"),
         (None, ""),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process
 )
 def test_a_fast_kernel_is_compared_with_tiled(monkeypatch, capsys, fault, reason):
     """Protects bfloat16 runs on CUDA, where auto takes a kernel that was compiled a moment ago.
