@@ -238,6 +238,20 @@ def test_training_mode_that_computes_something_else_is_refused():
         settle(table.Asked(policy), [table.some_pairs()], "auto", "x")
 
 
+@pytest.mark.parametrize("packing", ["auto", "padded"])
+def test_the_models_dropout_stays_off_after_the_check(packing):
+    """Protects a run whose reference is cached: no call without gradients comes between check and training."""
+    policy, pairs = policy_of("gpt2", resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3), table.some_pairs()
+    policy.trains = True
+    layout = settle(table.Asked(policy), [pairs], packing, "gpt2")
+    batch = collate([pairs[0], pairs[1]], layout)
+    first, second = policy(batch), policy(batch)
+    assert policy.model.training
+    assert torch.equal(first.chosen, second.chosen)
+    with torch.no_grad():
+        assert torch.allclose(first.chosen, policy(batch).chosen, atol=1e-4)
+
+
 def test_rank_0_decides():
     """Protects the other ranks from a layout of their own, which would hang all."""
 

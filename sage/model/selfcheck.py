@@ -153,6 +153,7 @@ def settle(
     if policy.trains and any(p.requires_grad for p in policy.parameters()):
         with torch.enable_grad(), without_dropout(policy):
             reason = sample.disagreement(engine, layout)
+        policy.set_mode(False)  # `without_dropout` has set rates back that are 0 in training mode
         if reason:
             raise UserError(
                 f"model.path={name}: in training mode, which gradient checkpointing and adapter dropout "
