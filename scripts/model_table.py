@@ -1,8 +1,9 @@
 """Which models of transformers sage can train, and how: build each in a tiny form, ask, and write
 docs/models.md.
 
-    python scripts/model_table.py docs/models.md        # about 10 minutes on one core
-    python scripts/model_table.py - TYPE ...            # only these types, to the terminal
+    python scripts/model_table.py docs/models.md            # about 30 minutes on one core
+    python scripts/model_table.py docs/models.md TYPE ...   # make the rows of these types anew
+    python scripts/model_table.py - TYPE ...                # only to the terminal
 
 The oracle here is independent of sage: one text at a time through `model(input_ids).logits`, in float32.
 """
@@ -80,6 +81,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"), 0),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "attention_window_size"), 16),
     **dict.fromkeys(("attention_chunk_size",), 32),
+    **dict.fromkeys(("index_topk",), 16),
     **dict.fromkeys(("first_k_dense_replace",), 1),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 8),
@@ -126,6 +128,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "hybrid_layer_ids": [1]},
+    "minimax_m3_vl_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_block_size": 8,
+        "index_topk_blocks": 4,
+    },
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "dory": {
         "num_hidden_layers": 3,
@@ -233,7 +241,8 @@ def examine(model: Any, name: str, packing: str = "auto", gradients: bool = True
         try:
             truth = torch.stack([naive(model, text) for text in texts_of(rows)])
         except Exception as e:
-            return Verdict("refused", note=f"its own code fails ({type(e).__name__}: {first_line(e)})")
+            code = "its own code with peft's adapter" if hasattr(model, "peft_config") else "its own code"
+            return Verdict("refused", note=f"{code} fails ({type(e).__name__}: {first_line(e)})")
     policy = Policy(model)
     engine = Asked(policy)
     try:
@@ -256,6 +265,10 @@ def examine(model: Any, name: str, packing: str = "auto", gradients: bool = True
         policy.model.eval()
         if policy.ropes:
             policy.ropes.texts = None
+        try:
+            naive(model, texts_of(rows)[0]).backward()
+        except RuntimeError as e:
+            return Verdict("fails in backward", note=f"its own code ({first_line(e)[:100]}...)")
         theirs = [torch.zeros_like(w) for w in weights]
         for i, text in enumerate(texts_of(rows)):
             if policy.ropes:
@@ -324,7 +337,7 @@ def row_of(model_type: str) -> tuple[str, ...]:
     """The row of one model type. Raises whatever building it raises."""
     config = tiny_config(model_type)
     full = examine(tiny_model(config), model_type)
-    if full.way == "refused":
+    if full.way in ("refused", "fails in backward"):
         return model_type, full.way, "", "", full.note
     try:
         adapter = examine(adapted(tiny_model(config)), model_type)
@@ -374,7 +387,8 @@ model's own logits, one text at a time. What disagrees gives way to a slower pat
   all logits, where a model transforms its logits in a way that the head does not know. It takes more
   memory.
 - `refused`: the model's own code fails on a plain text, or nothing agrees with it. The run ends with exit
-  status 2 before any training.
+  status 2 before any training. With LoRA, the cause may also lie in peft. It is named.
+- `fails in backward`: the model's own code computes log-probabilities, but no gradients.
 
 The table below is made by `scripts/model_table.py`. It builds a tiny form of each causal language model of
 transformers {transformers.__version__} with random weights. It then compares summed log-probabilities and
@@ -383,18 +397,32 @@ check at the start of a run does not use this table. `generation` shows how `gen
 `batched` (a refilled batch), `equal lengths` (the model's own `generate`, on prompts of equal length) or
 `one by one`.
 
+Each row is computed in a process of its own. Rows of single types can be made anew, so the rows below may
+come from several runs of the script.
+
 A window in the tiny forms is 16 tokens and a chunk is 32, while texts have up to 96 tokens. A model with a
 longer window or chunk than any text of a run may pack where the table says `padded`.
 """
 
 
 def main(target: str, types: list[str]) -> None:
-    rows = []
+    rows = rows_of(Path(target).read_text(encoding="utf-8")) if types and target != "-" else {}
     for model_type in types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows.append(in_child(model_type))
-        print(*rows[-1], sep=" | ", flush=True)
+        rows[model_type] = in_child(model_type)
+        print(*rows[model_type], sep=" | ", flush=True)
     if target != "-":
-        Path(target).write_text(page(rows), encoding="utf-8")
+        Path(target).write_text(page([rows[name] for name in sorted(rows)]), encoding="utf-8")
+
+
+def rows_of(page: str) -> dict[str, tuple[str, ...]]:
+    """The rows of a page that `main` has written."""
+    table = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    rows = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in table]
+    for line in page.splitlines():
+        if line.startswith("- `") and "`: " in line and line not in HEADER:
+            name, reason = line[3:].split("`: ", 1)
+            rows.append((name, "not built", "", "", reason))
+    return {row[0]: row for row in rows}
 
 
 def plain(cell: str) -> str:

@@ -240,7 +240,7 @@ def test_training_mode_that_computes_something_else_is_refused():
 
 @pytest.mark.parametrize("packing", ["auto", "padded"])
 def test_the_models_dropout_stays_off_after_the_check(packing):
-    """Protects a run whose reference is cached: no call without gradients comes between check and training."""
+    """Protects a run whose reference is cached: nothing asks without gradients between check and training."""
     policy, pairs = policy_of("gpt2", resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3), table.some_pairs()
     policy.trains = True
     layout = settle(table.Asked(policy), [pairs], packing, "gpt2")

@@ -177,7 +177,9 @@ def read_sample(engine: Engine | Frozen, pairs: Sequence[TokenizedPairs], name: 
         if not bool(sample.truth.isfinite().all()):
             fault = "its own logits are not finite: look for NaN or infinity in its weights"
     except Exception as e:
-        fault = f"its own code fails on a plain text ({type(e).__name__}: {first_line(e)})"
+        policy: Any = engine.policy
+        code = "its own code" if policy.causal is policy.model else "its own code with peft's adapter"
+        fault = f"{code} fails on a plain text ({type(e).__name__}: {first_line(e)})"
     fault = engine.gather(fault)[0]
     if fault or sample is None:
         raise UserError(f"model.path={name}: {fault}")
