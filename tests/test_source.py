@@ -211,7 +211,8 @@ def test_many_bad_rows_are_reported_at_once(write):
     """Protects the user from mending a file one run at a time, and from a wall of text."""
     with pytest.raises(UserError) as error:
         load_pairs(write(PLAIN, *[{**PLAIN, "chosen": 4}] * 7))
-    assert "7 of 8 rows" in str(error.value) and "and 2 more" in str(error.value)
+    assert "7 of 8 rows" in str(error.value) and "data.max_bad=0.88" in str(error.value)
+    assert "and 2 more" in str(error.value)
     assert str(error.value).count("chosen is neither") == 5
 
 

@@ -154,10 +154,9 @@ def read_pair_set(
                 f"prompt, for example data.columns.prompt={like}, or set data.columns.prompt='' if both "
                 "responses begin with the prompt"
             )
-        head = (
-            f"{path}: {len(bad)} of {len(rows)} rows are bad; mend or remove them, or have them dropped with "
-            f"data.max_bad={_ceiling(len(bad) / len(rows))}"
-        )
+        head = f"{path}: {len(bad)} of {len(rows)} rows are bad; mend or remove them"
+        if len(bad) < len(rows):
+            head += f", or have them dropped with data.max_bad={_ceiling(len(bad) / len(rows))}"
         raise UserError(first_five(head, bad))
     if not pairs:
         lines = [f"{gone.place}: {gone.detail}" for gone in dropped]
