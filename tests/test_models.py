@@ -61,7 +61,8 @@ WAYS = {
     "gpt_neo": "padded",
     "minimax": "padded",
     "modernbert-decoder": "packed, own logits",
-    "bart": "refused",
+    "bart": "padded",
+    "cpmant": "refused",
 }
 
 
