@@ -6,9 +6,11 @@ rate. DeepSpeed owns sharding, gradient reduction, clipping, master weights and 
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
+from contextlib import redirect_stdout
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
@@ -196,13 +198,14 @@ class Engine(Ranks):
         adam = build_optimizer(trainable, optimizer, engine.offload)
         self.optimizer_class = type(adam).__name__
         self.optimizer: Any  # DeepSpeed's wrapper around it
-        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
-            model=self.policy,
-            model_parameters=trainable,  # pyright: ignore
-            optimizer=adam,
-            config=deepspeed_config(engine, dtype, 0.0 if self.unwrapped else self.max_grad_norm),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use, whatever the log level
+            self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
+                model=self.policy,
+                model_parameters=trainable,  # pyright: ignore
+                optimizer=adam,
+                config=deepspeed_config(engine, dtype, 0.0 if self.unwrapped else self.max_grad_norm),
+                dist_init_required=False,
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
