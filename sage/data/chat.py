@@ -10,20 +10,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from sage.config import ChatConfig
+from sage.data.templates import ChatFormat, choose_templates
 from sage.util.errors import UserError
 
 PROBE = "sage-probe-5f2e"  # stands for a text in a rendering, to find what the template writes around it
 HEADS = 4096  # rendered prompts to keep
-OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt")  # template variables that sage sets
 MARK = re.compile(r"[<\[][^\s<>\[\]]+[>\]]")  # <|im_end|>, </s>, [/INST]: ordinary text has nothing like it
 # What opens and closes a thought: <think>, <thinking>, [THINK], <seed:think>, ◁think▷ and so on.
 THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
@@ -35,24 +33,6 @@ Message = dict[str, Any]
 Prompt = str | list[Message]
 
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a conversation becomes one text: `data.chat_template` and `data.template_arguments`.
-
-    Args:
-        template: True for the tokenizer's own chat template, False for plain text, else the name of one of
-            the tokenizer's templates or the path of a .jinja file.
-        arguments: variables for the template, such as enable_thinking.
-    """
-
-    template: bool | str = True
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, data: ChatConfig) -> ChatFormat:
-        return cls(data.chat_template, data.template_arguments)
-
-
 class Renderer:
     """Writes conversations with the template that a ChatFormat chooses.
 
@@ -62,15 +42,13 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, chat: ChatFormat):
         self.tokenizer = tokenizer
-        self.arguments = dict(chat.arguments)
         self.heads: dict[str, str] = {}  # rendered prompts, which many pairs share
-        self.template = None if chat.template is False else choose_template(tokenizer, chat.template)
-        written = json.dumps(self.template)
-        for name in self.arguments:
-            if self.template is None:
-                raise UserError("data.template_arguments needs a chat template, but data.chat_template=false")
-            if name in OWN_NAMES or not re.search(rf"\b{re.escape(name)}\b", written):
-                raise UserError(f"data.template_arguments.{name}: the chat template has no such argument")
+        self.templates = choose_templates(tokenizer, chat)
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is no template: prompts and responses are plain texts."""
+        return not self.templates
 
     def render(
         self, messages: Sequence[Message], tools: list | None = None, *, answering: bool = False
@@ -80,15 +58,14 @@ class Renderer:
         Raises:
             UserError: the template refuses the conversation, in its own words.
         """
-        assert self.template is not None
+        default = self.templates["default"]
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools or None,
-                chat_template=self.template if isinstance(self.template, str) else None,
+                chat_template=self.templates.get("tool_use", default) if tools else default,
                 add_generation_prompt=answering,
                 tokenize=False,
-                **self.arguments,
             )
         except Exception as error:  # a template is a program: whatever it raises, it refuses
             raise UserError(f"the chat template refuses the conversation: {error}") from error
@@ -99,7 +76,7 @@ class Renderer:
         A prompt that the template has written already is not wrapped again. It gets the begin token where it
         lacks it.
         """
-        if self.template is None:
+        if self.plain:
             if not isinstance(prompt, str):
                 raise UserError("the prompt is a conversation: set data.chat_template=true")
             return prompt
@@ -183,7 +160,7 @@ class Renderer:
     @cached_property
     def ends(self) -> list[str]:
         """Texts of the tokens that end a response: the one that closes the template's turn, and eos."""
-        closing, end = ("", None) if self.template is None else self.closing(self.tail)
+        closing, end = ("", None) if self.plain else self.closing(self.tail)
         by_template = [
             text for text, index in self.end_tokens.items() if index == end and closing.endswith(text)
         ]
@@ -198,36 +175,6 @@ class Renderer:
         return tail[: at + len(text)], self.end_tokens[text]
 
 
-def choose_template(tokenizer: Any, choice: bool | str) -> str | dict[str, str]:
-    """The text of a template. True gives the tokenizer's own: all its named ones where it has several.
-
-    Raises:
-        UserError: there is none, or none of that name.
-    """
-    own = tokenizer.chat_template
-    named = own if isinstance(own, dict) else {}
-    if choice is True:
-        if not own:
-            raise UserError(
-                "the tokenizer has no chat template: set data.chat_template=false, or give a .jinja file"
-            )
-        if named and "default" not in named:
-            raise UserError(
-                f"the tokenizer has several chat templates and no default: set data.chat_template to one of "
-                f"{', '.join(sorted(named))}"
-            )
-        return own
-    if choice in named:
-        return named[choice]
-    file = Path(str(choice)).expanduser()
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    has = f"its templates are {', '.join(sorted(named))}" if named else "it has no named templates"
-    raise UserError(
-        f"data.chat_template={choice}: no such file, and no such template of the tokenizer ({has})"
-    )
-
-
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
     """Ids of each prompt as the model reads it before it answers, the same in training and generation.
 
@@ -238,7 +185,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: ChatFormat) 
         UserError: tokenizer and chat format do not suit each other, or the template refuses a prompt.
     """
     renderer = Renderer(tokenizer, chat)
-    return encode_heads(tokenizer, [renderer.prompt(prompt) for prompt in prompts], renderer.template is None)
+    return encode_heads(tokenizer, [renderer.prompt(prompt) for prompt in prompts], renderer.plain)
 
 
 def encode_heads(tokenizer: Any, texts: Sequence[str], plain: bool) -> list[list[int]]:
@@ -278,7 +225,7 @@ def begin_ids(tokenizer: Any) -> list[int]:
 def training_end(tokenizer: Any, chat: ChatFormat) -> int:
     """The token that ends a response in training: the one that closes the template's turn, else eos."""
     renderer = Renderer(tokenizer, chat)
-    end = None if renderer.template is None else renderer.closing(renderer.tail)[1]
+    end = None if renderer.plain else renderer.closing(renderer.tail)[1]
     return tokenizer.eos_token_id if end is None else end
 
 

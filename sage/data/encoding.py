@@ -22,7 +22,7 @@ class Encoder:
 
     def __init__(self, renderer: Renderer):
         self.renderer, self.tokenizer = renderer, renderer.tokenizer
-        self.plain = renderer.template is None
+        self.plain = renderer.plain
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """The columns pair_id, pass_rate, IDS, rules, reason and detail for a batch of pair records.

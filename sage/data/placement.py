@@ -92,7 +92,7 @@ def place(
             prompt.
         UserError: the pair is a conversation, and there is no chat template.
     """
-    if renderer.template is None:
+    if renderer.plain:
         if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
             raise UserError("it is a conversation: set data.chat_template=true")
         chosen, rejected = (without_end(text, renderer.ends) for text in (chosen, rejected))

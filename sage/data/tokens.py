@@ -178,8 +178,7 @@ def _cache_key(pairs: datasets.Dataset, renderer: Renderer, max_length: int, lim
     parts = [
         model,
         tokenizer.special_tokens_map,
-        renderer.template,
-        renderer.arguments,
+        renderer.templates,
         max_length,
         limits,
         transformers.__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sage.config import TrainConfig
 from sage.data.chat import ChatFormat, response_ends, training_end
+from sage.data.templates import exported_templates
 from sage.model.loading import load_model
 from sage.util.files import write_json
 
@@ -29,7 +31,8 @@ def export(
     once, at the end, so a small change of a weight survives wherever that dtype can hold it.
 
     The generation config names every token that ends a response, first the one that ended responses in
-    training. A base model that was trained with a chat template would never stop otherwise.
+    training. A base model that was trained with a chat template would never stop otherwise. The tokenizer's
+    default chat template is the one trained with, and so is that of adapter/.
 
     Args:
         weights: state of the Policy module on the CPU.
@@ -48,8 +51,13 @@ def export(
     model.config.use_cache = True
     model.config.dtype = dtype
     model.save_pretrained(temporary)  # pyright: ignore
-    _name_ends(temporary / "generation_config.json", tokenizer, ChatFormat.of(cfg.data))
-    tokenizer.save_pretrained(temporary)
+    chat = ChatFormat.of(cfg.data)
+    _name_ends(temporary / "generation_config.json", tokenizer, chat)
+    saved = copy.copy(tokenizer)
+    saved.chat_template = exported_templates(tokenizer, chat)
+    for folder_of_weights in (temporary, temporary / "adapter"):
+        if folder_of_weights.is_dir():
+            saved.save_pretrained(folder_of_weights)
     if final.exists():  # a kill fell between this export and the summary, and the run's end was run again
         shutil.rmtree(final)
     temporary.rename(final)

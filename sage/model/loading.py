@@ -82,20 +82,28 @@ def convert_gguf(path: str, cache_dir: str) -> str:
 
 
 def load_tokenizer(folder: str, cfg: ModelConfig) -> transformers.PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer, with the chat template of its adapter if the adapter's folder has one.
 
     Raises:
         UserError: the folder has none that can be read, or it has no end token.
     """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=cfg.trust_remote_code
-        )
-    except Exception as e:  # transformers reports files that are missing or broken with many types
-        raise UserError(f"model.path={cfg.path}: its tokenizer cannot be loaded: {first_line(e)}") from e
+    tokenizer = _read_tokenizer(folder, "model.path", cfg.path, cfg.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path={cfg.path}: its tokenizer has no end token (eos_token)")
+    adapter = resolve_path(cfg.adapter_path) if cfg.adapter_path else ""
+    if adapter and Path(adapter, "tokenizer_config.json").is_file():
+        own = _read_tokenizer(adapter, "model.adapter_path", adapter, cfg.trust_remote_code)
+        tokenizer.chat_template = own.chat_template or tokenizer.chat_template
     return tokenizer
+
+
+def _read_tokenizer(
+    folder: str, name: str, value: str, trust_remote_code: bool
+) -> transformers.PreTrainedTokenizerBase:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as e:  # transformers reports files that are missing or broken with many types
+        raise UserError(f"{name}={value}: its tokenizer cannot be loaded: {first_line(e)}") from e
 
 
 def compute_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
