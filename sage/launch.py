@@ -10,6 +10,7 @@ from functools import singledispatch
 from pathlib import Path
 
 from filelock import FileLock
+from hydra.utils import get_class
 
 from sage import config
 from sage.answering.problems import read_problems
@@ -51,6 +52,10 @@ def _(cfg: TrainConfig) -> None:
         load_data(cfg.data, held_out=True)
     for benchmark in cfg.benchmark.values():
         read_problems(benchmark)
+    if cfg.command == "train":
+        from sage.training.evaluation import check_select  # here, because it loads torch and transformers
+
+        check_select(cfg, [get_class(hook["_target_"]) for hook in cfg.hooks.values()])
 
 
 @read_inputs.register

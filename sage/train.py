@@ -14,7 +14,6 @@ from sage.training.finite import not_finite
 from sage.training.hooks import Hook
 from sage.training.metrics import LOSS, PER_PAIR, means, per_pair
 from sage.training.setup import build_run
-from sage.training.tracking import Tracker
 from sage.util.progress import StepProgress, console
 
 
@@ -25,19 +24,17 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
     """
     run = build_run(run_dir, hooks)
     cfg, engine, forward, state = run.cfg, run.engine, run.forward, run.state
-    tracker = Tracker(cfg, run_dir, state.step, engine.rank == 0)
     if state.step == 0:
         state.baseline = run.evaluate()
-        tracker.log(0, state.baseline)
 
     with StepProgress(state.step, run.steps) as progress:
-        while state.step < run.steps:
+        while state.step < run.steps and not run.out_of_patience():
             started = time.perf_counter()
             choice = run.selection.choose(state.step)
             if not len(choice.indices):
                 console.print(f"stopped early, after step {state.step}: the curriculum's pool has run dry")
                 break
-            tracker.log(state.step + 1, run.before_step(choice))
+            run.tracker.log(state.step + 1, run.before_step(choice))
             seen = torch.zeros(len(PER_PAIR), len(choice.indices), device=engine.device)
             for work in forward.micro_batches(run.pairs, choice.indices, backward=True):
                 logps, router_loss = engine(work.batch, router=True)
@@ -65,22 +62,20 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
                     "grad_norm": grad_norm,
                     "learning_rate": lr,
                     "epoch": state.step * cfg.batch_size / len(run.pairs),
+                    "time/seconds": state.seconds,
                     "time/step_seconds": elapsed,
                     "time/pairs_per_second": cfg.batch_size / elapsed,
                     **forward.cost_metrics(),
                     **run.selection.metrics(),
                 }
-                tracker.log(state.step, metrics)
+                run.tracker.log(state.step, metrics)
             progress.step(state.step, metrics)
             if cfg.eval_every and state.step % cfg.eval_every == 0 and state.step < run.steps:
-                tracker.log(state.step, run.evaluate())
+                run.evaluate()
             if cfg.save_every and state.step % cfg.save_every == 0:
                 run.save()
 
-    after = run.evaluate()
-    tracker.log(state.step, after)
-    tracker.close()
-    run.finish(after)
+    run.finish()
 
 
 def learning_rate(step: int, steps: int, cfg: OptimizerConfig) -> float:

@@ -132,6 +132,18 @@ def check_benchmarks(benchmarks: dict[str, ProblemsConfig]) -> None:
         check_prompt(f"benchmark.{name}", problems)
 
 
+def check_patience(patience: int | None, select: str | None, eval_every: int) -> None:
+    if patience is None:
+        return
+    if select is None:
+        raise UserError(
+            f"patience={patience} needs a metric that is to improve: give select=eval/policy_accuracies "
+            "or select=benchmark/NAME/accuracy"
+        )
+    if not eval_every:
+        raise UserError(f"patience={patience} counts evaluations: give eval_every=N, the steps between them")
+
+
 def check_prompt(name: str, problems: ProblemsConfig) -> None:
     if "{problem}" not in problems.prompt:
         raise UserError(f"{name}.prompt must hold {{problem}}, the place of the problem's text")

@@ -121,7 +121,9 @@ class ProblemsConfig:
         None,
         "problems: JSONL, JSON, Parquet, an Arrow folder, or a hub name (OWNER/NAME:SUBSET); null = none",
     )
-    split: str = key("test", "split of a hub dataset or an Arrow DatasetDict")
+    split: str = key(
+        "test", "split of a hub dataset or an Arrow DatasetDict; for a file, what its problems are for"
+    )
     columns: ProblemColumns = field(default_factory=ProblemColumns)
     answer_from: str = key(
         "plain",

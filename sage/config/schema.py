@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from sage.config.checks import check_benchmarks, check_prompt, check_target
+from sage.config.checks import check_benchmarks, check_patience, check_prompt, check_target
 from sage.config.groups import (
     ChatConfig,
     DataConfig,
@@ -104,6 +104,12 @@ class TrainConfig(RunConfig):
     benchmark_limit: int | None = key(
         64, "use only the first N problems of each benchmark; null = all", low=1
     )
+    select: str | None = key(
+        None, "metric of the evaluations by which the best policy is kept in best/; -METRIC = less is better"
+    )
+    patience: int | None = key(
+        None, "end the run after this many evaluations without a better `select`; null = never", low=1
+    )
     save_every: int = key(0, "steps between checkpoints; 0 = none", low=0)
     keep_checkpoints: int = key(2, "number of newest checkpoints to keep", low=1)
     log_every: int = key(1, "steps between log lines", low=1)
@@ -119,6 +125,7 @@ class TrainConfig(RunConfig):
         for name, node in self.hooks.items():
             check_target(f"hooks.{name}", node, "hooks")
         check_benchmarks(self.benchmark)
+        check_patience(self.patience, self.select, self.eval_every)
         if self.data.path is None:
             check_prompt("data.problems", self.data.problems)
         if self.steps is None and self.epochs is None:
@@ -245,8 +252,8 @@ class ScoreConfig(TrainConfig):
     def ignored(self) -> dict[str, str]:
         training = (
             "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark "
-            "benchmark_limit save_every keep_checkpoints log_every model.gradient_checkpointing "
-            "engine.offload data.eval_path data.eval_split data.eval_limit hooks"
+            "benchmark_limit select patience save_every keep_checkpoints log_every hooks "
+            "model.gradient_checkpointing engine.offload data.eval_path data.eval_split data.eval_limit"
         )
         return {**super().ignored(), **because("which trains nothing", *training.split())}
 
@@ -294,12 +301,6 @@ class EvalConfig(RunConfig):
 
     def ignored(self) -> dict[str, str]:
         return GENERATION_IGNORES
-
-
-# Keys of the model group that only a forward pass over pairs, or a backward pass, uses.
-GENERATION_IGNORES = dict.fromkeys(
-    ("model.head", "model.gradient_checkpointing"), "which only samples responses"
-)
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from sage.config import TrainConfig
 from sage.data.chat import ChatFormat, response_ends, training_end
 from sage.data.templates import exported_templates
 from sage.model.loading import load_model
-from sage.util.files import write_json
+from sage.util.files import replace_folder, write_json
 
 
 def export(
@@ -40,7 +39,7 @@ def export(
     """
     prefix = "model."
     state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    temporary = final.with_name(".final.tmp")
+    temporary = final.with_name(f".{final.name}.tmp")
     dtype = next(v.dtype for v in state.values() if v.is_floating_point())
     merged = torch.float32 if cfg.model.lora is not None else dtype
     model = load_model(folder, cfg.model, merged, cfg.seed)
@@ -58,9 +57,7 @@ def export(
     for folder_of_weights in (temporary, temporary / "adapter"):
         if folder_of_weights.is_dir():
             saved.save_pretrained(folder_of_weights)
-    if final.exists():  # a kill fell between this export and the summary, and the run's end was run again
-        shutil.rmtree(final)
-    temporary.rename(final)
+    replace_folder(temporary, final)
 
 
 def _name_ends(file: Path, tokenizer: transformers.PreTrainedTokenizerBase, chat: ChatFormat) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, restored exactly.
 
-`checkpoints/step_N/` holds the engine's state (weights, master weights, optimizer) and `train_state.pt`, with
-everything else that decides the future of a run. It is written under a temporary name, flushed to disk and
-then renamed, so a folder with the final name is complete.
+`checkpoints/step_N/` holds the engine's state (weights, master weights, optimizer), the best policy so far,
+and `train_state.pt`, with everything else that decides the future of a run. It is written under a temporary
+name, flushed to disk and then renamed, so a folder with the final name is complete.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from sage.model.engine import Engine
 from sage.util.errors import UserError, first_line
-from sage.util.files import fsync
+from sage.util.files import fsync, link_folder
 
+BEST_FOLDER = "best"  # of the run, and of each of its checkpoints
 SIDECAR = "train_state.pt"
 
 
@@ -39,6 +40,11 @@ class TrainState:
     costs: dict[str, float] = field(default_factory=dict)
     baseline: dict[str, float] = field(default_factory=dict)  # held-out metrics before the first step
     seconds: float = 0.0  # spent in steps
+    evaluated: int = -1  # the step of the last evaluation, and its metrics
+    latest: dict[str, float] = field(default_factory=dict)
+    best: float | None = None  # the best value of the metric that `select` names, and its step
+    best_step: int = -1
+    stale: int = 0  # evaluations since then
     rng: list[dict[str, Tensor | None]] = field(default_factory=list)  # one entry per rank
 
 
@@ -60,9 +66,13 @@ def set_rng_state(state: dict[str, Tensor | None]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step}"
+
+
 def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:
     """Write checkpoints/step_N atomically, on all ranks together, and delete all but the newest `keep`."""
-    final = run_dir / "checkpoints" / f"step_{state.step}"
+    final = folder_of(run_dir, state.step)
     temporary = final.with_name(f".{final.name}.tmp")
     if engine.rank == 0 and temporary.exists():  # left by a kill
         shutil.rmtree(temporary)
@@ -73,6 +83,8 @@ def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:
     engine.barrier()
     if engine.rank == 0:
         torch.save(asdict(state), temporary / SIDECAR)
+        if state.best is not None:  # a later evaluation may replace it, and then be undone by a resume
+            link_folder(run_dir / BEST_FOLDER, temporary / BEST_FOLDER)
         for file in [*temporary.rglob("*"), temporary]:
             fsync(file)
         temporary.rename(final)
@@ -135,3 +147,12 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     engine.load(folder)
     set_rng_state(saved.rng[engine.rank])
     return saved
+
+
+def restore_best(state: TrainState, run_dir: Path) -> None:
+    """Make best/ what it was when `state` was saved: the run may have replaced it since."""
+    best = run_dir / BEST_FOLDER
+    if state.best is not None:
+        link_folder(folder_of(run_dir, state.step) / BEST_FOLDER, best)
+    elif best.exists():
+        shutil.rmtree(best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +12,16 @@ from hydra.utils import instantiate
 
 from sage.answering.accuracy import run_benchmarks
 from sage.answering.attempts import Sampler
+from sage.config import TrainConfig, nearest
 from sage.data.chat import ChatFormat
 from sage.data.tokens import TokenizedPairs
 from sage.model.reference import Cached, Reference, reference_logps
+from sage.training.best import Criterion, is_test
 from sage.training.hooks import Hook
-from sage.training.metrics import means, per_pair
+from sage.training.metrics import PER_PAIR, means, per_pair
 from sage.training.run import Run
 from sage.util import ranks
+from sage.util.errors import UserError
 from sage.util.progress import console
 
 
@@ -51,21 +55,23 @@ class Benchmarks(Hook):
         cfg, engine = run.cfg, run.engine
         folder = run.run_dir / "benchmarks" / f"step_{run.state.step}"
         exported = folder / "policy"
+        run.export(exported)
+        ranks.barrier()
+        model = replace(cfg.model, path=str(exported), lora=None, adapter_path=None)
+        greedy = replace(cfg.sampling, temperature=0.0)
         cuda = [engine.device] if engine.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda):  # loading an adapter seeds it
-            run.export(exported)
-            ranks.barrier()
-            model = replace(cfg.model, path=str(exported), lora=None, adapter_path=None)
-            greedy = replace(cfg.sampling, temperature=0.0)
-            with Sampler(
+        with (
+            torch.random.fork_rng(cuda),
+            Sampler(
                 model,
                 instantiate(cfg.generation),
                 greedy,
                 seed=cfg.seed,
                 chat=ChatFormat.of(cfg.data),
                 cache_dir=cfg.cache_dir,
-            ) as sampler:
-                results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder)
+            ) as sampler,
+        ):
+            results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder)
         ranks.barrier()
         if engine.rank == 0:
             shutil.rmtree(exported)
@@ -79,3 +85,31 @@ class Benchmarks(Hook):
             for key, value in (("accuracy", result["accuracy"]), ("low", low), ("high", high)):
                 metrics[f"benchmark/{name}/{key}"] = value
         return metrics
+
+
+def check_select(cfg: TrainConfig, hooks: Iterable[type[Hook]]) -> str | None:
+    """Check the metric that `select` names, before a model is loaded. Returns a warning, if there is one.
+
+    A hook's metrics are known only once it has measured: its names are checked at the first evaluation.
+
+    Raises:
+        UserError: no evaluation of this run would log the metric.
+    """
+    if cfg.select is None:
+        return None
+    metric = Criterion.of(cfg.select).metric
+    names = [f"eval/{name}" for name in (*PER_PAIR, "pairs")] if cfg.data.eval_path else []
+    names += [f"benchmark/{name}/{end}" for name in cfg.benchmark for end in ("accuracy", "low", "high")]
+    if metric not in names and all(hook.evaluate is Hook.evaluate for hook in hooks):
+        remedy = "give held-out pairs with data.eval_path=FILE, or problems with +benchmark=NAME"
+        logged = f"they log {', '.join(names)}" if names else f"there are none: {remedy}"
+        near = nearest(metric, names)
+        raise UserError(f"select={cfg.select}: the evaluations of this run do not log it{near}; {logged}")
+    name = metric.split("/")[1] if metric in names else ""
+    if name in cfg.benchmark and is_test(cfg.benchmark[name].split):
+        return (
+            f"warning: select={cfg.select} chooses the policy by test problems "
+            f"(benchmark.{name}.split={cfg.benchmark[name].split}), so its accuracy on them is no longer a "
+            f"test. Use validation problems: benchmark.{name}.path=FILE benchmark.{name}.split=validation"
+        )
+    return None

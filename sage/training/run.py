@@ -17,13 +17,15 @@ from sage.model.forward import PairForward
 from sage.model.reference import Reference
 from sage.training import checkpoint
 from sage.training.base import BaseModel
-from sage.training.checkpoint import TrainState
+from sage.training.best import Criterion
+from sage.training.checkpoint import BEST_FOLDER, TrainState
 from sage.training.hooks import Hook
 from sage.training.metrics import peak_memory_gb
 from sage.training.selection import Choice, Selection
-from sage.training.tracking import METRICS_FILE
+from sage.training.tracking import METRICS_FILE, Tracker
+from sage.util import ranks
 from sage.util.files import write_json
-from sage.util.progress import print_summary
+from sage.util.progress import console, print_summary
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Run:
     selection: Selection
     state: TrainState
     hooks: list[Hook]
+    criterion: Criterion | None  # of the best policy
+    tracker: Tracker
 
     def before_step(self, choice: Choice) -> dict[str, float]:
         """Metrics of all hooks, of the pairs that the step is about to train on."""
@@ -49,14 +53,50 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics of all hooks, of the policy."""
-        return {name: value for hook in self.hooks for name, value in hook.evaluate(self).items()}
+        """Measure the policy with all hooks, log that, and keep the policy if it is the best so far.
+
+        Returns the metrics. A step is evaluated once, also if the run is resumed at this step.
+        """
+        state = self.state
+        if state.evaluated != state.step:
+            metrics = {name: value for hook in self.hooks for name, value in hook.evaluate(self).items()}
+            self.tracker.log(state.step, metrics)
+            state.evaluated, state.latest = state.step, metrics
+            if self.criterion:
+                self.keep_best(self.criterion, metrics)
+        return state.latest
+
+    def keep_best(self, criterion: Criterion, metrics: dict[str, float]) -> None:
+        """Export the policy to best/ if it is better than all before; else count it against `patience`."""
+        state = self.state
+        value = ranks.main_only(lambda: criterion.value(metrics))  # only rank 0 knows all metrics
+        if criterion.improves(value, state.best):
+            state.best, state.best_step, state.stale = value, state.step, 0
+            self.export(self.run_dir / BEST_FOLDER)
+            console.print(
+                f"step {state.step}: {criterion.metric} is {value:.4g}, the best so far: {BEST_FOLDER}/"
+            )
+        else:
+            state.stale += 1
+
+    def out_of_patience(self) -> bool:
+        """Whether `patience` evaluations in a row were no better than the best; says so."""
+        state, patience = self.state, self.cfg.patience
+        if patience is None or state.stale < patience:
+            return False
+        console.print(
+            f"stopped early, after step {state.step}: {state.stale} evaluations in a row without a better "
+            f"{self.cfg.select} than before"
+        )
+        return True
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder, from all ranks' shards."""
         weights = self.engine.full_state_dict()
         if weights is not None:
-            export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)
+            cuda = [self.engine.device] if self.engine.device.type == "cuda" else []
+            with torch.random.fork_rng(cuda):  # loading an adapter seeds it
+                export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -65,8 +105,10 @@ class Run:
         self.state.costs = dict(self.forward.costs)
         checkpoint.save(self.engine, self.state, self.run_dir, self.cfg.keep_checkpoints)
 
-    def finish(self, after: dict[str, float]) -> None:
-        """Export final/, write summary.json, and print the table."""
+    def finish(self) -> None:
+        """Evaluate, export final/, write summary.json, and print the table."""
+        after = self.evaluate()
+        self.tracker.close()
         self.selection.log.flush()
         final = self.run_dir / "final"
         self.export(final)
@@ -86,6 +128,13 @@ class Run:
             **self.forward.cost_metrics(),
             "peak_memory_gb": memory,
             "memory_kind": kind,
+            "best": self.criterion
+            and {
+                "metric": self.criterion.metric,
+                "value": self.state.best,
+                "step": self.state.best_step,
+                "folder": str(self.run_dir / BEST_FOLDER),
+            },
             "final": str(final),
             "metrics": str(self.run_dir / METRICS_FILE),
         }

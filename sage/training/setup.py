@@ -34,13 +34,15 @@ from sage.model.selfcheck import check_in_float32, settle
 from sage.scorers import Scorer
 from sage.training import checkpoint
 from sage.training.base import BaseModel, open_model
+from sage.training.best import Criterion
 from sage.training.checkpoint import TrainState
-from sage.training.evaluation import Benchmarks, HeldOut
+from sage.training.evaluation import Benchmarks, HeldOut, check_select
 from sage.training.hooks import Hook
 from sage.training.pair_log import PairLog
 from sage.training.run import Run
 from sage.training.selection import Selection
 from sage.training.snr import SNR
+from sage.training.tracking import Tracker
 from sage.util import ranks
 from sage.util.errors import UserError
 from sage.util.progress import console
@@ -59,8 +61,11 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         raise UserError(
             f"data.scores={cfg.data.scores} is a reference cache, and this loss needs no reference"
         )
+    warning = check_select(cfg, map(type, hooks))
     device = init_distributed()
     torch.manual_seed(cfg.seed)
+    if warning:
+        console.print(warning, markup=False)
 
     base = open_model(cfg.model, device, cfg.seed, cfg.cache_dir)
     data = read_data(cfg, base.tokenizer, run_dir)
@@ -79,6 +84,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     )
     fresh = TrainState(data.pairs.fingerprint, engine.world_size, identity["weights"], engine.optimizer_class)
     state = restore(run_dir, engine, forward, selection, fresh)
+    if cfg.select and engine.rank == 0:
+        checkpoint.restore_best(state, run_dir)
     built_in: list[Hook] = []
     if data.held_out is not None and held_out_reference is not None:
         built_in.append(HeldOut(data.held_out, held_out_reference))
@@ -99,6 +106,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         selection,
         state,
         [*built_in, *hooks],
+        Criterion.of(cfg.select) if cfg.select else None,
+        Tracker(cfg, run_dir, state.step, engine.rank == 0),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,36 @@ def write_text(file: Path, text: str) -> None:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Rename a folder that is complete. What was at `final` is deleted once the new folder is there."""
+    old = final.with_name(f".{final.name}.old")
+    if old.exists():  # left by a kill
+        shutil.rmtree(old)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Make `target` a copy of `source`, of hard links, which take no room on the disk.
+
+    Where the file system has no hard links, the files are copied.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    if temporary.exists():  # left by a kill
+        shutil.rmtree(temporary)
+    shutil.copytree(source, temporary, copy_function=_link)
+    replace_folder(temporary, target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def fsync(path: Path) -> None:

@@ -135,6 +135,11 @@ def print_summary(summary: dict[str, Any]) -> None:
     facts = Table(show_header=False, box=None)
     facts.add_row("speed", f"{summary['pairs_per_second']:.2f} pairs/s over {summary['steps']} steps")
     facts.add_row("peak memory", f"{summary['peak_memory_gb']:.2f} GB per rank ({summary['memory_kind']})")
+    if best := summary["best"]:
+        value = "never finite" if best["value"] is None else f"{best['value']:.4g} at step {best['step']}"
+        facts.add_row("best", f"{best['metric']} {value}")
+        if best["value"] is not None:
+            facts.add_row("best model", best["folder"])
     facts.add_row("model", summary["final"])
     facts.add_row("metrics", summary["metrics"])
     console.print(facts)
