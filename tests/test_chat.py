@@ -11,7 +11,7 @@ import pytest
 from conftest import SHARED_DATA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from templates import FAMILIES, QWEN3, byte_level, family, sentencepiece
+from templates import CHATML, CHATML_TOKENS, FAMILIES, QWEN3, byte_level, family, sentencepiece
 
 from sage.data.chat import (
     MARK,
@@ -457,6 +457,27 @@ def test_shared_cases(file, name, tmp_path):
                 assert "Step 2: " in text and text.count("Step 2:") == 1
             if file == "good":
                 assert tokenizer.convert_ids_to_tokens(ids[0]) not in ("▁",)
+
+
+@each_family
+def test_conversations_are_written_as_transformers_writes_them(name):
+    """Protects the short way to the template: plain messages do not pass through `apply_chat_template`."""
+    tokenizer, renderer = family(name), Renderer(family(name), ChatFormat())
+    asked = [{"role": "user", "content": "q <b>\n"}]
+    answered = [*asked, {"role": "assistant", "content": "<think>\nt\n</think>\n\na"}]
+    for messages, answering in ((asked, True), (answered, False), ([*answered, *asked], True)):
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=answering, tokenize=False)
+        assert renderer.render(messages, answering=answering) == expected
+
+
+def test_a_tokenizer_with_a_way_of_its_own_writes_conversations_in_it():
+    class Own(type(family("chatml"))):
+        def apply_chat_template(self, conversation, **more):
+            return f"own {conversation[0]['content']}"
+
+    tokenizer = byte_level(CHATML, CHATML_TOKENS, "<|im_end|>")
+    tokenizer.__class__ = Own
+    assert Renderer(tokenizer, ChatFormat()).prompt("q") == "own q"
 
 
 def test_argument_typos_do_not_pass_silently():

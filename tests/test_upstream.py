@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 
 def parameters(function) -> set[str]:
@@ -100,6 +101,11 @@ def test_transformers():
     assert model.base_model is model.model and isinstance(model.get_output_embeddings(), torch.nn.Linear)
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     assert any(callable(getattr(model, name, None)) for name in names)  # model/loading
+
+
+def test_transformers_compiles_chat_templates_in_one_place():
+    assert callable(_compile_jinja_template("{{ messages }}").render)  # data/chat
+    assert _compile_jinja_template("{{ messages }}") is _compile_jinja_template("{{ messages }}")
 
 
 def test_transformers_tokenizers_encode_in_one_place():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from sage.data.templates import ChatFormat, choose_templates
 from sage.util.errors import UserError
@@ -50,6 +51,16 @@ class Renderer:
         """Whether there is no template: prompts and responses are plain texts."""
         return not self.templates
 
+    @cached_property
+    def simple(self) -> bool:
+        """Whether the tokenizer applies templates as transformers does, and not in a way of its own."""
+        own = getattr(type(self.tokenizer), "apply_chat_template", None)
+        return own is transformers.PreTrainedTokenizerBase.apply_chat_template
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        return dict(self.tokenizer.special_tokens_map)
+
     def render(
         self, messages: Sequence[Message], tools: list | None = None, *, answering: bool = False
     ) -> str:
@@ -60,6 +71,16 @@ class Renderer:
         """
         default = self.templates["default"]
         try:
+            if self.simple and not tools and all(map(is_plain, messages)):
+                # `apply_chat_template` ends with this call. What it does before takes as long again, and changes
+                # nothing of such messages.
+                return _compile_jinja_template(default).render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=answering,
+                    **self.special_tokens,
+                )
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools or None,
@@ -173,6 +194,11 @@ class Renderer:
             return tail, None
         at, _, text = min(found)
         return tail[: at + len(text)], self.end_tokens[text]
+
+
+def is_plain(message: Message) -> bool:
+    """Whether a message has nothing but a role and a text."""
+    return len(message) == 2 and type(message.get("role")) is type(message.get("content")) is str
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: ChatFormat) -> list[list[int]]:
