@@ -72,8 +72,8 @@ class Renderer:
         default = self.templates["default"]
         try:
             if self.simple and not tools and all(map(is_plain, messages)):
-                # `apply_chat_template` ends with this call. What it does before takes as long again, and changes
-                # nothing of such messages.
+                # `apply_chat_template` ends with this call. What it does before takes as long again, and
+                # leaves such messages as they are.
                 return _compile_jinja_template(default).render(
                     messages=messages,
                     tools=None,
