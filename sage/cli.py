@@ -22,8 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sage import config
 from sage.config import nearest
-from sage.util.errors import UserError, report
+from sage.util.errors import UserError, refusal, report
 from sage.util.output import outlive_reader
+
+RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 
 USAGE = """\
 sage: align reasoning models with preference pairs, and spend gradients only on the pairs that deserve them
@@ -137,6 +142,7 @@ def main() -> None:
         raise SystemExit(2)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on, and all errors are reported here
     try:
+        forget_ranks()
         COMMANDS[word]()
     except UserError as e:
         fail(e)
@@ -144,8 +150,27 @@ def main() -> None:
         if not isinstance(e, (HydraException, OmegaConfBaseException)) and not re.search(BARE, str(e)):
             raise
         fail(UserError(explain(e, word, sys.argv[1:])), cause=e)
+    except (OSError, MemoryError, RuntimeError) as e:
+        if (refused := refusal(e)) is None:
+            raise
+        fail(refused, cause=e)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def forget_ranks() -> None:
+    """Remove what a platform has set for ranks from the environment: `sage` is none, and starts its own.
+
+    Raises:
+        UserError: torchrun started this process, so there are as many of it as there should be ranks.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError(
+            "torchrun started this command, but `sage` starts its own ranks: leave torchrun out and give "
+            "world_size=N. For several machines, torchrun starts `-m sage.worker RUN_DIR`: see docs/cli.md"
+        )
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
 
 
 def complete() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields
 from functools import singledispatch
 from pathlib import Path
 
-from filelock import FileLock
 from hydra.utils import get_class
 
 from sage import config
@@ -19,13 +19,16 @@ from sage.config import (
     CommandConfig,
     EvalConfig,
     InspectConfig,
+    ModelConfig,
     RunConfig,
     TrainConfig,
     VerifyConfig,
 )
 from sage.data.pairs import load_data
 from sage.data.source import resolve_path
+from sage.model.folder import check_adapter, check_weights_files, lora_of
 from sage.util.errors import UserError
+from sage.util.locks import locked
 
 # Environment variables of the ranks, unless the user has set them.
 MEMORY = {
@@ -77,10 +80,32 @@ def preflight(cfg: RunConfig) -> None:
     gpus = torch.cuda.device_count()
     if gpus and cfg.world_size > gpus:
         raise UserError(f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it")
-    path = resolve_path(cfg.model.path)
-    if path.startswith((".", "/")) and not os.path.exists(path):
-        raise UserError(f"model.path={cfg.model.path}: no such file or folder")
+    check_writable(Path(cfg.cache_dir).expanduser(), "cache_dir")
+    check_model(cfg.model)
     read_inputs(cfg)
+
+
+def check_model(cfg: ModelConfig) -> None:
+    """Refuse model and adapter folders that are not there or not whole."""
+    path = resolve_path(cfg.path)
+    if path.startswith((".", "/")) and not os.path.exists(path):
+        raise UserError(f"model.path={cfg.path}: no such file or folder")
+    if os.path.isdir(path):
+        check_weights_files(path, cfg)
+    if cfg.adapter_path:
+        cfg.lora = lora_of(check_adapter(cfg))  # its own settings, so that the frozen config tells the truth
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Make a folder if need be, and refuse one that no file can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"{key}={folder} cannot be written: {e.strerror}; choose another with {key}=FOLDER"
+        ) from e
 
 
 def run(cfg: CommandConfig, run_dir: Path) -> None:
@@ -117,7 +142,7 @@ def built_pairs(cfg: TrainConfig) -> Path:
             "data.problems.path=FILE, or finished pairs with data.path=FILE"
         ) from e
     folder = Path(cfg.cache_dir).expanduser() / "built" / recipe_key(plan)
-    with FileLock(f"{folder}.lock"):
+    with locked(folder.with_name(f"{folder.name}.lock")):
         if not intact(folder):
             if (folder / MANIFEST_FILE).exists():
                 print(f"the pairs in {folder} are damaged: they are built again", flush=True)

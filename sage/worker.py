@@ -14,7 +14,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sage.util import ranks
-from sage.util.errors import UserError, disk_full, report
+from sage.util.errors import UserError, disk_full, refusal, report
+from sage.util.locks import lock
 from sage.util.output import outlive_reader
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warning about it helps nobody
@@ -35,22 +36,20 @@ def hold(run_dir: Path, rank: int) -> FileLock:
     Raises:
         UserError: another process has it.
     """
-    lock = FileLock(run_dir / f".rank{rank}.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock(run_dir / f".rank{rank}.lock", timeout=0)
     except Timeout as e:
         raise UserError(
             f"rank {rank} of {run_dir} still runs, perhaps because only its launcher was killed: wait "
             "for it, or kill it"
         ) from e
-    return lock
 
 
 def main() -> None:
     outlive_reader()
     run_dir, rank = Path(sys.argv[1]), ranks.rank()
     try:
-        lock = hold(run_dir, rank)
+        held = hold(run_dir, rank)
         from hydra.utils import get_method
         from transformers.utils import logging
 
@@ -59,18 +58,19 @@ def main() -> None:
         logging.disable_progress_bar()  # we show our own
 
         get_method(JOBS[config.load(run_dir).command])(run_dir)
-        lock.release()
+        held.release()
         ranks.leave()
     except Exception as e:
         if disk_full(e):
             e = UserError(
                 f"the disk of {run_dir} is full: make room, then go on with `sage resume {run_dir}`"
             )
-        if not isinstance(e, UserError):
+        if (refused := refusal(e)) is None:
             raise
+        refused.__cause__ = e.__cause__ if refused is e else e
         if rank != 0:
             time.sleep(5)  # rank 0 most likely says the same; it ends first and the launcher ends this rank
-        report(e)
+        report(refused)
         os._exit(2)  # the other ranks may wait in a collective: do not join them at exit
 
 

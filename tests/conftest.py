@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,56 @@ def problem_file(tmp_path_factory) -> Path:
         for i in range(12)
     ]
     return write_jsonl(tmp_path_factory.mktemp("problems") / "problems.jsonl", rows)
+
+
+@pytest.fixture
+def sage(monkeypatch, capsys):
+    """Runs a command line in this process; returns its exit status, stdout and stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        from sage import cli
+
+        monkeypatch.setattr(sys, "argv", ["sage", *words])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that what the command sets is taken back
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            status = e.code if isinstance(e.code, int) else 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def train(sage, tiny_model, pair_file, tmp_path, monkeypatch):
+    """`sage train` on the tiny model, with more overrides, and proof that no rank is started."""
+    monkeypatch.setattr("sage.launch.start", lambda *_: pytest.fail("a rank was started"))
+
+    def run(*overrides: str, flags: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        return sage(
+            "train",
+            *flags,
+            "model=hf",
+            f"model.path={tiny_model}",
+            f"data.path={pair_file}",
+            "steps=1",
+            "batch_size=4",
+            "data.max_length=256",
+            "micro_batch_tokens=1024",
+            f"cache_dir={tmp_path / 'cache'}",
+            f"hydra.run.dir={tmp_path / 'run'}",
+            *overrides,
+        )
+
+    return run
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    """One message on stderr that holds all parts, status 2, no traceback."""
+    status, _, err = result
+    assert status == 2, err
+    assert err.startswith("error: ") and err.count("error: ") == 1, err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err, err

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO, make_pairs, write_jsonl
+from conftest import REPO, make_pairs, refused, write_jsonl
 from hydra import compose, initialize_config_module
 from hydra.utils import get_method
 from omegaconf import OmegaConf
@@ -28,57 +28,6 @@ OPTIONS = sorted(
     if file.parent != CONF
 )
 OPTIONAL = ("experiment", "model/lora")  # groups that are added with +
-
-
-@pytest.fixture
-def sage(monkeypatch, capsys):
-    """Runs a command line in this process; returns its exit status, stdout and stderr."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sage", *words])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that what the command sets is taken back
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as e:
-            status = e.code if isinstance(e.code, int) else 0
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def train(sage, tiny_model, pair_file, tmp_path, monkeypatch):
-    """`sage train` on the tiny model, with more overrides, and proof that no rank is started."""
-    monkeypatch.setattr("sage.launch.start", lambda *_: pytest.fail("a rank was started"))
-
-    def run(*overrides: str, flags: tuple[str, ...] = ()) -> tuple[int, str, str]:
-        return sage(
-            "train",
-            *flags,
-            "model=hf",
-            f"model.path={tiny_model}",
-            f"data.path={pair_file}",
-            "steps=1",
-            "batch_size=4",
-            "data.max_length=256",
-            "micro_batch_tokens=1024",
-            f"cache_dir={tmp_path / 'cache'}",
-            f"hydra.run.dir={tmp_path / 'run'}",
-            *overrides,
-        )
-
-    return run
-
-
-def refused(result: tuple[int, str, str], *parts: str) -> None:
-    """One message on stderr that holds all parts, status 2, no traceback."""
-    status, _, err = result
-    assert status == 2, err
-    assert err.startswith("error: ") and err.count("error: ") == 1, err
-    assert "Traceback" not in err
-    for part in parts:
-        assert part in err, err
 
 
 # --- every option

@@ -38,6 +38,7 @@ class VLLM:
             "dtype": source.model.dtype,
             "tensor_parallel_size": self.tensor_parallel,
             "gpu_memory_utilization": self.memory_fraction,
+            "load_format": "safetensors",  # never pickled weights
             "trust_remote_code": source.model.trust_remote_code,
         }
         # Spawned, because CUDA cannot be used in a fork.

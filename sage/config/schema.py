@@ -17,6 +17,7 @@ from sage.config.groups import (
     ChatConfig,
     DataConfig,
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PairingConfig,
@@ -69,6 +70,12 @@ class RunConfig(CommandConfig):
         """Raise UserError if values that are valid alone cannot run together."""
         if self.model.lora is None and self.model.adapter_path is not None:
             raise UserError("model.adapter_path needs an adapter: add +model/lora=default")
+
+    def ignored(self) -> dict[str, str]:
+        if self.model.adapter_path is None:
+            return {}
+        keys = (f"model.lora.{f.name}" for f in fields(LoraConfig))
+        return because("since the adapter at model.adapter_path has its own", *keys)
 
 
 @dataclass
@@ -178,9 +185,10 @@ class TrainConfig(RunConfig):
             )
 
     def ignored(self) -> dict[str, str]:
+        ignored = super().ignored()
         if self.data.path is None:
-            return {}
-        ignored = because("since data.path gives the pairs", "pairing", "data.problems", "data.build")
+            return ignored
+        ignored |= because("since data.path gives the pairs", "pairing", "data.problems", "data.build")
         if not self.benchmark:
             reason = "since data.path gives the pairs, and there is no benchmark"
             ignored |= because(reason, "generation", "sampling")
@@ -208,6 +216,7 @@ class BuildPairsConfig(TrainConfig):
         used = (*(f.name for f in fields(RunConfig)), "data", "pairing")
         data = ["problems", *(f.name for f in fields(ChatConfig))]
         return {
+            **RunConfig.ignored(self),
             **because("which trains nothing", *(f.name for f in fields(self) if f.name not in used)),
             **because(
                 "which reads problems", *(f"data.{f.name}" for f in fields(self.data) if f.name not in data)
@@ -300,7 +309,7 @@ class EvalConfig(RunConfig):
             )
 
     def ignored(self) -> dict[str, str]:
-        return GENERATION_IGNORES
+        return {**super().ignored(), **GENERATION_IGNORES}
 
 
 @dataclass

@@ -17,6 +17,7 @@ import datasets
 
 from sage.data.files import KINDS, kind_of, read_document, read_file, read_parquet, read_records
 from sage.util.errors import UserError
+from sage.util.hub import reach_hub
 
 # JSON files that `datasets` writes beside data.
 INFOS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
@@ -194,6 +195,7 @@ def _dataset(path: str, split: str) -> datasets.Dataset:
         if os.path.isdir(folder):
             data = datasets.load_from_disk(folder)
         else:
+            reach_hub()
             data = datasets.load_dataset(*path.split(":"), split=split)
     except Exception as error:  # the hub, the file system and Arrow each have their own families of errors
         raise UserError(

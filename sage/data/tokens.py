@@ -154,7 +154,7 @@ def model_limits(folder: str) -> Limits:
     if not folder or not Path(folder, "config.json").is_file():
         return Limits()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception:  # a model that needs its own code
         return Limits()
     positions = getattr(config, "max_position_embeddings", None)

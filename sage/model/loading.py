@@ -5,23 +5,29 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock
 from huggingface_hub import snapshot_download
 
 from sage.config import ModelConfig
 from sage.data.source import resolve_path
+from sage.model.folder import check_adapter, check_weights_files, read_object
 from sage.model.kernels import has_triton
 from sage.model.kernels.recompute import bfloat16_in_hardware
-from sage.util.errors import UserError, first_line
-from sage.util.files import sha256
+from sage.util.errors import UserError, first_line, named
+from sage.util.files import sha256, write_json
+from sage.util.hub import reach_hub
+from sage.util.locks import locked
 from sage.util.progress import console
 
+VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken")  # one of them is in every tokenizer
+CHECKSUMS = "checksums.json"  # of a converted model
 SHOWN = 8  # names of weights in an error message
 
 
@@ -31,6 +37,8 @@ def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
     Raises:
         UserError: nothing usable is there.
     """
+    if cfg.adapter_path:
+        check_adapter(cfg)
     path = resolve_path(cfg.path)
     if path.endswith(".gguf"):
         return convert_gguf(path, cache_dir)
@@ -39,6 +47,7 @@ def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
             raise UserError(
                 f"model.path={cfg.path} is a folder without config.json, so not a Hugging Face model"
             )
+        read_object(Path(path, "config.json"), f"model.path={cfg.path}")
         return path
     if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
@@ -47,10 +56,13 @@ def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.txt"]
     if cfg.trust_remote_code:
         patterns.append("*.py")
+    reach_hub()
     try:
         return snapshot_download(path, revision=cfg.revision, allow_patterns=patterns)
     except Exception as e:
-        raise UserError(f"model.path={cfg.path}: the hub does not give it: {first_line(e)}") from e
+        raise UserError(
+            f"model.path={cfg.path}: no such folder here, and the hub does not give it: {first_line(e)}"
+        ) from e
 
 
 def convert_gguf(path: str, cache_dir: str) -> str:
@@ -62,7 +74,10 @@ def convert_gguf(path: str, cache_dir: str) -> str:
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     target = Path(cache_dir).expanduser() / "models" / f"{source.stem}-{digest}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with locked(Path(f"{target}.lock")):
+        if target.is_dir() and not intact(target):
+            console.print(f"{target} is damaged: {source.name} is converted again", markup=False)
+            shutil.rmtree(target)
         if not target.is_dir():
             where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
@@ -77,8 +92,22 @@ def convert_gguf(path: str, cache_dir: str) -> str:
             temporary = target.with_suffix(".tmp")
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            write_json(temporary / CHECKSUMS, checksums(temporary))
             temporary.rename(target)
     return str(target)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a converted model."""
+    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != CHECKSUMS}
+
+
+def intact(converted: Path) -> bool:
+    """Whether a converted model is as it was written."""
+    try:
+        return json.loads((converted / CHECKSUMS).read_text()) == checksums(converted)
+    except (OSError, ValueError):
+        return False
 
 
 def load_tokenizer(folder: str, cfg: ModelConfig) -> transformers.PreTrainedTokenizerBase:
@@ -103,7 +132,22 @@ def _read_tokenizer(
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:  # transformers reports files that are missing or broken with many types
-        raise UserError(f"{name}={value}: its tokenizer cannot be loaded: {first_line(e)}") from e
+        if not any(any(Path(folder).glob(pattern)) for pattern in VOCABULARIES):
+            raise UserError(
+                f"{name}={value}: the folder has no tokenizer (tokenizer.json): copy the files of the model "
+                "that it was made from"
+            ) from e
+        raise UserError(f"{name}={value}: its tokenizer cannot be loaded: {reason(e)}") from e
+
+
+def reason(error: Exception) -> str:
+    """Why transformers cannot load something, with what to do where it needs code from the folder."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code that its folder ships. Read that code, and if you trust it, set "
+            "model.trust_remote_code=true"
+        )
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def compute_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
@@ -150,7 +194,7 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
         raise UserError("model.lora needs peft: pip install 'sage-align[lora]'") from e
     torch.manual_seed(seed)
     if cfg.adapter_path:
-        return peft.PeftModel.from_pretrained(model, resolve_path(cfg.adapter_path), is_trainable=True)
+        return load_adapter(model, cfg)
     targets = "all-linear" if cfg.lora.targets == ["all-linear"] else cfg.lora.targets
     config = peft.LoraConfig(
         r=cfg.lora.r,
@@ -165,9 +209,43 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
         raise UserError(f"model.lora.targets={cfg.lora.targets}: {first_line(e)}") from e
 
 
+def load_adapter(model: Any, cfg: ModelConfig) -> Any:
+    """The model with the adapter of `model.adapter_path`, all of whose weights have found their places.
+
+    Raises:
+        UserError: the adapter was made for another model.
+    """
+    import peft
+
+    check_adapter(cfg)
+    folder = resolve_path(str(cfg.adapter_path))
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+        saved = peft.load_peft_weights(folder, device="cpu")
+    except Exception as e:  # peft reports what does not fit with many types
+        raise UserError(
+            f"model.adapter_path={cfg.adapter_path} does not fit model.path={cfg.path}: {reason(e)}"
+        ) from e
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    for names, fault in (
+        (own.keys() - saved.keys(), "lacks weights for this model"),
+        (
+            {name for name in saved if "lora_" in name} - own.keys(),
+            "has weights for layers that this model lacks",
+        ),
+    ):
+        if names:
+            raise UserError(
+                f"model.adapter_path={cfg.adapter_path} {fault} (model.path={cfg.path}): "
+                f"{named(sorted(names))}. Give the model that it was trained on"
+            )
+    return adapted
+
+
 def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
     """The model without adapter, with every weight from its files, and the attention that the config asks
     for."""
+    check_weights_files(folder, cfg)
     wanted = ("sdpa", "eager") if cfg.attention == "auto" else (cfg.attention,)
     refusal, loaded = None, None
     for implementation in wanted:
@@ -186,7 +264,7 @@ def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
             if implementation != wanted[-1] and isinstance(e, (ValueError, ImportError)):
                 refusal = first_line(e).split(". ")[0]
                 continue
-            raise UserError(f"model.path={cfg.path} cannot be loaded: {first_line(e)}") from e
+            raise UserError(f"model.path={cfg.path} cannot be loaded: {reason(e)}") from e
     model, info = loaded
     if refusal:
         console.print(

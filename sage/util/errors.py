@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read, and how it is shown; also a full disk."""
+"""The one exception that users are meant to read, how it is shown, and the system's errors in such words."""
 
 import errno
 import os
@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+NO_MEMORY = ("out of memory", "can't allocate memory")  # the words of CUDA and of torch's allocator on CPUs
 NO_ROOM = ("No space left on device", "unexpected pos")  # the words of safetensors and of torch.save
 
 
@@ -36,6 +37,24 @@ def disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def refusal(error: BaseException) -> UserError | None:
+    """What the user can do about an error of the system: a file that it refuses, or no memory. Else None."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        files_open = error.errno in (errno.EMFILE, errno.ENFILE)
+        remedy = (
+            "raise the limit with `ulimit -n`" if files_open else "make it usable, or choose another place"
+        )
+        return UserError(f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}: {remedy}")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return UserError(
+            f"out of memory: {first_line(error)}. Lower micro_batch_tokens and data.max_length, set "
+            "model.gradient_checkpointing=true, or choose an engine that shards or offloads"
+        )
+    return None
 
 
 def report(error: BaseException) -> None:

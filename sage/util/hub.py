@@ -1,0 +1,28 @@
+"""The model hub: is it there? Its libraries retry for half a minute before they look into their caches."""
+
+from __future__ import annotations
+
+import os
+
+import datasets
+import huggingface_hub
+
+from sage.util.errors import first_line
+from sage.util.progress import console
+
+TIMEOUT = 5.0  # seconds
+
+
+def reach_hub() -> bool:
+    """Whether the hub answers. If it does not, everything that asks it later uses what is cached, at once."""
+    constants = huggingface_hub.constants
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+        return True
+    except Exception as e:  # of the HTTP library, which differs between versions of huggingface_hub
+        console.print(f"the model hub does not answer ({first_line(e)}): using what is cached", markup=False)
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
+        return False
