@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-import datasets
 import huggingface_hub
+from datasets import config as datasets_config
 
 from sage.util.errors import first_line
 from sage.util.progress import console
@@ -23,6 +23,6 @@ def reach_hub() -> bool:
         return True
     except Exception as e:  # of the HTTP library, which differs between versions of huggingface_hub
         console.print(f"the model hub does not answer ({first_line(e)}): using what is cached", markup=False)
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = datasets_config.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
         return False
