@@ -1,6 +1,7 @@
 """The schema of every command, its checks, and the frozen config of a run."""
 
 from sage.config.checks import check, check_target, walk
+from sage.config.command import CommandConfig, RunConfig
 from sage.config.frozen import CONFIG_FILE, SUMMARY_FILE, freeze, load, read_frozen
 from sage.config.groups import (
     ChatConfig,
@@ -20,10 +21,8 @@ from sage.config.keys import groups, known_keys, nearest, refusal, unknown_keys
 from sage.config.schema import (
     SCHEMAS,
     BuildPairsConfig,
-    CommandConfig,
     EvalConfig,
     InspectConfig,
-    RunConfig,
     ScoreConfig,
     TrainConfig,
     VerifyConfig,

@@ -17,7 +17,7 @@ from sage.config.keys import suggestion
 from sage.util.errors import UserError
 
 if TYPE_CHECKING:
-    from sage.config.schema import CommandConfig
+    from sage.config.command import CommandConfig
 
 # Group -> the class that its `_target_` must extend. By name, so that `sage --help` does not import torch.
 BASES = {
