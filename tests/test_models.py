@@ -206,7 +206,7 @@ def test_leaks_show_in_bfloat16(model_type, monkeypatch):
     model = table.tiny_model(table.tiny_config(model_type)).to(torch.bfloat16)
     policy, sets = Policy(model), [table.some_pairs()]
     before = {name: parameter.data_ptr() for name, parameter in policy.named_parameters()}
-    known = selfcheck.check_in_float32(policy, torch.device("cpu"), sets, "auto", model_type)
+    known = selfcheck.check_unwrapped(policy, torch.device("cpu"), sets, "auto", model_type)
     assert {name: parameter.data_ptr() for name, parameter in policy.named_parameters()} == before
     assert policy.dtype == torch.bfloat16
     assert settle(table.Asked(policy), sets, "auto", model_type, known) == "padded"
@@ -215,7 +215,7 @@ def test_leaks_show_in_bfloat16(model_type, monkeypatch):
 def test_without_memory_for_float32_the_own_dtype_decides(monkeypatch, capsys):
     policy, sets = Policy(policy_of("llama").model.to(torch.bfloat16)), [table.some_pairs()]
     monkeypatch.setattr(selfcheck, "free_memory", lambda _: 0)
-    assert selfcheck.check_in_float32(policy, torch.device("cpu"), sets, "auto", "x") == {}
+    assert selfcheck.check_unwrapped(policy, torch.device("cpu"), sets, "auto", "x") == {}
     assert "the self-check runs in bfloat16 only" in capsys.readouterr().out
 
 
@@ -237,6 +237,67 @@ def test_training_mode_that_computes_something_else_is_refused():
     policy.model.model.norm.register_forward_hook(lambda m, _, out: out * 1.01 if m.training else out)
     with pytest.raises(UserError, match=r"in training mode.*gradient_checkpointing=false"):
         settle(table.Asked(policy), [table.some_pairs()], "auto", "x")
+
+
+class Broken(torch.autograd.Function):
+    """The identity, whose gradient is NaN or fails."""
+
+    @staticmethod
+    def forward(ctx, x, fails):
+        ctx.fails = fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        if ctx.fails:
+            raise RuntimeError("no such derivative")
+        return gradients[0] * torch.nan, None
+
+
+@pytest.mark.parametrize(
+    "fails, reason", [(True, r"its backward pass fails \(RuntimeError: no such der"), (False, "not finite")]
+)
+def test_gradients_that_fail_are_found_before_training(capsys, fails, reason):
+    """Protects against a run that dies, or is refused every step, after all its preparation."""
+    policy, pairs = policy_of("llama"), [table.some_pairs()]
+    policy.model.model.norm.register_forward_hook(lambda m, _, out: Broken.apply(out, fails))
+    with pytest.raises(UserError, match=rf"model.path=x: sage cannot compute.*with padded rows.*{reason}"):
+        settle(table.Asked(policy), pairs, "auto", "x")
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)  # as in `sage score-dataset`
+    assert settle(table.Asked(policy), pairs, "auto", "x") == "shared"
+
+    policy = policy_of("llama")
+    policy.model.model.norm.register_forward_hook(
+        lambda m, _, out: Broken.apply(out, fails) if policy.in_use == "sage_packed" else out
+    )
+    capsys.readouterr()
+    assert settle(table.Asked(policy), pairs, "auto", "x") == "padded"
+    assert "cannot pack" in capsys.readouterr().out
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_gradients_that_fail_in_checkpointed_layers(capsys):
+    policy, calls = policy_of("llama"), []
+    policy.trains = True
+
+    def hook(m, _, out):
+        calls.append(m.training)
+        return Broken.apply(out, True) if m.training else out
+
+    policy.model.model.norm.register_forward_hook(hook)
+    with pytest.raises(UserError, match=r"perhaps it can with model.gradient_checkpointing=false"):
+        settle(table.Asked(policy), [table.some_pairs()], "auto", "x")
+    assert any(calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_changes_its_own_weights_is_refused(dtype):
+    """Protects exports: RWKV divides weights in its first forward, and would divide an export's again."""
+    policy = policy_of("rwkv", num_hidden_layers=4, rescale_every=2)
+    policy.model.to(dtype)
+    with pytest.raises(UserError, match=r"model.path=x: its own code changes weights.*blocks.2.attention"):
+        selfcheck.check_unwrapped(policy, torch.device("cpu"), [table.some_pairs()], "auto", "x")
 
 
 @pytest.mark.parametrize("packing", ["auto", "padded"])

@@ -30,7 +30,7 @@ from sage.losses import Loss
 from sage.model.engine import Frozen, init_distributed
 from sage.model.forward import PairForward
 from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, logit_of, logps_of
-from sage.model.selfcheck import check_in_float32, settle
+from sage.model.selfcheck import check_unwrapped, settle
 from sage.order import difficulty_of, order_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
 from sage.training.base import open_model
@@ -79,7 +79,7 @@ def score_dataset(run_dir: Path) -> None:
     forwards = []
     for base in bases.values():
         policy = base.load()
-        known = check_in_float32(policy, device, [pairs], cfg.data.packing, base.cfg.path)
+        known = check_unwrapped(policy, device, [pairs], cfg.data.packing, base.cfg.path)
         engine = Frozen(policy, cfg.engine.zero_stage == 3, base.dtype, device)
         layout = settle(engine, [pairs], cfg.data.packing, base.cfg.path, known)
         forwards.append(PairForward(engine, cfg.micro_batch_tokens, layout))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sage.data.packing import MicroBatch, collate
 from sage.data.tokens import Pair, TokenizedPairs
@@ -77,7 +79,7 @@ class Sample:
         if lengths.max() > PREFIX + PROMPT + RESPONSE:
             self.pairs.append(whole(pairs[int(lengths.argmax())]))
         texts = [(pair.prompt_ids, pair.chosen_ids) for pair in self.pairs]
-        texts += [(pair.prompt_ids, pair.rejected_ids) for pair in self.pairs]
+        texts += [(pair.prompt_ids, pair.rejected_ids) for pair in self.pairs[: self.short]]
         logps = [engine(alone(*text).to(engine.device), alone=True) for text in texts]
         self.truth = torch.cat(logps)
         prompt, response = texts[0]
@@ -87,32 +89,37 @@ class Sample:
 
     def batches(self, layout: str) -> Iterator[tuple[Tensor, MicroBatch]]:
         """Micro-batches of the layout, with the numbers of their pairs, and -1 for one without a truth."""
-        first, prefix = self.pairs[0], self.prefix if layout == "shared" else 0
         short, long = list(range(self.short)), list(range(self.short, len(self.pairs)))
         # A long text would pad all others, so it has its own rows.
         for members in [short + long] if layout != "padded" else [short, long]:
-            if not members:
-                continue
-            rows = [self.pairs[i] for i in members]
-            if members != long:
-                members = [*members, -1]
-                beginning = first.prompt_ids[: prefix + 1]
-                rows.append(Pair("", None, beginning, first.rejected_ids[:2], first.chosen_ids[:2]))
-            batch = collate(rows, layout, prefix)
-            if batch.spans is not None:  # the stranger stands at the last positions of the longest text
-                start = batch.spans[-1 if layout == "shared" else -2].start
-                places = batch.position_ids[0, start:]
-                places += max(self.longest - 1 - int(places.max()), 0)
-            yield torch.tensor(members), batch
+            if members:
+                yield self.batch(layout, members, stranger=members != long)
+
+    def batch(self, layout: str, members: list[int], stranger: bool) -> tuple[Tensor, MicroBatch]:
+        """A micro-batch of these pairs, with their numbers. A stranger is one more pair, of number -1."""
+        first, prefix = self.pairs[0], self.prefix if layout == "shared" else 0
+        rows = [self.pairs[i] for i in members]
+        if stranger:
+            members = [*members, -1]
+            beginning = first.prompt_ids[: prefix + 1]
+            rows.append(Pair("", None, beginning, first.rejected_ids[:2], first.chosen_ids[:2]))
+        batch = collate(rows, layout, prefix)
+        if batch.spans is not None:  # the stranger stands at the last positions of the longest text
+            start = batch.spans[-1 if layout == "shared" else -2].start
+            places = batch.position_ids[0, start:]
+            places += max(self.longest - 1 - int(places.max()), 0)
+        return torch.tensor(members), batch
 
     def compare(self, engine: Engine | Frozen | Whole, layout: str) -> str | None:
         """None where the policy agrees with the truth, else how far it is off."""
-        sides = [[p.chosen_ids for p in self.pairs], [p.rejected_ids for p in self.pairs]]
+        sides = [[p.chosen_ids for p in self.pairs], [p.rejected_ids for p in self.pairs[: self.short]]]
         places = [i for side in sides for i, response in enumerate(side) for _ in response]
         members = torch.tensor(places, device=engine.device)  # the pair of each token of the truth
         for numbers, batch in self.batches(layout):
             logps = engine(batch.to(engine.device), tokens=True).detach()
-            known = numbers[batch.slots // batch.longest % len(numbers)] >= 0
+            response = batch.slots // batch.longest
+            pair = numbers[response % len(numbers)]
+            known = (pair >= 0) & ((pair < self.short) | (response < len(numbers)))
             asked = torch.isin(members, numbers.to(engine.device))
             errors = (logps[known.to(engine.device)] - self.truth[asked]).abs()
             for group in (members[asked] < self.short, members[asked] >= self.short):
@@ -129,6 +136,29 @@ class Sample:
             reason = self.compare(engine, layout)
         except Exception as e:  # a model's code fails in many ways on what it does not know
             reason = f"it fails ({type(e).__name__}: {first_line(e)})"
+        return engine.gather(reason)[0]
+
+    def fault_in_backward(self, engine: Engine | Frozen, layout: str) -> str | None:
+        """How the gradients of the short pairs fail; None if they are finite. Every rank gets rank 0's
+        verdict.
+
+        It asks one weight of each kind, in the lowest layer. To hold all gradients at once could take more
+        memory than a step does.
+        """
+        policy: Any = engine.policy
+        kinds: dict[str, nn.Parameter] = {}
+        for name, weight in policy.named_parameters():
+            if weight.requires_grad:
+                kinds.setdefault(re.sub(r"\d+", "", name), weight)
+        try:
+            _, batch = self.batch(layout, list(range(self.short)), stranger=True)
+            logps = policy(batch.to(engine.device), tokens=True)
+            gradients = torch.autograd.grad(logps.sum(), list(kinds.values()), allow_unused=True)
+            known = [gradient for gradient in gradients if gradient is not None]
+            finite = all(bool(gradient.isfinite().all()) for gradient in known)
+            reason = None if known and finite else "its gradients are not finite" if known else "it has none"
+        except Exception as e:
+            reason = f"its backward pass fails ({type(e).__name__}: {first_line(e)})"
         return engine.gather(reason)[0]
 
     def difference_from_tiled(self, engine: Engine | Frozen, layout: str) -> str | None:
@@ -181,6 +211,22 @@ def difference(head: Head, hidden: Tensor, labels: Tensor, backend: str) -> str 
         if not (off := float((ours.float() - theirs.float()).norm())) <= GRADIENT_LIMIT * size:
             return f"its gradient of the {name} is off by {off / max(size, 1e-30):.2g} of its size"
     return None
+
+
+def changed_by_asking(whole: Whole, pairs: TokenizedPairs) -> list[str]:
+    """The weights that the model's own code changes while it computes, seen by the first numbers of each.
+
+    Empty also where that code fails, which the check of the log-probabilities reports.
+    """
+
+    def beginnings() -> dict[str, Tensor]:
+        return {n: w.detach().flatten()[:64].clone() for n, w in whole.policy.named_parameters()}
+
+    before = beginnings()
+    pair = shorten(pairs[0], 0)
+    with suppress(Exception):
+        whole(alone(pair.prompt_ids, pair.chosen_ids).to(whole.device), alone=True)
+    return [n for n, values in beginnings().items() if not torch.equal(values, before[n])]
 
 
 def lengths_of(pairs: TokenizedPairs) -> np.ndarray:

@@ -20,8 +20,8 @@ from sage.model.engine import Engine, Frozen
 from sage.model.kernels import BACKENDS, choose_backend
 from sage.model.policy import OWN, Policy
 from sage.model.rope import TextRopes
-from sage.model.sample import Sample, Whole, lengths_of
-from sage.util.errors import UserError, first_line
+from sage.model.sample import Sample, Whole, changed_by_asking, lengths_of
+from sage.util.errors import UserError, first_line, named
 from sage.util.progress import console
 from sage.util.ranks import main_only
 
@@ -30,17 +30,25 @@ Reasons = dict[tuple[str, str], str]  # (layout, head) -> why it is not used
 
 
 @torch.no_grad()
-def check_in_float32(
+def check_unwrapped(
     policy: Policy, device: torch.device, sets: Sequence[TokenizedPairs], packing: str, name: str
 ) -> Reasons:
     """What disagrees in float32, before an engine wraps the policy. Empty for a model that is in float32.
 
     Rank 0 asks. What fails here is left to the check in the run's own dtype.
+
+    Raises:
+        UserError: the model's own code changes its weights. Copies of it and exports would be other models.
     """
-    if torch.finfo(policy.dtype).eps < 1e-6:
-        return {}
     whole = Whole(policy, device)
     watch_ropes(policy, device, sets)
+    if changed := main_only(lambda: changed_by_asking(whole, sets[0])):
+        raise UserError(
+            f"model.path={name}: its own code changes weights while it computes ({named(changed)}), so sage "
+            "cannot train it"
+        )
+    if torch.finfo(policy.dtype).eps < 1e-6:
+        return {}
     layouts = layouts_of(policy, packing, name)
     heads = ["tiled", OWN] if policy.head else [OWN]
 
@@ -109,12 +117,14 @@ def settle(
         pairs: the sets that the run asks about.
         packing: a layout of `sage.data.packing.LAYOUTS`, or auto for the fastest that agrees.
         name: of the model, for messages.
-        known: what `check_in_float32` found.
+        known: what `check_unwrapped` found.
 
     Raises:
-        UserError: nothing that `packing` admits agrees, or the model's own code gives no finite numbers.
+        UserError: nothing that `packing` admits agrees and has finite gradients, or the model's own logits
+            are not finite.
     """
     policy: Any = engine.policy
+    trained = any(p.requires_grad for p in policy.parameters())
     watch_ropes(policy, engine.device, pairs)
     with torch.no_grad():
         sample = read_sample(engine, pairs, name)
@@ -127,6 +137,9 @@ def settle(
             reason = sample.disagreement(engine, layout)
             if reason is None and head not in (OWN, "tiled"):
                 reason = sample.difference_from_tiled(engine, layout)
+            if reason is None and trained:
+                with as_in_training(policy):
+                    reason = sample.fault_in_backward(engine, layout)
             if reason is None:
                 break
             reasons[layout, head] = reason
@@ -139,6 +152,7 @@ def settle(
             raise UserError(
                 f"model.path={name}: sage cannot compute what this model's own code computes, so it does "
                 f"not train it: with padded rows {reasons['padded', heads[-1]]}"
+                + ("; perhaps it can with model.gradient_checkpointing=false" if policy.trains else "")
             )
     if layout != layouts[0]:
         console.print(
@@ -150,10 +164,9 @@ def settle(
             f"log-probabilities come from {HEADS[head]}, since model.head={heads[0]} disagrees: "
             f"{reasons[layout, heads[0]]}"
         )
-    if policy.trains and any(p.requires_grad for p in policy.parameters()):
-        with torch.enable_grad(), without_dropout(policy):
+    if policy.trains and trained:
+        with as_in_training(policy):
             reason = sample.disagreement(engine, layout)
-        policy.set_mode(False)  # `without_dropout` has set rates back that are 0 in training mode
         if reason:
             raise UserError(
                 f"model.path={name}: in training mode, which gradient checkpointing and adapter dropout "
@@ -205,13 +218,15 @@ def heads_of(policy: Policy, device: torch.device) -> list[str]:
 
 
 @contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout of an adapter, which lives in training, is off for a while."""
-    rates: dict[Any, float] = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+def as_in_training(policy: Policy) -> Iterator[None]:
+    """Gradients flow, and an adapter's dropout is off, for a while."""
+    rates: dict[Any, float] = {m: m.p for m in policy.modules() if isinstance(m, nn.Dropout)}
     for module in rates:
         module.p = 0.0
     try:
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         for module, rate in rates.items():
             module.p = rate
+        policy.set_mode(False)  # rates were set back that are 0 in training mode

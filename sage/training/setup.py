@@ -30,7 +30,7 @@ from sage.model.engine import Engine, Frozen, init_distributed
 from sage.model.forward import PairForward
 from sage.model.policy import Policy
 from sage.model.reference import Absent, Cached, Online, Reference, Scored
-from sage.model.selfcheck import check_in_float32, settle
+from sage.model.selfcheck import check_unwrapped, settle
 from sage.scorers import Scorer
 from sage.training import checkpoint
 from sage.training.base import BaseModel, open_model
@@ -188,7 +188,7 @@ def build_engine(
     """Load the policy, put it under the engine, and check it against the model's own code."""
     policy = base.load()
     asked = [data.pairs] if data.held_out is None else [data.pairs, data.held_out]
-    known = check_in_float32(policy, device, asked, cfg.data.packing, cfg.model.path)
+    known = check_unwrapped(policy, device, asked, cfg.data.packing, cfg.model.path)
     engine = Engine(policy, cfg.engine, cfg.optimizer, base.dtype, device)
     layout = settle(engine, asked, cfg.data.packing, cfg.model.path, known)
     return engine, PairForward(engine, cfg.micro_batch_tokens, layout)
