@@ -34,7 +34,7 @@ from sage.answering.decoders import PlainGenerate
 from sage.data.packing import collate
 from sage.data.tokens import Pair, TokenizedPairs
 from sage.model.policy import OWN, Policy
-from sage.model.selfcheck import settle
+from sage.model.selfcheck import check_unwrapped, settle
 from sage.util.errors import UserError, first_line
 from sage.util.progress import console
 
@@ -248,7 +248,8 @@ def examine(model: Any, name: str, packing: str = "auto", gradients: bool = True
     engine = Asked(policy)
     try:
         with console.capture() as lines:
-            layout = settle(engine, [pairs], packing, name)  # pyright: ignore[reportArgumentType]
+            known = check_unwrapped(policy, engine.device, [pairs], packing, name)
+            layout = settle(engine, [pairs], packing, name, known)  # pyright: ignore[reportArgumentType]
     except UserError as e:
         return Verdict("refused", note=str(e).removeprefix(f"model.path={name}: "))
     batch = collate(rows, layout, pairs.common_prefix if layout == "shared" else 0)
@@ -372,6 +373,8 @@ def in_child(model_type: str) -> tuple[str, ...]:
         child.join()
 
 
+ONE_RUN = "All rows below come from one run of the script."
+SEVERAL_RUNS = "Rows were made anew one by one, so those below come from several runs of the script."
 HEADER = f"""# Models
 
 Every run of `sage train` and `sage score-dataset` begins with a self-check (`sage/model/selfcheck.py`). It
@@ -394,8 +397,7 @@ check at the start of a run does not use this table. `generation` shows how `gen
 `batched` (a refilled batch), `equal lengths` (the model's own `generate`, on prompts of equal length) or
 `one by one`.
 
-Each row is computed in a process of its own. Rows of single types can be made anew, so the rows below may
-come from several runs of the script.
+Each row is computed in a process of its own. SOURCE
 
 A window in the tiny forms is 16 tokens and a chunk is 32, while texts have up to 96 tokens. A model with a
 longer window or chunk than any text of a run may pack where the table says `padded`.
@@ -407,8 +409,9 @@ def main(target: str, types: list[str]) -> None:
     for model_type in types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         rows[model_type] = in_child(model_type)
         print(*rows[model_type], sep=" | ", flush=True)
-    if target != "-":
-        Path(target).write_text(page([rows[name] for name in sorted(rows)]), encoding="utf-8")
+        if target != "-":
+            source = SEVERAL_RUNS if types else ONE_RUN
+            Path(target).write_text(page([rows[name] for name in sorted(rows)], source), encoding="utf-8")
 
 
 def rows_of(page: str) -> dict[str, tuple[str, ...]]:
@@ -433,7 +436,7 @@ def plain(cell: str) -> str:
     return cell.replace("|", "/").replace("\n", " ")
 
 
-def page(rows: list[tuple[str, ...]]) -> str:
+def page(rows: list[tuple[str, ...]], source: str) -> str:
     built = [row for row in rows if row[1] != "not built"]
     cells = [COLUMNS, tuple("---" for _ in COLUMNS), *built]
     lines = ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in cells]
@@ -441,7 +444,7 @@ def page(rows: list[tuple[str, ...]]) -> str:
     summary = ", ".join(f"{count} {way}" for way, count in counts.most_common())
     others = "\n".join(f"- `{row[0]}`: {row[4]}" for row in rows if row[1] == "not built")
     return (
-        f"{HEADER}\n## {len(built)} types\n\nFull training: {summary}.\n\n"
+        f"{HEADER.replace('SOURCE', source)}\n## {len(built)} types\n\nFull training: {summary}.\n\n"
         + "\n".join(lines)
         + f"\n\n## Not built\n\nThe script found no tiny form for these:\n\n{others}\n"
     )

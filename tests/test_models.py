@@ -17,7 +17,7 @@ from conftest import REPO
 from sage.data.packing import collate
 from sage.model import kernels, sample, selfcheck
 from sage.model.policy import OWN, Policy
-from sage.model.selfcheck import settle
+from sage.model.selfcheck import check_unwrapped, settle
 from sage.util.errors import UserError
 
 spec = importlib.util.spec_from_file_location("model_table", REPO / "scripts" / "model_table.py")
@@ -206,7 +206,7 @@ def test_leaks_show_in_bfloat16(model_type, monkeypatch):
     model = table.tiny_model(table.tiny_config(model_type)).to(torch.bfloat16)
     policy, sets = Policy(model), [table.some_pairs()]
     before = {name: parameter.data_ptr() for name, parameter in policy.named_parameters()}
-    known = selfcheck.check_unwrapped(policy, torch.device("cpu"), sets, "auto", model_type)
+    known = check_unwrapped(policy, torch.device("cpu"), sets, "auto", model_type)
     assert {name: parameter.data_ptr() for name, parameter in policy.named_parameters()} == before
     assert policy.dtype == torch.bfloat16
     assert settle(table.Asked(policy), sets, "auto", model_type, known) == "padded"
@@ -215,7 +215,7 @@ def test_leaks_show_in_bfloat16(model_type, monkeypatch):
 def test_without_memory_for_float32_the_own_dtype_decides(monkeypatch, capsys):
     policy, sets = Policy(policy_of("llama").model.to(torch.bfloat16)), [table.some_pairs()]
     monkeypatch.setattr(selfcheck, "free_memory", lambda _: 0)
-    assert selfcheck.check_unwrapped(policy, torch.device("cpu"), sets, "auto", "x") == {}
+    assert check_unwrapped(policy, torch.device("cpu"), sets, "auto", "x") == {}
     assert "the self-check runs in bfloat16 only" in capsys.readouterr().out
 
 
@@ -254,41 +254,44 @@ class Broken(torch.autograd.Function):
         return gradients[0] * torch.nan, None
 
 
+def chosen(policy: Policy) -> str:
+    """The layout that a run would choose."""
+    cpu, pairs = torch.device("cpu"), [table.some_pairs()]
+    return settle(table.Asked(policy), pairs, "auto", "x", check_unwrapped(policy, cpu, pairs, "auto", "x"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "fails, reason", [(True, r"its backward pass fails \(RuntimeError: no such der"), (False, "not finite")]
 )
-def test_gradients_that_fail_are_found_before_training(capsys, fails, reason):
+def test_gradients_that_fail_are_found_before_training(capsys, fails, reason, dtype):
     """Protects against a run that dies, or is refused every step, after all its preparation."""
-    policy, pairs = policy_of("llama"), [table.some_pairs()]
+    policy = policy_of("llama").to(dtype)
     policy.model.model.norm.register_forward_hook(lambda m, _, out: Broken.apply(out, fails))
     with pytest.raises(UserError, match=rf"model.path=x: sage cannot compute.*with padded rows.*{reason}"):
-        settle(table.Asked(policy), pairs, "auto", "x")
-    for parameter in policy.parameters():
-        parameter.requires_grad_(False)  # as in `sage score-dataset`
-    assert settle(table.Asked(policy), pairs, "auto", "x") == "shared"
+        chosen(policy)
+    assert chosen(policy.requires_grad_(False)) == "shared"  # as in `sage score-dataset`
 
-    policy = policy_of("llama")
+    policy = policy_of("llama").to(dtype)
     policy.model.model.norm.register_forward_hook(
         lambda m, _, out: Broken.apply(out, fails) if policy.in_use == "sage_packed" else out
     )
     capsys.readouterr()
-    assert settle(table.Asked(policy), pairs, "auto", "x") == "padded"
+    assert chosen(policy) == "padded"
     assert "cannot pack" in capsys.readouterr().out
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
-def test_gradients_that_fail_in_checkpointed_layers(capsys):
-    policy, calls = policy_of("llama"), []
+def test_gradients_that_fail_in_checkpointed_layers():
+    policy = policy_of("llama")
     policy.trains = True
-
-    def hook(m, _, out):
-        calls.append(m.training)
-        return Broken.apply(out, True) if m.training else out
-
-    policy.model.model.norm.register_forward_hook(hook)
+    policy.model.model.norm.register_forward_hook(
+        lambda m, _, out: Broken.apply(out, True) if m.training else out
+    )
     with pytest.raises(UserError, match=r"perhaps it can with model.gradient_checkpointing=false"):
-        settle(table.Asked(policy), [table.some_pairs()], "auto", "x")
-    assert any(calls)
+        chosen(policy)
+    policy.trains = False
+    assert chosen(policy) == "shared"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -297,7 +300,7 @@ def test_a_model_that_changes_its_own_weights_is_refused(dtype):
     policy = policy_of("rwkv", num_hidden_layers=4, rescale_every=2)
     policy.model.to(dtype)
     with pytest.raises(UserError, match=r"model.path=x: its own code changes weights.*blocks.2.attention"):
-        selfcheck.check_unwrapped(policy, torch.device("cpu"), [table.some_pairs()], "auto", "x")
+        check_unwrapped(policy, torch.device("cpu"), [table.some_pairs()], "auto", "x")
 
 
 @pytest.mark.parametrize("packing", ["auto", "padded"])

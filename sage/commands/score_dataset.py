@@ -78,7 +78,7 @@ def score_dataset(run_dir: Path) -> None:
 
     forwards = []
     for base in bases.values():
-        policy = base.load()
+        policy = base.load().requires_grad_(False)
         known = check_unwrapped(policy, device, [pairs], cfg.data.packing, base.cfg.path)
         engine = Frozen(policy, cfg.engine.zero_stage == 3, base.dtype, device)
         layout = settle(engine, [pairs], cfg.data.packing, base.cfg.path, known)

@@ -138,28 +138,25 @@ class Sample:
             reason = f"it fails ({type(e).__name__}: {first_line(e)})"
         return engine.gather(reason)[0]
 
-    def fault_in_backward(self, engine: Engine | Frozen, layout: str) -> str | None:
-        """How the gradients of the short pairs fail; None if they are finite. Every rank gets rank 0's
-        verdict.
+    def fault_in_backward(self, whole: Whole, layout: str) -> str | None:
+        """How the gradients of the short pairs fail; None if they are finite.
 
         It asks one weight of each kind, in the lowest layer. To hold all gradients at once could take more
         memory than a step does.
         """
-        policy: Any = engine.policy
         kinds: dict[str, nn.Parameter] = {}
-        for name, weight in policy.named_parameters():
+        for name, weight in whole.policy.named_parameters():
             if weight.requires_grad:
                 kinds.setdefault(re.sub(r"\d+", "", name), weight)
         try:
             _, batch = self.batch(layout, list(range(self.short)), stranger=True)
-            logps = policy(batch.to(engine.device), tokens=True)
+            logps = whole(batch.to(whole.device), tokens=True)
             gradients = torch.autograd.grad(logps.sum(), list(kinds.values()), allow_unused=True)
             known = [gradient for gradient in gradients if gradient is not None]
             finite = all(bool(gradient.isfinite().all()) for gradient in known)
-            reason = None if known and finite else "its gradients are not finite" if known else "it has none"
         except Exception as e:
-            reason = f"its backward pass fails ({type(e).__name__}: {first_line(e)})"
-        return engine.gather(reason)[0]
+            return f"its backward pass fails ({type(e).__name__}: {first_line(e)})"
+        return None if known and finite else f"its gradients are {'not finite' if known else 'missing'}"
 
     def difference_from_tiled(self, engine: Engine | Frozen, layout: str) -> str | None:
         """How the policy's head differs from the tiled one on the same hidden states; None if it does not.

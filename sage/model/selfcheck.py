@@ -1,14 +1,15 @@
 """The self-check: does sage compute what the model's own code computes?
 
 Every run asks at its start, on its own device and dtype and on a few of its own pairs. The model's own
-logits of one text alone are the truth. What disagrees gives way to a slower path that agrees, and one line
-says so. Rounding in bfloat16 hides small errors, so such a model is asked in float32 first.
+logits of one text alone are the truth. What disagrees, or has no finite gradients, gives way to a slower path
+that agrees, and one line says so. Rounding in bfloat16 hides small errors, so such a model is asked in
+float32 first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import psutil
@@ -33,49 +34,54 @@ Reasons = dict[tuple[str, str], str]  # (layout, head) -> why it is not used
 def check_unwrapped(
     policy: Policy, device: torch.device, sets: Sequence[TokenizedPairs], packing: str, name: str
 ) -> Reasons:
-    """What disagrees in float32, before an engine wraps the policy. Empty for a model that is in float32.
+    """What disagrees in float32, and what gives no gradients in the run's own dtype, before an engine wraps
+    the policy.
 
-    Rank 0 asks. What fails here is left to the check in the run's own dtype.
+    Rank 0 asks. A forward pass that fails here is left to `settle`. A policy without trainable weights is
+    asked for no gradients.
 
     Raises:
         UserError: the model's own code changes its weights. Copies of it and exports would be other models.
     """
     whole = Whole(policy, device)
     watch_ropes(policy, device, sets)
-    if changed := main_only(lambda: changed_by_asking(whole, sets[0])):
-        raise UserError(
-            f"model.path={name}: its own code changes weights while it computes ({named(changed)}), so sage "
-            "cannot train it"
-        )
-    if torch.finfo(policy.dtype).eps < 1e-6:
-        return {}
     layouts = layouts_of(policy, packing, name)
     heads = ["tiled", OWN] if policy.head else [OWN]
+    needed = sum(4 * p.numel() for p in policy.parameters() if p.dtype != torch.float32)
+    trained = any(p.requires_grad for p in policy.parameters())
 
     def ask() -> Reasons:
-        needed = sum(4 * p.numel() for p in policy.parameters() if p.dtype != torch.float32)
-        if needed > free_memory(device):
+        if changed := changed_by_asking(whole, sets[0]):
+            raise UserError(
+                f"model.path={name}: its own code changes weights while it computes ({named(changed)}), so "
+                "sage cannot train it"
+            )
+        copied = needed <= free_memory(device)
+        if not copied:
             console.print(
                 f"the self-check runs in {str(policy.dtype).removeprefix('torch.')} only: a float32 copy "
                 f"takes {needed / 2**30:.0f} GiB, and {free_memory(device) / 2**30:.0f} GiB are free"
             )
-            return {}
         backend, reasons = policy.backend, Reasons()
         try:
-            with in_float32(policy):
+            with in_float32(policy) if copied else nullcontext():
                 sample = Sample(whole, sets)
-                for layout, head in [(layout, head) for layout in layouts for head in heads]:
-                    policy.backend = head
-                    try:
+            for layout, head in [(layout, head) for layout in layouts for head in heads]:
+                policy.backend = head
+                try:
+                    with in_float32(policy) if copied else nullcontext():
                         reason = sample.compare(whole, layout)
-                    except Exception:
-                        continue
-                    if reason is None:
-                        break
-                    reasons[layout, head] = reason
-                    if head == "tiled":  # other kernels compute the same
-                        reasons |= {(layout, kernel): reason for kernel in BACKENDS}
-        except Exception:
+                except Exception:
+                    continue
+                if reason is None and trained:
+                    with as_in_training(policy):
+                        reason = sample.fault_in_backward(whole, layout)
+                if reason is None:
+                    break
+                reasons[layout, head] = reason
+                if head == "tiled":  # other kernels compute the same
+                    reasons |= {(layout, kernel): reason for kernel in BACKENDS}
+        except Exception:  # the model's own code fails on a plain text
             return {}
         finally:
             policy.backend = backend
@@ -120,11 +126,10 @@ def settle(
         known: what `check_unwrapped` found.
 
     Raises:
-        UserError: nothing that `packing` admits agrees and has finite gradients, or the model's own logits
-            are not finite.
+        UserError: nothing that `packing` admits agrees and has gradients, or the model's own logits are not
+            finite.
     """
     policy: Any = engine.policy
-    trained = any(p.requires_grad for p in policy.parameters())
     watch_ropes(policy, engine.device, pairs)
     with torch.no_grad():
         sample = read_sample(engine, pairs, name)
@@ -137,9 +142,6 @@ def settle(
             reason = sample.disagreement(engine, layout)
             if reason is None and head not in (OWN, "tiled"):
                 reason = sample.difference_from_tiled(engine, layout)
-            if reason is None and trained:
-                with as_in_training(policy):
-                    reason = sample.fault_in_backward(engine, layout)
             if reason is None:
                 break
             reasons[layout, head] = reason
@@ -164,7 +166,7 @@ def settle(
             f"log-probabilities come from {HEADS[head]}, since model.head={heads[0]} disagrees: "
             f"{reasons[layout, heads[0]]}"
         )
-    if policy.trains and trained:
+    if policy.trains and any(p.requires_grad for p in policy.parameters()):
         with as_in_training(policy):
             reason = sample.disagreement(engine, layout)
         if reason:
