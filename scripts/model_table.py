@@ -122,6 +122,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"zero_expert_num": 2, "expert_ffn_hidden_size": 24},
     "reformer": {"is_decoder": True},
     "xlm": {"emb_dim": 32},
+    "rwkv": {"rescale_every": 1},  # 6 by default, in models of at least 12 layers
     "bert": {"is_decoder": True},
     "roberta": {"is_decoder": True},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},

@@ -63,6 +63,7 @@ WAYS = {
     "modernbert-decoder": "packed, own logits",
     "bart": "padded",
     "cpmant": "refused",
+    "rwkv": "refused",  # its forward changes its weights
 }
 
 
@@ -297,9 +298,9 @@ def test_gradients_that_fail_in_checkpointed_layers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_that_changes_its_own_weights_is_refused(dtype):
     """Protects exports: RWKV divides weights in its first forward, and would divide an export's again."""
-    policy = policy_of("rwkv", num_hidden_layers=4, rescale_every=2)
+    policy = policy_of("rwkv")
     policy.model.to(dtype)
-    with pytest.raises(UserError, match=r"model.path=x: its own code changes weights.*blocks.2.attention"):
+    with pytest.raises(UserError, match=r"model.path=x: its own code changes weights.*blocks.1.attention"):
         check_unwrapped(policy, torch.device("cpu"), [table.some_pairs()], "auto", "x")
 
 
