@@ -240,8 +240,9 @@ def examine(model: Any, name: str, packing: str = "auto", gradients: bool = True
     pairs = some_pairs()
     rows = [pairs[i] for i in range(len(pairs))]
     with torch.no_grad():
+        fresh = copy.deepcopy(model)  # sage asks the model first, as in a run
         try:
-            truth = torch.stack([naive(model, text) for text in texts_of(rows)])
+            truth = torch.stack([naive(fresh, text) for text in texts_of(rows)])
         except Exception as e:
             code = "its own code with peft's adapter" if hasattr(model, "peft_config") else "its own code"
             return Verdict("refused", note=f"{code} fails ({type(e).__name__}: {first_line(e)})")
