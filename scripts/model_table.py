@@ -375,8 +375,8 @@ def in_child(model_type: str) -> tuple[str, ...]:
         child.join()
 
 
-ONE_RUN = "All rows below come from one run of the script."
-SEVERAL_RUNS = "Rows were made anew one by one, so those below come from several runs of the script."
+ONE_RUN = "All rows come from one run of the script."
+SEVERAL_RUNS = "Rows of single types were made anew, so the rows come from several runs of the script."
 HEADER = f"""# Models
 
 Every run of `sage train` and `sage score-dataset` begins with a self-check (`sage/model/selfcheck.py`). It
@@ -399,7 +399,7 @@ check at the start of a run does not use this table. `generation` shows how `gen
 `batched` (a refilled batch), `equal lengths` (the model's own `generate`, on prompts of equal length) or
 `one by one`.
 
-Each row is computed in a process of its own. SOURCE
+SOURCE
 
 A window in the tiny forms is 16 tokens and a chunk is 32, while texts have up to 96 tokens. A model with a
 longer window or chunk than any text of a run may pack where the table says `padded`.
@@ -418,10 +418,11 @@ def main(target: str, types: list[str]) -> None:
 
 def rows_of(page: str) -> dict[str, tuple[str, ...]]:
     """The rows of a page that `main` has written."""
-    table = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    built, _, others = page.partition("## Not built")
+    table = [line for line in built.splitlines() if line.startswith("| ")][2:]
     rows = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in table]
-    for line in page.splitlines():
-        if line.startswith("- `") and "`: " in line and line not in HEADER:
+    for line in others.splitlines():
+        if line.startswith("- `"):
             name, reason = line[3:].split("`: ", 1)
             rows.append((name, "not built", "", "", reason))
     return {row[0]: row for row in rows}

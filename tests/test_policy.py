@@ -234,6 +234,24 @@ def test_adapters_that_cannot_be_are_refused_by_name(tiny_model, targets, word):
         Policy(lora(tiny_model, targets=targets))
 
 
+def test_an_adapter_on_a_tied_embedding_is_refused(tiny_model):
+    """Protects exports: merging it would change the head, which the adapter left alone in training."""
+    pytest.importorskip("peft")
+    with pytest.raises(UserError, match="tied to its embedding"):
+        Policy(lora(tiny_model, targets=["q_proj", "embed_tokens"]))
+
+
+def test_an_adapter_that_repeats_layers_is_refused(tiny_model, tmp_path):
+    """Protects the end of a run: transformers cannot save layers that share their weights."""
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "layer_replication": [[0, 2], [1, 2]]}
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    peft.get_peft_model(base, peft.LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
+    cfg = ModelConfig(path=str(tiny_model), lora=LoraConfig(), adapter_path=str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match="layer_replication"):
+        load_model(str(tiny_model), cfg, torch.float32, seed=0)
+
+
 OPT = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

@@ -239,6 +239,11 @@ def load_adapter(model: Any, cfg: ModelConfig) -> Any:
                 f"model.adapter_path={cfg.adapter_path} {fault} (model.path={cfg.path}): "
                 f"{named(sorted(names))}. Give the model that it was trained on"
             )
+    if getattr(adapted.active_peft_config, "layer_replication", None):
+        raise UserError(
+            f"model.adapter_path={cfg.adapter_path} repeats layers (layer_replication), and a model with "
+            "repeated layers cannot be exported"
+        )
     return adapted
 
 

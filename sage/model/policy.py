@@ -75,6 +75,12 @@ class Policy(nn.Module):
             raise UserError(
                 f"the model's head is a {type(lm_head).__name__}: adapters on the head are not supported"
             )
+        embedding = causal.get_input_embeddings() if causal is not model else None
+        if hasattr(embedding, "lora_embedding_A") and embedding.base_layer.weight is lm_head.weight:
+            raise UserError(
+                "the model's head is tied to its embedding, and merging an adapter on the embedding would "
+                "change the head: such adapters are not supported"
+            )
         fits = type(lm_head) is nn.Linear and causal.base_model is not causal
         self.head = Head(lm_head, causal.config.get_text_config()) if fits else None
         self.backend = backend if fits else OWN
