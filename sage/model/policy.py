@@ -75,7 +75,7 @@ class Policy(nn.Module):
             raise UserError(
                 f"the model's head is a {type(lm_head).__name__}: adapters on the head are not supported"
             )
-        embedding = causal.get_input_embeddings() if causal is not model else None
+        embedding: Any = causal.get_input_embeddings() if causal is not model else None
         if hasattr(embedding, "lora_embedding_A") and embedding.base_layer.weight is lm_head.weight:
             raise UserError(
                 "the model's head is tied to its embedding, and merging an adapter on the embedding would "
