@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sage import config
 from sage.config import nearest
+from sage.util import stopping
 from sage.util.errors import UserError, refusal, report
 from sage.util.output import outlive_reader
 
@@ -143,7 +144,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on, and all errors are reported here
     try:
         forget_ranks()
-        COMMANDS[word]()
+        with stopping.handled(lambda signum, _: stopping.end(128 + signum)):
+            COMMANDS[word]()
     except UserError as e:
         fail(e)
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as e:
@@ -154,8 +156,6 @@ def main() -> None:
         if (refused := refusal(e)) is None:
             raise
         fail(refused, cause=e)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def forget_ranks() -> None:

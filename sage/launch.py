@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import fields
 from functools import singledispatch
@@ -29,6 +27,8 @@ from sage.data.source import resolve_path
 from sage.model.folder import check_adapter, check_weights_files, lora_of
 from sage.util.errors import UserError
 from sage.util.locks import locked
+from sage.util.processes import run_ranks
+from sage.util.stopping import go_on
 
 # Environment variables of the ranks, unless the user has set them.
 MEMORY = {
@@ -163,44 +163,13 @@ def built_pairs(cfg: TrainConfig) -> Path:
 
 
 def start(world_size: int, run_dir: Path) -> None:
-    """Run `sage.worker` once per rank; a single rank needs no launcher.
+    """Run `sage.worker` once per rank, and wait for all of them.
 
     Raises:
-        SystemExit: a rank failed, with its exit status; the rank has said why.
+        SystemExit: a rank failed, and has said why; or a signal ended the run.
     """
-    for name, value in MEMORY.items():
-        os.environ.setdefault(name, value)
-    worker = ["-m", "sage.worker", str(run_dir)]
-    if world_size == 1:
-        status = subprocess.run([sys.executable, *worker]).returncode
-    else:
-        status = launch_ranks(world_size, worker)
-    if status:
-        raise SystemExit(status if status > 0 else 128 - status)
-
-
-def launch_ranks(world_size: int, worker: list[str]) -> int:
-    """Start the ranks by the Python interface of `torch.distributed.run`, which returns a failed "
-    "rank's status."""
-    import logging
-
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world_size, 1)))
-    launch_config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id=f"sage-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(launch_config, sys.executable)(*worker)
-    except ChildFailedError as e:
-        return e.get_first_failure()[1].exitcode
-    return 0
+    environment = {**MEMORY, **os.environ}
+    if world_size > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world_size, 1)))
+    if status := run_ranks(world_size, ["-m", "sage.worker", str(run_dir)], environment, go_on(run_dir)):
+        raise SystemExit(status)

@@ -14,6 +14,7 @@ from sage.training.finite import not_finite
 from sage.training.hooks import Hook
 from sage.training.metrics import LOSS, PER_PAIR, means, per_pair
 from sage.training.setup import build_run
+from sage.util import stopping
 from sage.util.progress import StepProgress, console
 
 
@@ -26,7 +27,10 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
     cfg, engine, forward, state = run.cfg, run.engine, run.forward, run.state
     if state.step == 0:
         state.baseline = run.evaluate()
+    elif run.evaluation_due():  # a signal may have ended the run in the middle of it
+        run.evaluate()
 
+    stopping.defer()
     with StepProgress(state.step, run.steps) as progress:
         while state.step < run.steps and not run.out_of_patience():
             started = time.perf_counter()
@@ -43,7 +47,7 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
                 engine.backward((losses + router_loss).sum() * (work.weight / cfg.batch_size), work.last)
                 if work.weight:
                     seen[:, work.positions] = per_pair(run.loss, losses, logps, reference)
-            seen = engine.sum_over_ranks(seen)
+            seen = run.sum_over_ranks(seen)
             lr = learning_rate(state.step, run.steps, cfg.optimizer)
             # A step that is not finite changes nothing. The engine refuses such gradients by itself.
             grad_norm = engine.step(lr) if seen[LOSS].isfinite().all() else math.nan
@@ -70,10 +74,9 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
                 }
                 run.tracker.log(state.step, metrics)
             progress.step(state.step, metrics)
-            if cfg.eval_every and state.step % cfg.eval_every == 0 and state.step < run.steps:
+            if run.evaluation_due():
                 run.evaluate()
-            if cfg.save_every and state.step % cfg.save_every == 0:
-                run.save()
+            run.save_if_due()
 
     run.finish()
 

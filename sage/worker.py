@@ -6,15 +6,17 @@ RUN_DIR/config.yaml names the command. A rank reads nothing but this folder.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sage.util import ranks
-from sage.util.errors import UserError, disk_full, refusal, report
+from sage.util import ranks, stopping
+from sage.util.errors import UserError, disk_full, first_line, refusal, report
 from sage.util.locks import lock
 from sage.util.output import outlive_reader
 
@@ -45,9 +47,15 @@ def hold(run_dir: Path, rank: int) -> FileLock:
         ) from e
 
 
+# What gloo and NCCL say in a rank whose counterpart has ended.
+LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe")
+PATIENCE = 5  # seconds; a launcher ends a rank within these, once another one has failed
+
+
 def main() -> None:
     outlive_reader()
     run_dir, rank = Path(sys.argv[1]), ranks.rank()
+    stopping.install(run_dir, rank)
     try:
         held = hold(run_dir, rank)
         from hydra.utils import get_method
@@ -59,19 +67,38 @@ def main() -> None:
 
         get_method(JOBS[config.load(run_dir).command])(run_dir)
         held.release()
+        if stopping.asked():  # too late to stop anything
+            stopping.end(stopping.status())
         ranks.leave()
+    except stopping.Stopped as e:
+        stopping.leave(str(e))
     except Exception as e:
-        if disk_full(e):
-            e = UserError(
-                f"the disk of {run_dir} is full: make room, then go on with `sage resume {run_dir}`"
-            )
-        if (refused := refusal(e)) is None:
-            raise
-        refused.__cause__ = e.__cause__ if refused is e else e
-        if rank != 0:
-            time.sleep(5)  # rank 0 most likely says the same; it ends first and the launcher ends this rank
+        if stopping.asked():  # the other ranks have ended already
+            stopping.leave()
+        fail(e, run_dir, rank)
+
+
+def fail(error: Exception, run_dir: Path, rank: int) -> None:
+    """Say what went wrong, and end this rank without joining the others, which may wait in a collective.
+
+    One rank speaks: rank 0, or after a while another, if nobody has ended it meanwhile. A rank that only lost
+    another one has the least to say.
+    """
+    if disk_full(error):
+        error = UserError(f"the disk of {run_dir} is full: make room, then {stopping.go_on(run_dir)}")
+    lost = ranks.world_size() > 1 and isinstance(error, RuntimeError) and LOST.search(str(error))
+    if rank != 0 or lost:
+        time.sleep(PATIENCE)
+    if lost:
+        error = UserError(
+            f"rank {rank} lost another rank, which has failed or was killed ({first_line(error)})"
+        )
+    if refused := refusal(error):
+        refused.__cause__ = error.__cause__ if refused is error else error
         report(refused)
-        os._exit(2)  # the other ranks may wait in a collective: do not join them at exit
+    else:
+        traceback.print_exception(error)
+    stopping.end(2 if refused else 1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from many_runs import ENVIRONMENT
 
 SAGE = str(Path(sys.executable).with_name("sage"))
@@ -38,3 +40,14 @@ def kill_after(run_dir: Path, command: list[str], chunks: int) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def left_over(mark: str) -> list[int]:
+    """Live processes with NAME=VALUE in their environment, whatever their parent, group or session."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            name, value = mark.split("=", 1)
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(name) == value:
+                found.append(process.pid)
+    return found

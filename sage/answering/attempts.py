@@ -30,7 +30,7 @@ from sage.answering.verify import Verifier
 from sage.config import ModelConfig, SamplingConfig
 from sage.data.chat import ChatFormat, encode_prompts, response_ends
 from sage.model import loading
-from sage.util import ranks
+from sage.util import ranks, stopping
 from sage.util.files import write_text
 from sage.util.progress import console, track_counts
 
@@ -112,6 +112,9 @@ class Sampler:
             prompt: the text of a prompt, with {problem} in it.
             folder: where the attempts are kept. An interrupted run's attempts in it are used.
             name: a name for the progress bar.
+
+        Raises:
+            Stopped: a signal came in the middle of a training run.
         """
         final, progress = folder / GENERATIONS_FILE, folder / "progress"
         if not final.exists():
@@ -131,8 +134,11 @@ class Sampler:
                 self.generator.prepare(ids)
             self.estimate([ids[i] for _, chunk in missing for i in chunk], samples, len(missing))
             for file, chunk in track_counts(missing, name, [len(chunk) for _, chunk in missing]):
+                if stopping.asked():
+                    break
                 write_lines(file, self.chunk([(problems[i], prompts[i], ids[i]) for i in chunk], samples))
-            ranks.barrier()
+            if any(ranks.gather(stopping.asked())):
+                raise stopping.Stopped(f"while it answered {name}, at step")
             if self.rank == 0:
                 found = [a for n in range(len(chunks)) for a in read_attempts(progress / f"chunk_{n}.jsonl")]
                 order = {problem.problem_id: place for place, problem in enumerate(problems)}

@@ -72,7 +72,8 @@ class TrainConfig(RunConfig):
     patience: int | None = key(
         None, "end the run after this many evaluations without a better `select`; null = never", low=1
     )
-    save_every: int = key(0, "steps between checkpoints; 0 = none", low=0)
+    save_minutes: float = key(15.0, "minutes between checkpoints; a signal also saves one", above=0)
+    save_every: int = key(0, "steps between further checkpoints; 0 = none", low=0)
     keep_checkpoints: int = key(2, "number of newest checkpoints to keep", low=1)
     log_every: int = key(1, "steps between log lines", low=1)
 
@@ -216,7 +217,7 @@ class ScoreConfig(TrainConfig):
     def ignored(self) -> dict[str, str]:
         training = (
             "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark "
-            "benchmark_limit select patience save_every keep_checkpoints log_every hooks "
+            "benchmark_limit select patience save_minutes save_every keep_checkpoints log_every hooks "
             "model.gradient_checkpointing engine.offload data.eval_path data.eval_split data.eval_limit"
         )
         return {**super().ignored(), **because("which trains nothing", *training.split())}

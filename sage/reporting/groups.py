@@ -13,7 +13,17 @@ from scipy import stats
 from sage.reporting.runs import Run, Series
 
 # Keys that say where a run lies or how it is watched, not what it computes.
-IGNORED = ("seed", "cache_dir", "name", "command", "tracking", "world_size", "save_every", "keep_checkpoints")
+IGNORED = (
+    "seed",
+    "cache_dir",
+    "name",
+    "command",
+    "tracking",
+    "world_size",
+    "save_every",
+    "save_minutes",
+    "keep_checkpoints",
+)
 # In this order, the first metric that any run has decides the comparison.
 PREFERRED = ("eval/policy_accuracies", "eval/rewards/accuracies", "eval/loss", "rewards/accuracies", "loss")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from sage.config import SUMMARY_FILE, TrainConfig
 from sage.data.tokens import TokenizedPairs
@@ -23,9 +25,10 @@ from sage.training.hooks import Hook
 from sage.training.metrics import peak_memory_gb
 from sage.training.selection import Choice, Selection
 from sage.training.tracking import METRICS_FILE, Tracker
-from sage.util import ranks
+from sage.util import ranks, stopping
 from sage.util.files import write_json
 from sage.util.progress import console, print_summary
+from sage.util.stopping import Stopped
 
 
 @dataclass
@@ -46,6 +49,9 @@ class Run:
     hooks: list[Hook]
     criterion: Criterion | None  # of the best policy
     tracker: Tracker
+    saved: float = field(default_factory=time.monotonic)  # when, on rank 0
+    stop_asked: bool = False  # by a signal
+    save_due: bool = False
 
     def before_step(self, choice: Choice) -> dict[str, float]:
         """Metrics of all hooks, of the pairs that the step is about to train on."""
@@ -56,10 +62,16 @@ class Run:
         """Measure the policy with all hooks, log that, and keep the policy if it is the best so far.
 
         Returns the metrics. A step is evaluated once, also if the run is resumed at this step.
+
+        Raises:
+            Stopped: a signal came; there is a checkpoint of this step, which counts as not evaluated.
         """
         state = self.state
         if state.evaluated != state.step:
-            metrics = {name: value for hook in self.hooks for name, value in hook.evaluate(self).items()}
+            try:
+                metrics = {name: value for hook in self.hooks for name, value in hook.evaluate(self).items()}
+            except Stopped as e:
+                self.stop(str(e))
             self.tracker.log(state.step, metrics)
             state.evaluated, state.latest = state.step, metrics
             if self.criterion:
@@ -98,12 +110,43 @@ class Run:
             with torch.random.fork_rng(cuda):  # loading an adapter seeds it
                 export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)
 
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum over ranks. Along with it, they agree whether to stop or to save after this step."""
+        overdue = self.engine.rank == 0 and time.monotonic() - self.saved > 60 * self.cfg.save_minutes
+        asked = values.new_tensor([stopping.asked(), overdue])
+        total = self.engine.sum_over_ranks(torch.cat([values.flatten(), asked]))
+        self.stop_asked, self.save_due = (total[-2:] > 0).tolist()
+        return total[:-2].view_as(values)
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint if it is time for one, or if a signal came.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        if self.stop_asked:
+            self.stop("after its step")
+        every = self.cfg.save_every
+        if self.save_due or (every and self.state.step % every == 0):
+            self.save()
+
+    def stop(self, where: str) -> NoReturn:
+        self.save()
+        self.tracker.close()
+        raise Stopped(f"{where} {self.state.step}")
+
+    def evaluation_due(self) -> bool:
+        """Whether this step ends with an evaluation; the last one does so anyway."""
+        every, step = self.cfg.eval_every, self.state.step
+        return bool(every) and step % every == 0 and step < self.steps
+
     def save(self) -> None:
         """Write a checkpoint."""
         self.selection.log.flush()
         self.state.selection = self.selection.state_dict()
         self.state.costs = dict(self.forward.costs)
         checkpoint.save(self.engine, self.state, self.run_dir, self.cfg.keep_checkpoints)
+        self.saved = time.monotonic()
 
     def finish(self) -> None:
         """Evaluate, export final/, write summary.json, and print the table."""
