@@ -21,6 +21,7 @@ from torch import Tensor
 from sage.model.engine import Engine
 from sage.util.errors import UserError, first_line
 from sage.util.files import fsync, link_folder
+from sage.util.ranks import main_only
 
 BEST_FOLDER = "best"  # of the run, and of each of its checkpoints
 SIDECAR = "train_state.pt"
@@ -73,6 +74,8 @@ def folder_of(run_dir: Path, step: int) -> Path:
 def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:
     """Write checkpoints/step_N atomically, on all ranks together, and delete all but the newest `keep`."""
     final = folder_of(run_dir, state.step)
+    if main_only(final.exists):  # a signal came right after it was written
+        return
     temporary = final.with_name(f".{final.name}.tmp")
     if engine.rank == 0 and temporary.exists():  # left by a kill
         shutil.rmtree(temporary)

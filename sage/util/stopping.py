@@ -144,10 +144,11 @@ def blocked() -> Iterator[None]:
 
 
 def _on_signal(signum: int, _: Any) -> None:
+    new = not asked()
     _arrivals.add(signum)
     if _arrivals.again or not _deferred:
         leave()
-    elif _farewell:
+    elif new and _farewell:
         tell(f"{_arrivals.name}: the run ends after this step; another signal ends it at once")
 
 
