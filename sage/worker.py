@@ -30,6 +30,9 @@ JOBS = {
     "score-dataset": "sage.commands.score_dataset.score_dataset",
     "eval": "sage.commands.evaluate.evaluate",
 }
+# What gloo and NCCL say in a rank whose counterpart has ended.
+LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe")
+PATIENCE = 5  # seconds; a launcher ends a rank within these, once another one has failed
 
 
 def hold(run_dir: Path, rank: int) -> FileLock:
@@ -45,11 +48,6 @@ def hold(run_dir: Path, rank: int) -> FileLock:
             f"rank {rank} of {run_dir} still runs, perhaps because only its launcher was killed: wait "
             "for it, or kill it"
         ) from e
-
-
-# What gloo and NCCL say in a rank whose counterpart has ended.
-LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe")
-PATIENCE = 5  # seconds; a launcher ends a rank within these, once another one has failed
 
 
 def main() -> None:
