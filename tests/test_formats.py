@@ -675,3 +675,78 @@ def test_reported_cases_that_are_refused(name, reason):
     with pytest.raises(UserError) as error:
         load_pairs(str(CASES / name))
     assert reason in str(error.value)
+
+
+# --- columns that belong to the conversation, and tables in other layouts
+
+
+@pytest.mark.parametrize(
+    ("column", "ours", "value", "said"),
+    [
+        ("input", "input", "2?", "2 + 2?\\n2?"),
+        ("history", "history", [["Hi", "Hello"]], "Hello"),
+        ("system_prompt", "system", "Be brief.", "Be brief."),
+        ("functions", "tools", TOOLS, "weather"),
+        ("chosen_reasoning", "chosen_reasoning", "two and two", "two and two"),
+        ("rejected_thinking", "rejected_reasoning", "two or three", "two or three"),
+    ],
+)
+def test_a_column_of_the_conversation_is_used_or_refused(tmp_path, column, ours, value, said):
+    """Protects from training on a part of what the model was to read or to write."""
+    row = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", column: value}
+    with pytest.raises(UserError, match=rf"'{column}' would be left out.*{ours}={column}.*{ours}=''"):
+        load(tmp_path, row)
+    assert load(tmp_path, {**row, column: type(value)()}).notes == [f"columns not used: {column}"]
+    assert load(tmp_path, row, columns={ours: ""}).notes == [f"columns not used: {column}"]
+    used = load(tmp_path, row, columns={ours: column})
+    (pair,) = used.pairs
+    written = "".join(str(pair[name]) for name in ("prompt", "chosen", "rejected", "tools"))
+    assert not used.notes and said in written
+    if ours == "chosen_reasoning":
+        assert json.loads(pair["chosen"]) == [
+            {"role": "assistant", "content": "4", "reasoning_content": value}
+        ]
+        assert json.loads(pair["rejected"]) == [{"role": "assistant", "content": "5"}]
+
+
+TABLE = [{"prompt": f"p{i}", "chosen": "a, b", "rejected": "c; d"} for i in range(3)]
+LISTS = {name: [row[name] for row in TABLE] for name in TABLE[0]}
+LAYOUTS = {
+    "lists.json": json.dumps(LISTS),
+    "indented.json": json.dumps(LISTS, indent=1),
+    "pandas.json": json.dumps({name: dict(enumerate(cells)) for name, cells in LISTS.items()}),
+    "pandas_split.json": json.dumps(
+        {"columns": list(LISTS), "index": [0, 1, 2], "data": [list(row.values()) for row in TABLE]}
+    ),
+    "viewer.json": json.dumps(
+        {
+            "features": [{"feature_idx": 0, "name": "prompt", "type": {"dtype": "string"}}],
+            "rows": [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(TABLE)],
+        }
+    ),
+    "semicolons.csv": "prompt;chosen;rejected\n" + "".join(f'p{i};a, b;"c; d"\n' for i in range(3)),
+    "tabs.csv": "prompt\tchosen\trejected\n" + "".join(f"p{i}\ta, b\tc; d\n" for i in range(3)),
+    "commas.csv": "prompt,chosen,rejected\n" + "".join(f'p{i},"a, b",c; d\n' for i in range(3)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tables_in_other_layouts_are_read(tmp_path, name):
+    file = tmp_path / name
+    file.write_text(LAYOUTS[name], encoding="utf-8")
+    pairs = read_pair_set(str(file)).pairs
+    assert [{key: json.loads(row[key]) for key in TABLE[0]} for row in pairs] == TABLE
+
+
+def test_one_row_of_messages_is_no_table(tmp_path):
+    row = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    file = tmp_path / "row.json"
+    file.write_text(json.dumps({"prompt": [{"role": "user", "content": "q"}], **row}))
+    assert len(read_pair_set(str(file)).pairs) == 1
+
+
+def test_rows_that_the_viewer_has_cut_are_refused(tmp_path):
+    file = tmp_path / "page.json"
+    file.write_text(json.dumps({"rows": [{"row": TABLE[0], "row_idx": 0, "truncated_cells": ["chosen"]}]}))
+    with pytest.raises(UserError, match="has cut chosen short"):
+        read_pair_set(str(file))

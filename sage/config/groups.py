@@ -164,6 +164,8 @@ class PairColumns(Columns):
     history: str | None = key(None, "earlier turns, a list of [user's text, assistant's text] (Alpaca)")
     started: str | None = key(None, "texts that begin the answer and that both responses continue (Step-DPO)")
     tools: str | None = key(None, "lists of tools for the chat template")
+    chosen_reasoning: str | None = key(None, "the better responses' thoughts, where they are apart")
+    rejected_reasoning: str | None = key(None, "the worse responses' thoughts, where they are apart")
     answer: str | None = key(None, "true answers, for data.answers")
     pass_rate: str | None = key(None, "pass rates, from 0 to 1")
 

@@ -54,7 +54,7 @@ def read_pair(values: Mapping[str, Any], chat: bool, implicit: bool, repeated: b
     if repeated and isinstance(pair.prompt, str):
         rests = (side.removeprefix(pair.prompt) for side in pair[1:] if isinstance(side, str))
         pair = Pair(pair.prompt, *(rest.lstrip() if chat else rest for rest in rests))
-    pair = _continue(_surround(pair, values))
+    pair = _with_thoughts(_continue(_surround(pair, values)), values)
     if isinstance(pair.prompt, str):
         if not pair.prompt.strip():
             raise MissingPrompt("prompt is empty")
@@ -165,7 +165,8 @@ def _split_messages(prompt: Turns | None, chosen: Messages, rejected: Messages) 
             raise Useless("empty_response", f"{name} is empty: it is where the other response begins")
         if (roles := [message["role"] for message in messages]) != ["assistant"]:
             raise UserError(
-                f"{name} must be one assistant message after what both responses share, not {roles}"
+                f"{name} must be one assistant message after what both responses share, not {roles}; end "
+                "both after the first message in which they differ, or make a pair of each turn"
             )
     return Pair(_join_prompt(prompt, shared), *responses)
 
@@ -225,6 +226,19 @@ def _surround(pair: Pair, values: Mapping[str, Any]) -> Pair:
         messages = [*messages, _says(started)]
     chosen, rejected = ([_says(side)] if isinstance(side, str) else side for side in (chosen, rejected))
     return Pair(messages, chosen, rejected)
+
+
+def _with_thoughts(pair: Pair, values: Mapping[str, Any]) -> Pair:
+    """The pair with the thoughts that other columns hold, as `reasoning_content` of its responses."""
+    thoughts = [_text(values, f"{name}_reasoning") for name in ("chosen", "rejected")]
+    if not any(thoughts):
+        return pair
+    prompt = [{"role": "user", "content": pair.prompt}] if isinstance(pair.prompt, str) else pair.prompt
+    sides = [[_says(side)] if isinstance(side, str) else side for side in pair[1:]]
+    for side, thought in zip(sides, thoughts, strict=True):
+        if thought:
+            side[0] = {"reasoning_content": thought, **side[0]}
+    return Pair(prompt, *sides)
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:

@@ -107,7 +107,9 @@ def read_document(name: str, file: Path, split: str) -> list[Any] | None:
 
 
 def _unwrap(name: str, value: dict[str, Any], split: str) -> list[Any] | None:
-    """The rows in an object such as {"data": [...]}; None where the object is itself a row."""
+    """The rows in an object such as {"data": [...]} or of columns; None where the object is itself a row."""
+    if (rows := _from_columns(value)) is not None:
+        return rows
     lists = {
         key: rows
         for key, rows in value.items()
@@ -116,21 +118,67 @@ def _unwrap(name: str, value: dict[str, Any], split: str) -> list[Any] | None:
         and all(isinstance(row, dict) and not {"role", "from", "type"} & row.keys() for row in rows)
     }
     if split in lists:
-        return lists[split]
-    if len(lists) < len(
-        value
-    ):  # beside rows there may be a version; beside a row's tools there is its prompt
+        return [_from_viewer(row) for row in lists[split]]
+    if len(lists) < len(value):
+        # Beside rows there may be a version. Beside a row's tools there is its prompt.
         lists = {key: rows for key, rows in lists.items() if key in WRAPPERS}
     if len(lists) > 1:
         raise UserError(f"{name}: no list {split!r}; it has {', '.join(lists)}. Say which with data.split")
-    return next(iter(lists.values()), None)
+    found = next(iter(lists.values()), None)
+    return found and [_from_viewer(row) for row in found]
+
+
+def _from_columns(value: dict[str, Any]) -> list[Any] | None:
+    """The rows of a table that is stored by columns, as pandas and `Dataset.to_dict` write it; None for other
+    objects."""
+    if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:  # orient="split"
+        return [dict(zip(value["columns"], cells, strict=True)) for cells in value["data"]]
+    columns = list(value.values())
+    if len(columns) < 2:
+        return None
+    if all(isinstance(column, dict) for column in columns):  # {"prompt": {"0": ..., "1": ...}, ...}
+        indices = list(columns[0])
+        if not all(list(column) == indices for column in columns) or not all(map(str.isdigit, indices)):
+            return None
+        columns = [list(column.values()) for column in columns]
+    # An object in a list is a message, or a row.
+    if not all(isinstance(column, list) and not any(map(_is_object, column)) for column in columns):
+        return None
+    if len({len(column) for column in columns}) > 1:
+        return None
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)] or None
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _from_viewer(row: dict[str, Any]) -> Any:
+    """A row without the cover that the hub's dataset viewer puts around it."""
+    if not isinstance(row.get("row"), dict) or not row.keys() <= {"row", "row_idx", "truncated_cells"}:
+        return row
+    if cut := row.get("truncated_cells"):
+        return UserError(
+            f"the dataset viewer has cut {', '.join(map(str, cut))} short; get the data set itself"
+        )
+    return row["row"]
 
 
 def _read_csv(name: str, file: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of a table with a header. All values are text, as they stand there."""
+    """Rows of a table with a header. All values are text, as they stand there.
+
+    The separator is the first that divides the header: many spreadsheets write semicolons or tabs.
+    """
     csv.field_size_limit(2**31 - 1)
-    separator = "\t" if ".tsv" in file.name.lower() else ","
-    with _open(file, mode="rt", encoding="utf-8-sig", newline="") as text:
+    options: dict[str, Any] = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+    try:
+        with _open(file, **options) as text:
+            header = text.readline()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from error
+    separators = "\t,;|" if ".tsv" in file.name.lower() else ",;\t|"
+    separator = next((mark for mark in separators if mark in header), ",")
+    with _open(file, **options) as text:
         lines = csv.reader(text, delimiter=separator, strict=True)
         try:
             header = next(lines, [])

@@ -13,7 +13,19 @@ SAMPLED = ("prompt_ids", "chosen_ids", "rejected_ids", "tokenizer")
 MAPPABLE = tuple(field.name for field in fields(PairColumns))
 COLUMNS = (*MAPPABLE, *SAMPLED)
 # They mean what their name says only in a format that has them, or where data.columns names them.
-MAPPED_ONLY = ("input", "history", "started")
+MAPPED_ONLY = ("input", "history", "started", "chosen_reasoning", "rejected_reasoning")
+# Columns that likely belong to the conversation -> our name for what they hold. They are never left out
+# silently.
+TELLING = {
+    **{name: name for name in MAPPED_ONLY if name != "started"},
+    **dict.fromkeys(("system_prompt", "system_message"), "system"),
+    **dict.fromkeys(("functions", "function_definitions"), "tools"),
+    **{
+        f"{side}_{word}": f"{side}_reasoning"
+        for side in ("chosen", "rejected")
+        for word in ("reasoning_content", "thinking")
+    },
+}
 
 
 class Format(NamedTuple):
@@ -132,3 +144,21 @@ def map_columns(
         if one in found and found[one] == found.get(other):
             raise UserError(f"data.columns: {one} and {other} are both mapped to {found[one]!r}")
     return found, form
+
+
+def refuse_telling(
+    path: str, unused: Iterable[str], names: Mapping[str, str], columns: Mapping[str, str]
+) -> None:
+    """Refuse a source of which a column is not used that likely belongs to the conversation.
+
+    Args:
+        unused: the columns that are not used and hold something.
+        names, columns: as in `map_columns`.
+    """
+    for theirs in unused:
+        ours = TELLING.get(theirs)
+        if ours and ours not in columns and ours not in names:
+            raise UserError(
+                f"{path}: the column {theirs!r} would be left out. Set data.columns.{ours}={theirs} to use "
+                f"it as {ours}, or data.columns.{ours}='' to leave it out"
+            )

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from sage.config import DataConfig
 from sage.data.conversation import MissingPrompt, Pair, Turns, Useless, read_pair, repeats
-from sage.data.formats import SAMPLED, lookup, map_columns
+from sage.data.formats import SAMPLED, lookup, map_columns, refuse_telling
 from sage.data.messages import MEDIA, SAID
 from sage.data.source import Row, first_five, read_rows
 from sage.data.values import as_json, holds_text, read_answer, read_pass_rate, read_tools
@@ -119,6 +119,9 @@ def read_pair_set(
     present = dict.fromkeys(key for row in rows if isinstance(row.record, dict) for key in row.record)
     names, form = map_columns(path, present, columns) if present else ({}, None)
     unused = [key for key in present if key not in {*_outer(names), *MEDIA}]
+    if "prompt" in names or "prompt" in columns:
+        telling = [key for key in unused if any(_holds(row.record, key) for row in rows)]
+        refuse_telling(path, telling, names, columns)
     # A text column that nothing names may be the prompt. Then what both responses begin with is not.
     unnamed = [key for key in unused if "prompt" not in columns and _may_be_prompt(rows, key)]
     repeats_prompt = _repeat_prompts(rows, names)
@@ -181,7 +184,7 @@ def read_pair_set(
 def _record(values: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
     """A row of `read_pair_set`'s pairs but for pair_id and row, or a UserError with the reason alone."""
     for name in MEDIA:
-        if values.get(name) and values[name] == values[name] and values[name] not in NOTHING:
+        if _holds(values, name):
             raise UserError(f"the row has {name}; sage trains on text only")
     record: dict[str, Any] = {name: as_json(name, turns) for name, turns in pair._asdict().items()}
     tools = read_tools(values.get("tools"))
@@ -244,6 +247,12 @@ def _sampled(values: Mapping[str, Any]) -> dict[str, Any]:
 def _outer(names: Mapping[str, str]) -> set[str]:
     """The columns that are read, also those of which only an inner part is."""
     return {*names.values(), *(theirs.partition(".")[0] for theirs in names.values())}
+
+
+def _holds(record: Any, column: str) -> bool:
+    """Whether a row has something in a column."""
+    value = record.get(column) if isinstance(record, dict) else None
+    return bool(value) and value == value and value not in NOTHING
 
 
 def _may_be_prompt(rows: Iterable[Row], column: str) -> bool:
