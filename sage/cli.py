@@ -12,15 +12,17 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sage import config
+from sage import config, sweeps
 from sage.config import nearest
 from sage.util import stopping
 from sage.util.errors import UserError, refusal, report
@@ -52,26 +54,39 @@ sage train --shell-completion install=bash      how to install completion: docs/
 """
 
 
-def hydra_command(word: str) -> Callable[..., None]:
+def hydra_command(word: str) -> Callable[[], None]:
     """The Hydra program behind a command word."""
 
     @hydra.main(version_base="1.3", config_path="pkg://sage.conf", config_name=word.replace("-", "_"))
-    def run(composed: DictConfig) -> None:
-        from sage import launch
-
-        hydra_config = HydraConfig.get()
+    def run(composed: DictConfig) -> float | None:
+        hydra_config: Any = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            with sweeps.job_of(hydra_config, run_dir) as outcome:
+                execute(word, composed, hydra_config, run_dir)
+                outcome.metric, outcome.value = sweeps.result(run_dir)
+            return outcome.value  # Hydra hands it to the sweeper
         try:
-            typed = {key_of(override) for override in hydra_config.overrides.hydra}
-            for key in typed.intersection(config.unknown_keys(hydra_config, "hydra.")):  # pyright: ignore
-                raise UserError(unknown_to_hydra(key, word))
-            launch.run(config.load(composed, hydra_config.overrides.task), run_dir)
+            execute(word, composed, hydra_config, run_dir)
         except UserError as e:
-            with suppress(OSError):
-                run_dir.rmdir()  # Hydra made it; a folder that holds anything stays
             fail(e)  # here, so that Hydra does not add its own message
 
-    return run
+    return lambda: sweeps.run_sweep(run)
+
+
+def execute(word: str, composed: DictConfig, hydra_config: Any, run_dir: Path) -> None:
+    """Load the config, and run the command."""
+    from sage import launch
+
+    try:
+        typed = {key_of(override) for override in hydra_config.overrides.hydra}
+        for key in typed.intersection(config.unknown_keys(hydra_config, "hydra.")):
+            raise UserError(unknown_to_hydra(key, word))
+        launch.run(config.load(composed, hydra_config.overrides.task), run_dir)
+    except UserError:
+        with suppress(OSError):
+            run_dir.rmdir()  # Hydra made it; a folder that holds anything stays
+        raise
 
 
 def resume() -> None:
@@ -121,7 +136,7 @@ def report_runs() -> None:
     write_report(sys.argv[1:])
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[[], None]] = {
     **{word: hydra_command(word) for word in config.SCHEMAS},
     "eval": evaluate,
     "verify": verify,

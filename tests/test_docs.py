@@ -18,7 +18,7 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 # From the top down. What is on a line imports from the lines below it, never from its own line or above.
 LAYERS = (
     "cli",
-    "launch worker",
+    "sweeps launch worker",
     "commands",
     "reporting",
     "train",
