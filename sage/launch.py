@@ -28,6 +28,7 @@ from sage.model.folder import check_adapter, check_weights_files, lora_of
 from sage.util.errors import UserError
 from sage.util.locks import locked
 from sage.util.processes import run_ranks
+from sage.util.progress import activity
 from sage.util.stopping import go_on
 
 # Environment variables of the ranks, unless the user has set them.
@@ -82,7 +83,8 @@ def preflight(cfg: RunConfig) -> None:
         raise UserError(f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it")
     check_writable(Path(cfg.cache_dir).expanduser(), "cache_dir")
     check_model(cfg.model)
-    read_inputs(cfg)
+    with activity("checking the inputs"):
+        read_inputs(cfg)
 
 
 def check_model(cfg: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from sage.training.hooks import Hook
 from sage.training.metrics import LOSS, PER_PAIR, means, per_pair
 from sage.training.setup import build_run
 from sage.util import stopping
-from sage.util.progress import StepProgress, console
+from sage.util.progress import console, steps
 
 
 def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
@@ -31,7 +31,7 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
         run.evaluate()
 
     stopping.defer()
-    with StepProgress(state.step, run.steps) as progress:
+    with steps(state.step, run.steps) as progress:
         while state.step < run.steps and not run.out_of_patience():
             started = time.perf_counter()
             choice = run.selection.choose(state.step)
@@ -73,7 +73,7 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
                     **run.selection.metrics(),
                 }
                 run.tracker.log(state.step, metrics)
-            progress.step(state.step, metrics)
+            progress.step(metrics)
             if run.evaluation_due():
                 run.evaluate()
             run.save_if_due()

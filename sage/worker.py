@@ -19,6 +19,7 @@ from sage.util import ranks, stopping
 from sage.util.errors import UserError, disk_full, first_line, refusal, report
 from sage.util.locks import lock
 from sage.util.output import outlive_reader
+from sage.util.progress import activity
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks fork; a warning about it helps nobody
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -63,7 +64,9 @@ def main() -> None:
 
         logging.disable_progress_bar()  # we show our own
 
-        get_method(JOBS[config.load(run_dir).command])(run_dir)
+        with activity("loading PyTorch and DeepSpeed"):
+            job = get_method(JOBS[config.load(run_dir).command])
+        job(run_dir)
         held.release()
         if stopping.asked():  # too late to stop anything
             stopping.end(stopping.status())

@@ -32,7 +32,7 @@ from sage.data.chat import ChatFormat, encode_prompts, response_ends
 from sage.model import loading
 from sage.util import ranks, stopping
 from sage.util.files import write_text
-from sage.util.progress import console, track_counts
+from sage.util.progress import Activity, activity, console
 
 GENERATIONS_FILE = "generations.jsonl"
 PROBE_TOKENS = 16
@@ -116,16 +116,16 @@ class Sampler:
         Raises:
             Stopped: a signal came in the middle of a training run.
         """
-        final, progress = folder / GENERATIONS_FILE, folder / "progress"
+        final, finished = folder / GENERATIONS_FILE, folder / "progress"
         if not final.exists():
-            progress.mkdir(parents=True, exist_ok=True)
+            finished.mkdir(parents=True, exist_ok=True)
             prompts = [prompt.replace("{problem}", problem.prompt) for problem in problems]
             ids = encode_prompts(self.tokenizer, prompts, self.chat)
             chunks = self.chunks(ids, samples)
             missing = [
-                (progress / f"chunk_{number}.jsonl", chunk)
+                (finished / f"chunk_{number}.jsonl", chunk)
                 for number, chunk in enumerate(chunks)
-                if number % self.world_size == self.rank and not (progress / f"chunk_{number}.jsonl").exists()
+                if number % self.world_size == self.rank and not (finished / f"chunk_{number}.jsonl").exists()
             ]
             if missing:
                 if self.generator is None:
@@ -133,19 +133,21 @@ class Sampler:
                 # On all prompts, so that a resumed run comes to the same decision.
                 self.generator.prepare(ids)
             self.estimate([ids[i] for _, chunk in missing for i in chunk], samples, len(missing))
-            for file, chunk in track_counts(missing, name, [len(chunk) for _, chunk in missing]):
-                if stopping.asked():
-                    break
-                write_lines(file, self.chunk([(problems[i], prompts[i], ids[i]) for i in chunk], samples))
+            with activity(name, sum(len(chunk) for _, chunk in missing) * samples) as progress:
+                for file, chunk in missing:
+                    if stopping.asked():
+                        break
+                    work = [(problems[i], prompts[i], ids[i]) for i in chunk]
+                    write_lines(file, self.chunk(work, samples, progress))
             if any(ranks.gather(stopping.asked())):
                 raise stopping.Stopped(f"while it answered {name}, at step")
             if self.rank == 0:
-                found = [a for n in range(len(chunks)) for a in read_attempts(progress / f"chunk_{n}.jsonl")]
+                found = [a for n in range(len(chunks)) for a in read_attempts(finished / f"chunk_{n}.jsonl")]
                 order = {problem.problem_id: place for place, problem in enumerate(problems)}
                 write_lines(final, sorted(found, key=lambda a: (order[a.problem_id], a.sample)))
         if self.rank != 0:
             return []
-        shutil.rmtree(progress, ignore_errors=True)
+        shutil.rmtree(finished, ignore_errors=True)
         return read_attempts(final)
 
     def chunks(self, ids: Sequence[Sequence[int]], samples: int) -> list[list[int]]:
@@ -154,14 +156,19 @@ class Sampler:
         size = max(self.backend.chunk // samples, 1)
         return [by_length[start : start + size] for start in range(0, len(by_length), size)]
 
-    def chunk(self, work: Sequence[tuple[Problem, str, list[int]]], samples: int) -> list[Attempt]:
+    def chunk(
+        self, work: Sequence[tuple[Problem, str, list[int]]], samples: int, progress: Activity
+    ) -> list[Attempt]:
         assert self.generator is not None
         samples_of = [(*item, sample) for item in work for sample in range(samples)]
         requests = [
             Request(ids, seed_of(self.seed, problem.problem_id, sample), self.sampling.max_new_tokens)
             for problem, _, ids, sample in samples_of
         ]
-        found = dict(self.generator(requests))
+        found = {}
+        for index, response in self.generator(requests):
+            found[index] = response
+            progress.advance()
         responses = [found[i] for i in range(len(requests))]
         verdicts = self.verifier.verify([r.text for r in responses], [item[0].answer for item in samples_of])
         return [

@@ -38,7 +38,7 @@ from sage.training.selection import read_margins
 from sage.training.setup import build, read_pairs
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
-from sage.util.progress import console, track_counts
+from sage.util.progress import console, track
 from sage.util.ranks import main_first
 
 FORWARD_FOLDER = "forward"
@@ -133,7 +133,7 @@ def run_models(
     missing = forward.engine.gather(missing)[0]  # rank 0 writes the files, so it decides
     counts = [len(shards[number]) for number in missing]
     pair_ids, pass_rates, lengths = pairs.pair_ids(), pairs.pass_rates(), pairs.lengths().astype(np.int32)
-    for number in track_counts(missing, "pairs", counts):
+    for number in track(missing, "pairs", sum(counts), lambda number: len(shards[number])):
         indices = shards[number]
         logps, logit = forward.all_stats(pairs, indices, logit=True)
         other = reference.all_logps(pairs, indices) if reference else logps

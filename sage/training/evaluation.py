@@ -40,8 +40,14 @@ class HeldOut(Hook):
         else:
             logps = forward.all_logps(self.pairs, everything, "held-out pairs")
         forward.costs.update(costs)  # evaluation is no cost of training
-        metrics = per_pair(run.loss, run.loss(logps, reference), logps, reference)
-        return {**means(metrics.sum(1), len(everything), "eval/"), "eval/pairs": len(everything)}
+        numbers = per_pair(run.loss, run.loss(logps, reference), logps, reference)
+        metrics = means(numbers.sum(1), len(everything), "eval/")
+        console.print(
+            f"step {run.state.step}: {len(everything)} held-out pairs: loss {metrics['eval/loss']:.4f}, "
+            f"accuracy {metrics['eval/policy_accuracies']:.3f}, by reward "
+            f"{metrics['eval/rewards/accuracies']:.3f}"
+        )
+        return {**metrics, "eval/pairs": len(everything)}
 
 
 class Benchmarks(Hook):

@@ -27,7 +27,7 @@ from sage.training.selection import Choice, Selection
 from sage.training.tracking import METRICS_FILE, Tracker
 from sage.util import ranks, stopping
 from sage.util.files import write_json
-from sage.util.progress import console, print_summary
+from sage.util.progress import activity, console, print_summary
 from sage.util.stopping import Stopped
 
 
@@ -104,10 +104,10 @@ class Run:
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder, from all ranks' shards."""
-        weights = self.engine.full_state_dict()
-        if weights is not None:
-            cuda = [self.engine.device] if self.engine.device.type == "cuda" else []
-            with torch.random.fork_rng(cuda):  # loading an adapter seeds it
+        cuda = [self.engine.device] if self.engine.device.type == "cuda" else []
+        with activity(f"writing the policy to {folder.name}/"), torch.random.fork_rng(cuda):
+            weights = self.engine.full_state_dict()
+            if weights is not None:  # this loads an adapter, which draws random numbers
                 export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -145,7 +145,8 @@ class Run:
         self.selection.log.flush()
         self.state.selection = self.selection.state_dict()
         self.state.costs = dict(self.forward.costs)
-        checkpoint.save(self.engine, self.state, self.run_dir, self.cfg.keep_checkpoints)
+        with activity(f"writing checkpoint step_{self.state.step}"):
+            checkpoint.save(self.engine, self.state, self.run_dir, self.cfg.keep_checkpoints)
         self.saved = time.monotonic()
 
     def finish(self) -> None:

@@ -111,6 +111,7 @@ class Selection:
         assert type(objective) is type(self.loss), "a scorer changes the loss's options, not its class"
         self.numbers = {
             "selection/candidates": len(candidates),
+            "selection/share": wanted / len(candidates),
             "selection/mean_score": scores[scores.isfinite()].mean().item(),
             "selection/mean_score_selected": scores[picked].mean().item(),
             "selection/mean_margin_selected": stats.margin(scorer.margin)[picked].mean().item(),

@@ -45,7 +45,7 @@ from sage.training.snr import SNR
 from sage.training.tracking import Tracker
 from sage.util import ranks
 from sage.util.errors import UserError
-from sage.util.progress import console
+from sage.util.progress import activity, console
 
 FIRST_PAIR_WIDTH = 240  # characters shown of each part of the first pair
 
@@ -67,10 +67,12 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     if warning:
         console.print(warning, markup=False)
 
-    base = open_model(cfg.model, device, cfg.seed, cfg.cache_dir)
+    with activity(f"finding {cfg.model.path}"):
+        base = open_model(cfg.model, device, cfg.seed, cfg.cache_dir)
     data = read_data(cfg, base.tokenizer, run_dir)
     curriculum = build_curriculum(cfg, scorer, data)
-    identity = base.identity()
+    with activity("hashing the model's files"):
+        identity = base.identity()
     scored = Scored(cfg.data.scores, data.pairs, identity) if cfg.data.scores else None
 
     engine, forward = build_engine(cfg, base, data, device)
@@ -127,12 +129,14 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
     """The config's pairs, or its held-out ones, tokenised; says how many there are, and what was dropped."""
     data = cfg.data
     path = data.eval_path if held_out else data.path
-    source = ranks.main_first(lambda: load_data(data, held_out))
+    with activity(f"reading {path}"):
+        source = ranks.main_first(lambda: load_data(data, held_out))
     rows = source.pairs
     notes = list(source.notes)
     if data.answers:
         drop = data.answers == "drop"
-        check = ranks.main_only(lambda: check_answers(rows))
+        with activity("verifying answers"):
+            check = ranks.main_only(lambda: check_answers(rows))
         notes.append(check.summary(drop))
         list_rows(run_dir / "answers.jsonl", path, [found._asdict() for found in check.findings], held_out)
         rows = without(rows, check.findings) if drop else rows
@@ -186,11 +190,15 @@ def build_engine(
     cfg: TrainConfig, base: BaseModel, data: Data, device: torch.device
 ) -> tuple[Engine, PairForward]:
     """Load the policy, put it under the engine, and check it against the model's own code."""
-    policy = base.load()
+    with activity("loading the model"):
+        policy = base.load()
     asked = [data.pairs] if data.held_out is None else [data.pairs, data.held_out]
-    known = check_unwrapped(policy, device, asked, cfg.data.packing, cfg.model.path)
-    engine = Engine(policy, cfg.engine, cfg.optimizer, base.dtype, device)
-    layout = settle(engine, asked, cfg.data.packing, cfg.model.path, known)
+    with activity("checking log-probabilities against the model's own code"):
+        known = check_unwrapped(policy, device, asked, cfg.data.packing, cfg.model.path)
+    with activity("starting DeepSpeed"):
+        engine = Engine(policy, cfg.engine, cfg.optimizer, base.dtype, device)
+    with activity("checking log-probabilities under DeepSpeed"):
+        layout = settle(engine, asked, cfg.data.packing, cfg.model.path, known)
     return engine, PairForward(engine, cfg.micro_batch_tokens, layout)
 
 
@@ -209,7 +217,8 @@ def build_references(
 
     @cache
     def frozen() -> Frozen:  # one copy serves both
-        copy = base.load()
+        with activity("loading the reference"):
+            copy = base.load()
         copy.follow(policy)
         return Frozen(copy, cfg.engine.zero_stage == 3, base.dtype, engine.device)
 
@@ -232,7 +241,7 @@ def restore(
 ) -> TrainState:
     """Load the newest checkpoint into the run's parts and return its state, or `state` if there is none."""
     if saved := checkpoint.list_checkpoints(run_dir):
-        with checkpoint.readable(saved[-1]):
+        with activity(f"reading {saved[-1].name}"), checkpoint.readable(saved[-1]):
             state = checkpoint.restore(engine, state, saved[-1])
             selection.load_state_dict(state.selection)
         forward.costs.update(state.costs)

@@ -1,40 +1,127 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere. Rank 0 speaks."""
+"""What a person sees while a run goes on: live lines on a terminal, plain lines elsewhere. Rank 0 speaks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
 
 from sage.util import ranks
 
 T = TypeVar("T")
 console = Console(quiet=ranks.rank() != 0, soft_wrap=True, highlight=False)
+LINE_EVERY = 30.0  # seconds between plain lines about one activity
+SLOW = 10.0  # an activity that took so many seconds leaves a line that says so
+WIDE = 100  # columns of a terminal that has room for a bar beside the numbers
 
 
-def bar(*extra: TextColumn) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *extra,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=not extra,
-    )
+class Activity:
+    """Something that takes time. Where `total` is known, it shows how much is done and the time left.
+
+    `facts` are short texts about it, the most important first: a narrow terminal shows only the first ones.
+    """
+
+    def __init__(self, description: str, total: int | None = None, done: int = 0):
+        self.description, self.total, self.done, self.begun_at = description, total, done, done
+        self.started = self.moved = self.said = time.monotonic()
+        self.facts: list[str] = []
+
+    def advance(self, count: int = 1) -> None:
+        """`count` more are done. Without a terminal this prints a line, but only every LINE_EVERY seconds."""
+        self.done, self.moved = self.done + count, time.monotonic()
+        if not console.is_terminal and self.moved - self.said > LINE_EVERY:
+            self.say()
+
+    def say(self) -> None:
+        """Print this as a line."""
+        self.said = time.monotonic()
+        console.print(str(self), markup=False)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def head(self) -> str:
+        return self.description if self.total is None else f"{self.description} {self.done}/{self.total}"
+
+    @property
+    def tail(self) -> str:
+        """The time left by the pace so far, or the time that has passed where the total is not known."""
+        if self.total is None:
+            return clock(self.seconds)
+        if self.done == self.begun_at:
+            return ""
+        pace = (self.moved - self.started) / (self.done - self.begun_at)
+        left = pace * (self.total - self.done) - (time.monotonic() - self.moved)
+        return f"{clock(max(left, 0.0))} left"
+
+    def __str__(self) -> str:
+        return "  ".join(text for text in (self.head, *self.facts, self.tail) if text)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Table]:
+        room = options.max_width - len(self.head) - len(self.tail) - 3
+        shown = [fact for n, fact in enumerate(self.facts) if len("  ".join(self.facts[: n + 1])) <= room]
+        full = self.facts and options.max_width < WIDE
+        bar = "" if full else ProgressBar(self.total, self.done, pulse=self.total is None)
+        fixed = [Column(no_wrap=True) for _ in range(3)]
+        line = Table.grid(fixed[0], fixed[1], Column(ratio=1), fixed[2], expand=True)
+        line.add_row(
+            f"{self.head}  ", "  ".join([*shown, ""]) if bar else "  ".join(shown), bar, f" {self.tail}"
+        )
+        yield line
+
+
+def clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+_now: list[Activity] = []  # what goes on, the outermost first
+_live: list[Live] = []  # the one display that shows it
+
+
+@contextmanager
+def activity(description: str, total: int | None = None, done: int = 0) -> Iterator[Activity]:
+    """Show that something goes on for as long as the block lasts. Activities may contain others.
+
+    An activity that took more than SLOW seconds leaves a line. Without a terminal, one is also printed at the
+    start.
+    """
+    one = Activity(description, total, done)
+    if console.quiet or total == 0:
+        yield one
+        return
+    if not console.is_terminal:
+        console.print(description if total is None else f"{description}: {total}", markup=False)
+        yield one
+    else:
+        with displayed(one):
+            yield one
+    if one.seconds > SLOW:
+        console.print(f"{description}: done in {clock(one.seconds)}", markup=False)
+
+
+@contextmanager
+def displayed(one: Activity) -> Iterator[None]:
+    _now.append(one)
+    if not _live:
+        console.file = console.file  # also while a library's output is redirected
+        _live.append(Live(get_renderable=lambda: Group(*_now), console=console, transient=True))
+        _live[0].start()
+    try:
+        yield
+    finally:
+        _now.remove(one)
+        if not _now:
+            _live.pop().stop()
+            console.file = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def track(
@@ -44,71 +131,48 @@ def track(
 
     Silent without a description.
     """
-    if description is None or console.quiet:
+    if description is None:
         yield from items
         return
-    if not console.is_terminal:
-        console.print(f"{description}: {total}")
-        yield from items
-        return
-    with bar() as progress:
-        task = progress.add_task(description, total=total)
+    with activity(description, total) as one:
         for item in items:
             yield item
-            progress.advance(task, size(item))
+            one.advance(size(item))
 
 
-def track_counts(items: Sequence[T], description: str, counts: Sequence[int]) -> Iterator[T]:
-    """Pass items on and show how many of sum(counts) are done: item i counts for counts[i]."""
-    total, done, started = sum(counts), 0, time.monotonic()
-    progress = bar() if console.is_terminal and not console.quiet else None
-    with progress or nullcontext():
-        task = progress.add_task(description, total=total) if progress else None
-        for item, count in zip(items, counts, strict=True):
-            yield item
-            done += count
-            if progress and task is not None:
-                progress.advance(task, count)
-            else:
-                remaining = (time.monotonic() - started) / done * (total - done)
-                console.print(f"{description}: {done}/{total}  ETA {remaining:.0f}s")
+class Steps(Activity):
+    """The training line, or one line per log event where output is not a terminal."""
+
+    def advance(self, count: int = 1) -> None:
+        self.done, self.moved = self.done + count, time.monotonic()
+
+    def step(self, metrics: Mapping[str, float] | None) -> None:
+        """A step is done. `metrics` are what it logged, if it did."""
+        self.advance()
+        if metrics is not None:
+            self.facts = facts(metrics)
+            if not console.is_terminal:
+                self.say()
 
 
-class StepProgress:
-    """The training bar, or one line per log event where output is not a terminal."""
+@contextmanager
+def steps(done: int, total: int) -> Iterator[Steps]:
+    """Show the steps of a training run that has done some of them already."""
+    one = Steps("step", total, done)
+    with displayed(one) if console.is_terminal and not console.quiet else nullcontext():
+        yield one
+    if console.is_terminal and one.facts:
+        one.say()  # the live line has disappeared
 
-    def __init__(self, done: int, total: int):
-        self.total = total
-        self.progress = bar(TextColumn("{task.fields[metrics]}")) if console.is_terminal else None
-        self.start, self.done = time.monotonic(), done
-        if self.progress:
-            self.task = self.progress.add_task("align", total=total, completed=done, metrics="")
 
-    def __enter__(self) -> StepProgress:
-        if self.progress:
-            self.progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.progress:
-            self.progress.stop()
-
-    def step(self, step: int, metrics: dict[str, float] | None) -> None:
-        text = (
-            ""
-            if metrics is None
-            else (
-                f"loss {metrics['loss']:.4f}  acc {metrics['rewards/accuracies']:.2f}  "
-                f"margin {metrics['rewards/margins']:+.3f}  {metrics['time/pairs_per_second']:.2f} pairs/s"
-            )
-        )
-        if self.progress:
-            self.progress.update(self.task, completed=step)
-            if text:
-                self.progress.update(self.task, metrics=text)
-        elif text:
-            remaining = (time.monotonic() - self.start) / max(step - self.done, 1) * (self.total - step)
-            console.print(f"step {step}/{self.total}  {text}  ETA {remaining:.0f}s")
+def facts(metrics: Mapping[str, float]) -> list[str]:
+    """What the training line says about a step, the most important first."""
+    shown = [f"loss {metrics['loss']:.4f}", f"acc {metrics['rewards/accuracies']:.2f}"]
+    if "selection/share" in metrics:
+        shown.append(f"chosen {metrics['selection/share']:.0%}")
+    speed = metrics["time/pairs_per_second"]
+    shown.append(f"{speed:.0f} pairs/s" if speed >= 100 else f"{speed:.3g} pairs/s")
+    return [*shown, f"margin {metrics['rewards/margins']:+.3f}"]
 
 
 def print_summary(summary: dict[str, Any]) -> None:
