@@ -179,6 +179,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         ("older", "(KeyError: 'queue')"),
         ("newer", "(TypeError: "),
         ("adam", "holds the state of FusedAdam, and this run's optimizer is AdamW"),
+        ("head", "with padded rows and the triton head, and here the self-check chooses shared rows"),
     ):
         run = interrupted(whole, 4, tmp_path / name)
         versions[run] = reason
@@ -187,6 +188,9 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         assert state["optimizer"] == "AdamW"
         if name == "older":
             del state["selection"]["queue"]
+        elif name == "head":
+            assert state["computation"] == "shared rows and the tiled head"
+            state["computation"] = "padded rows and the triton head"
         else:
             state["optimizer" if name == "adam" else "surprise"] = "FusedAdam"
         torch.save(state, sidecar)

@@ -33,9 +33,10 @@ class TrainState:
 
     data_fingerprint: str
     world_size: int
-    # Older versions left these two empty.
+    # Older versions left these three empty.
     model: str = ""  # fingerprint of the initial model's files
     optimizer: str = ""  # class of the optimizer, whose state the engine keeps
+    computation: str = ""  # layout and head that the self-check chose
     step: int = 0
     selection: dict[str, Any] = field(default_factory=dict)  # with the curriculum's and the scorer's
     costs: dict[str, float] = field(default_factory=dict)
@@ -146,7 +147,13 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
             f"{folder} holds the state of {saved.optimizer}, and this run's optimizer is {state.optimizer}: "
             "resume where the same optimizer builds, or start a new run"
         )
-    saved.model, saved.optimizer = state.model, state.optimizer
+    if saved.computation and saved.computation != state.computation:
+        raise UserError(
+            f"{folder} was computed with {saved.computation}, and here the self-check chooses "
+            f"{state.computation}, so the run would not go on as it began: resume it on a machine like the "
+            "first one, or start a new run"
+        )
+    saved.model, saved.optimizer, saved.computation = state.model, state.optimizer, state.computation
     engine.load(folder)
     set_rng_state(saved.rng[engine.rank])
     return saved

@@ -84,7 +84,13 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     selection = Selection(
         scorer, curriculum, loss, data.pairs, forward, reference, log, cfg.batch_size, cfg.seed
     )
-    fresh = TrainState(data.pairs.fingerprint, engine.world_size, identity["weights"], engine.optimizer_class)
+    fresh = TrainState(
+        data.pairs.fingerprint,
+        engine.world_size,
+        identity["weights"],
+        engine.optimizer_class,
+        f"{forward.layout} rows and the {engine.policy.backend} head",
+    )
     state = restore(run_dir, engine, forward, selection, fresh)
     if cfg.select and engine.rank == 0:
         checkpoint.restore_best(state, run_dir)
