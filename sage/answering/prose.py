@@ -83,6 +83,7 @@ TEXT_END = re.compile(
 
 NUMBER = re.compile(rf"(?<![\w.])(?:[-−+]{CURRENCY}?|{CURRENCY}[-−+]?)?{PLAIN}{SCALED.pattern}", re.I)
 IN_LATEX = set("{}^_\\/*")  # beside a number: it belongs to an expression
+RATIO = re.compile(r"\d(?::|\s(?:in|out of)\s)$")  # just before a number: 3:4, 3 in 8
 OR = re.compile(rf"{PLAIN}\$?(?:\s+[a-z]+)?,?\s+or\s+(?:perhaps |maybe |even )?[$(*]*$", re.I)
 
 
@@ -159,7 +160,7 @@ def half(number: str) -> str:
 def last_number(text: str) -> str | None:
     """The last number of a prose text that is not ruled out, as in "12 instead of 15".
 
-    None where there is no number, it belongs to a formula, or it is one of several: "4 or 5".
+    None where there is no number, it belongs to a formula or a ratio, or it is one of several: "4 or 5".
     """
     for match in reversed(list(NUMBER.finditer(text))):
         start = match.start()
@@ -167,5 +168,7 @@ def last_number(text: str) -> str | None:
             continue
         after = re.sub(r"^/(?=[A-Za-z])", "", text[match.end() : match.end() + 2])  # 60/hour is 60
         in_latex = IN_LATEX & {*text[:start][-1:], *after[:1]}
+        if RATIO.search(text, max(start - 10, 0), start):
+            return None
         return None if in_latex or OR.search(text, max(start - 80, 0), start) else half(match[0])
     return None
