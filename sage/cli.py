@@ -33,6 +33,8 @@ RANK_VARIABLES = (
     *("MASTER_ADDR", "MASTER_PORT"),
 )
 
+PLUGINS = ("hydra.sweeper.", "hydra.launcher.")  # these classes check their options, which no schema lists
+
 USAGE = """\
 sage: align reasoning models with preference pairs, and spend gradients only on the pairs that deserve them
 
@@ -80,6 +82,7 @@ def execute(word: str, composed: DictConfig, hydra_config: Any, run_dir: Path) -
 
     try:
         typed = {key_of(override) for override in hydra_config.overrides.hydra}
+        typed = {key for key in typed if not key.startswith(PLUGINS)}
         for key in typed.intersection(config.unknown_keys(hydra_config, "hydra.")):
             raise UserError(unknown_to_hydra(key, word))
         launch.run(config.load(composed, hydra_config.overrides.task), run_dir)

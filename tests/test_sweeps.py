@@ -16,7 +16,7 @@ def sweep(train, monkeypatch, tmp_path):
     """`sage train -m` in which each job ends as `ends` says: with an exit status, or with an accuracy."""
     folder = tmp_path / "sweep"
 
-    def run(ends: dict[int, int | float], *overrides: str):
+    def run(ends: dict[int, int | float], *overrides: str, flags: tuple[str, ...] = ()):
         started = []
 
         def start(_world_size: int, run_dir: Path) -> None:
@@ -30,7 +30,7 @@ def sweep(train, monkeypatch, tmp_path):
 
         monkeypatch.setattr("sage.launch.start", start)
         monkeypatch.setenv("COLUMNS", "160")
-        result = train(*overrides, f"hydra.sweep.dir={folder}", flags=("-m",))
+        result = train(*overrides, f"hydra.sweep.dir={folder}", flags=("-m", *flags))
         file = folder / "sweep.json"
         return result, started, json.loads(file.read_text())["jobs"] if file.exists() else None
 
@@ -81,7 +81,7 @@ def test_a_grid_in_an_experiment_is_checked_too(sweep, tmp_path):
     (tmp_path / "mine" / "experiment" / "grid.yaml").write_text(
         "# @package _global_\nhydra:\n  sweeper:\n    params:\n      optimizer.lr: 0.1,-1\n"
     )
-    result, started, _ = sweep({1: 0.5}, "seed=1", "+experiment=grid", "-cd", str(tmp_path / "mine"))
+    result, started, _ = sweep({1: 0.5}, "seed=1", "+experiment=grid", flags=("-cd", str(tmp_path / "mine")))
     refused(result, "job 1 of this sweep", "optimizer.lr=-1")
     assert not started
 
