@@ -2,8 +2,7 @@
 
     python benchmarks/selection.py [--pairs 200000] [--batch 32] [--steps 200]
 
-The curriculum keeps half of the pairs in its pool and redraws it every 25 steps. The scorer takes the best
-third of 96 candidates behind every margin-level gate. Every row goes to the per-pair log. A table of
+The curriculum redraws its pool every 10 steps. The scorer takes the best third of 96 candidates behind every margin-level gate. Every row goes to the per-pair log. A table of
 log-probabilities replaces the model, so only the bookkeeping is measured.
 """
 
@@ -45,11 +44,11 @@ def main() -> None:
         return PairLogps(*(values[torch.from_numpy(indices)] for values in table))
 
     scorer = Sage(drop_negative=0.3, drop_curvature=0.1, temperature=0.1, margin="mixed")
-    setting = Setting.of(scorer, args.batch, rng.random(n), np.ones(n, np.int64), args.steps, 0)
+    setting = Setting(rng.random(n), np.ones(n, np.int64), args.steps, *scorer.draws(args.batch), 1, 0)
     names = np.array([str(i) for i in range(n)], dtype=object)
     pairs: Any = SimpleNamespace(pair_ids=lambda: names)
     model: Any = SimpleNamespace(lookup=rows, all_stats=lambda pairs, indices, logit: (rows(indices), None))
-    curriculum = SageCurriculum(setting, mastered_above=1.5)
+    curriculum = SageCurriculum(setting)
     seen = torch.zeros(len(PER_PAIR), args.batch)
     times = []
     with tempfile.TemporaryDirectory() as folder:

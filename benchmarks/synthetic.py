@@ -190,7 +190,7 @@ def run(overrides: list[str], seed: int, steps: int, lr: float) -> dict[str, lis
     """Per step: held-out accuracy, shares of errors and flipped labels in the batch, and the cost so far."""
     cfg, task = composed(*overrides), copy.copy(new_task(seed))
     scorer = build("scorer", cfg.scorer)
-    setting = Setting.of(scorer, BATCH, task.pass_rates, np.ones(PAIRS, np.int64), steps, seed)
+    setting = Setting(task.pass_rates, np.ones(PAIRS, np.int64), steps, *scorer.draws(BATCH), 1, seed)
     curriculum = build("curriculum", cfg.curriculum, setting=setting)
     loss: Any = build("loss", cfg.loss)
     log = PairLog(Path("."), expected=1, limit=0, main=False)

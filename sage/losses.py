@@ -70,6 +70,20 @@ class DPO(Loss):
 
 
 @dataclass
+class NormalizedDPO(DPO):
+    """DPO on log-ratios per token: arXiv 2411.15124, equation 6.
+
+    The reward is beta * (log pi - log pi_ref) / |y|, so beta is larger than DPO's by about a response's length.
+    """
+
+    beta: float = 5.0
+
+    def rewards(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+        chosen, rejected = super().rewards(policy, reference)
+        return chosen / policy.chosen_tokens, rejected / policy.rejected_tokens
+
+
+@dataclass
 class CDPO(Loss):
     """Conservative DPO: cross-entropy against labels flipped with probability label_smoothing.
 

@@ -1,12 +1,68 @@
 """Curricula that know each pair's difficulty before the run and ignore the policy: the usual baselines."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
-from sage.curriculum import ByDifficulty, Setting, StatsOf
-from sage.order import Shuffled
+from sage.curriculum import Curriculum, Setting, StatsOf
+from sage.order import DIFFICULTIES, Shuffled, difficulty_of, order_by_difficulty
+from sage.scorers import mean_margin
 from sage.util.errors import UserError
+
+
+@dataclass
+class ByDifficulty(Curriculum):
+    """What curricula share that know how difficult a pair is.
+
+    `difficulty` is one of DIFFICULTIES, see `difficulty_of`. `ranks` [n] is 0 for the easiest pair and size -
+    1 for the hardest. A seeded shuffle breaks ties.
+    """
+
+    difficulty: str = "auto"
+
+    def __post_init__(self, setting: Setting) -> None:
+        super().__post_init__(setting)
+        if self.difficulty not in DIFFICULTIES:
+            raise UserError(
+                f"curriculum.difficulty={self.difficulty}: must be one of {', '.join(DIFFICULTIES)}"
+            )
+        missing = np.flatnonzero(np.isnan(setting.pass_rates))
+        if self.difficulty == "pass_rate" and len(missing):
+            raise UserError(
+                f"curriculum.difficulty=pass_rate: {len(missing)} of {self.size} pairs have no pass rate "
+                f"(the first is number {missing[0] + 1} of those kept): give pass_rate in the data, "
+                "or choose curriculum.difficulty=reference_margin"
+            )
+        self.ranks: np.ndarray | None = None
+        difficulty = difficulty_of(self.difficulty, setting.pass_rates, setting.tokens)
+        if difficulty is not None:
+            self.rank(difficulty)
+
+    def rank(self, difficulty: np.ndarray) -> None:
+        if missing := int(np.isnan(difficulty).sum()):
+            raise UserError(
+                f"{missing} of {self.size} pairs have no difficulty: the reference's log-probabilities of "
+                "them are not finite; try model.dtype=float32, or choose curriculum.difficulty=length"
+            )
+        if difficulty.min() == difficulty.max():
+            raise UserError(
+                "all pairs are equally difficult, so they cannot be ordered: choose another "
+                f"curriculum.difficulty than {self.difficulty}, or curriculum=none"
+            )
+        self.ranks = order_by_difficulty(difficulty, self.seed)
+
+    def refresh(self, step: int, stats_of: StatsOf) -> None:
+        if self.ranks is None:  # only at the first step, when the policy still is the reference
+            self.rank(-mean_margin(stats_of(np.arange(self.size)).policy).cpu().numpy())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "ranks": torch.from_numpy(self.ranks)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.ranks = state["ranks"].numpy()
 
 
 @dataclass

@@ -15,7 +15,7 @@ from sage.training.hooks import Hook
 from sage.training.metrics import LOSS, PER_PAIR, means, per_pair
 from sage.training.setup import build_run
 from sage.util import stopping
-from sage.util.progress import console, steps
+from sage.util.progress import steps
 
 
 def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
@@ -35,9 +35,6 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
         while state.step < run.steps and not run.out_of_patience():
             started = time.perf_counter()
             choice = run.selection.choose(state.step)
-            if not len(choice.indices):
-                console.print(f"stopped early, after step {state.step}: the curriculum's pool has run dry")
-                break
             run.tracker.log(state.step + 1, run.before_step(choice))
             seen = torch.zeros(len(PER_PAIR), len(choice.indices), device=engine.device)
             for work in forward.micro_batches(run.pairs, choice.indices, backward=True):

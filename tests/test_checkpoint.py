@@ -49,6 +49,7 @@ def common(tiny_model, tmp_path_factory) -> list[str]:
         "save_every=4",
         f"cache_dir={folder / 'cache'}",
         "model.dtype=float32",
+        "+baseline=dpo",
     ]
 
 

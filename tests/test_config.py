@@ -286,7 +286,7 @@ def test_advice_composes_as_it_is_written(override):
     base = {"benchmark": "eval", "samples": "eval", "generation": "eval"}.get(key.split(".")[0], "train")
     if re.search(r"\b[A-Z]+\b(?!\.)", override.partition("=")[2]) and not override.endswith("FILE"):
         return  # NAME stands for an option
-    options = {"curriculum": ["curriculum=sage"], "scorer": ["scorer=sage"], "loss": ["loss=cdpo"]}
+    options = {"curriculum": ["curriculum=static_filter"], "scorer": ["scorer=sage"], "loss": ["loss=cdpo"]}
     lora = ["+model/lora=default"] if key.startswith("model.lora.") else []
     composed(*options.get(key.split(".")[0], []) * ("." in key), *lora, override, command=base)
 

@@ -51,7 +51,7 @@ def test_generation_stops_where_training_ended_responses(base_model, tmp_path):
     train = freeze(
         tmp_path / "train",
         *[*common, f"model.path={base_model}", f"data.path={CASES / 'memorise.jsonl'}"],
-        *["steps=200", "batch_size=2", "optimizer.lr=0.01", "log_every=200", "loss=dpo"],
+        *["steps=200", "batch_size=2", "optimizer.lr=0.01", "log_every=200", "+baseline=dpo"],
     )
     final = train / "final"
     measured = freeze(

@@ -173,6 +173,7 @@ def test_a_broken_model_is_blamed_before_the_first_step(tiny_model, pair_file, t
                     f"data.path={pair_file}",
                     "model.dtype=float32",
                     "steps=2",
+                    "+baseline=dpo",
                 ],
                 *["batch_size=4", "data.max_length=130", "micro_batch_tokens=260", f"reference={reference}"],
                 *[f"cache_dir={tmp_path / 'cache'}", "data.packing=padded"],

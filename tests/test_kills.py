@@ -99,6 +99,7 @@ def test_a_full_disk_loses_nothing(command, size, tiny_model, problem_file, pair
     words = ["model=hf", f"model.path={tiny_model}", "model.dtype=float32", f"cache_dir={tmp_path}"]
     if command == "train":
         words += [f"data.path={pair_file}", "data.max_length=130", "steps=4", "batch_size=4", "save_every=2"]
+        words += ["+baseline=dpo"]
     else:
         words += ["generation.batch_size=2", "generation.chunk=2", "sampling.max_new_tokens=40"]
         words += [word.format(problems=problem_file) for word in WORDS[command]]

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sage import losses
-from sage.losses import CDPO, DPO, DPOP, IPO, Hinge, RobustDPO, SimPO
+from sage.losses import CDPO, DPO, DPOP, IPO, Hinge, NormalizedDPO, RobustDPO, SimPO
 from sage.model.logps import PairLogps
 from sage.training.setup import build
 from sage.util.errors import UserError
@@ -30,6 +30,10 @@ def u(beta, pc, pr, rc, rr):
 
 def dpo(beta, pc, pr, rc, rr, nc, nr):
     return -log_sigmoid(u(beta, pc, pr, rc, rr))
+
+
+def dpo_norm(beta, pc, pr, rc, rr, nc, nr):
+    return -log_sigmoid(beta * ((pc - rc) / nc - (pr - rr) / nr))
 
 
 def cdpo(beta, pc, pr, rc, rr, nc, nr, e=0.2):
@@ -60,6 +64,7 @@ def simpo(beta, pc, pr, rc, rr, nc, nr, gamma=0.7):
 
 CASES = [
     (DPO(beta=0.3), dpo),
+    (NormalizedDPO(beta=3.0), dpo_norm),
     (CDPO(beta=0.3, label_smoothing=0.2), cdpo),
     (RobustDPO(beta=0.3, label_smoothing=0.2), robust),
     (IPO(beta=0.3), ipo),

@@ -60,6 +60,7 @@ CASES = {
         ["loss=dpo", "optimizer.schedule=cosine"],
         {"loss_type": ["sigmoid"], "lr_scheduler_type": "cosine"},
     ),
+    "dpo, normalised": Case(["loss=dpo_norm", "loss.beta=2"], {"loss_type": ["sigmoid_norm"], "beta": 2.0}),
     "ipo": Case(["loss=ipo"], {"loss_type": ["ipo"]}),
     "hinge": Case(["loss=hinge"], {"loss_type": ["hinge"]}),
     "robust": Case(
@@ -121,6 +122,7 @@ def test_the_same_training(name, trl_run, tiny_model, pair_file, tmp_path, recor
         "-m",
         "sage.cli",
         "train",
+        "+baseline=dpo",
         "model=hf",
         f"model.path={tiny_model}",
         "model.dtype=float32",

@@ -100,6 +100,7 @@ def test_damaged_caches_are_rebuilt_and_a_changed_model_is_not_resumed(tiny_mode
                 "micro_batch_tokens=260",
                 "save_every=1",
                 "world_size=2",
+                "+baseline=dpo",
             ],
             f"cache_dir={tmp_path / 'cache'}",
         )

@@ -35,7 +35,8 @@ def pairs(tmp_path_factory) -> Path:
 
 def write_run(folder: Path, pairs: Path, *overrides: str, steps: int = STEPS, finished: bool = True) -> Path:
     """A run directory with the files that a real run leaves; its numbers are drawn from its seed."""
-    base = ["model=hf", "model.path=nowhere", f"data.path={pairs}", "steps=20", f"batch_size={BATCH}"]
+    base = ["+baseline=dpo", "model=hf", "model.path=nowhere", f"data.path={pairs}", "steps=20"]
+    base += [f"batch_size={BATCH}"]
     freeze(folder, *base, *overrides)
     seed = int(next((o.split("=")[1] for o in overrides if o.startswith("seed=")), 0))
     scored = "scorer=sage" in overrides

@@ -42,6 +42,7 @@ def test_the_routers_loss_in_whole_runs(tmp_path, pair_file):
         "optimizer.lr=1e-2",
         "micro_batch_tokens=4096",
         f"cache_dir={tmp_path / 'cache'}",
+        "+baseline=dpo",
     ]
     options = {
         "without": [],

@@ -90,7 +90,7 @@ def freeze_scoring(run_dir: Path, *overrides: str) -> Path:
 @pytest.fixture(scope="session")
 def runs(common, other_model, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs")
-    training = [*common, "steps=3", "batch_size=8", "optimizer.lr=1e-3"]
+    training = [*common, "+baseline=dpo", "steps=3", "batch_size=8", "optimizer.lr=1e-3"]
     fresh = f"cache_dir={root / 'cache'}"  # to see what is computed
     logit = ["scorer=sage_logit", "scorer.candidates_per_pair=2"]
     one = [

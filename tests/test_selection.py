@@ -22,7 +22,7 @@ from sage.baseline_scorers import (
     Rho,
 )
 from sage.config.frozen import up_to_date
-from sage.curriculum import Curriculum, SageCurriculum, Setting, allot, frontier_shares
+from sage.curriculum import Curriculum, SageCurriculum, Setting, allot
 from sage.losses import DPO
 from sage.model.logps import LogitStats, PairLogps
 from sage.scorers import PairStats, Sage, SageLogit, Uniform, curvature, select, signal
@@ -182,7 +182,7 @@ def test_each_gate_shuts_out_what_its_name_says():
 
 def setting(n=40, pass_rates=None, candidates=6, trained=2, steps=100, seed=0) -> Setting:
     rates = np.arange(n)[::-1] / n if pass_rates is None else np.asarray(pass_rates, float)
-    return Setting(rates, np.arange(n) + 1, steps, candidates, trained, seed)
+    return Setting(rates, np.arange(n) + 1, steps, candidates, trained, 1, seed)
 
 
 class Policy:
@@ -196,14 +196,6 @@ class Policy:
         m = torch.tensor(self.margins[indices], dtype=torch.float32)
         zeros, ones = torch.zeros_like(m), torch.ones_like(m)
         return PairStats.of(DPO(), PairLogps(m, zeros, ones, ones), PairLogps(m, zeros, ones, ones))
-
-
-def test_frontier_shares():
-    """By hand: competence 0.6 gets a full bump, and 0.8, one width away, gets e^-1/2, above the floor."""
-    shares = frontier_shares(np.array([0.6, 0.8]), target=0.6, width=0.2, floor=0.1)
-    bump = math.exp(-0.5)
-    assert shares == pytest.approx([0.1 + 0.8 / (1 + bump), 0.1 + 0.8 * bump / (1 + bump)])
-    assert frontier_shares(np.array([1.0, 1.0, 1.0]), 0.6, 0.01, 0.0) == pytest.approx([1 / 3] * 3)
 
 
 def test_allot_gives_what_one_stratum_lacks_to_the_others():
@@ -244,129 +236,129 @@ def test_easy_to_hard_grows():
     assert np.concatenate([seen[s] for s in range(50, 100)]).max() == 39
 
 
-def sage_curriculum(**options) -> SageCurriculum:
-    options = {
-        "strata": 4,
-        "probe": 2,
-        "every": 5,
-        "pool": 0.5,
-        "mastered_above": 1.0,
-        "floor": 0.1,
-    } | options
-    return SageCurriculum(
-        setting(**{k: options.pop(k) for k in ("candidates", "seed") if k in options}), **options
+def sage_curriculum(n=40, candidates=6, **options) -> SageCurriculum:
+    options = {"strata": 4, "every": 5, "floor": 0.2} | options
+    return SageCurriculum(setting(n, candidates=candidates), **options)
+
+
+def test_pools_lean_to_what_is_wrong():
+    """By hand: the first strata are right, half right, and wrong twice. The pool is cut by the margins."""
+    margins = np.repeat([-2.0, 3.0, -1.0, 0.5], 10)
+    margins[30:35] = -0.5
+    curriculum, policy = sage_curriculum(), Policy(margins)
+    curriculum.refresh(0, policy)
+    assert [len(asked) for asked in policy.asked] == [40]  # once, and never again
+    assert curriculum.competence.tolist() == [1.0, 0.5, 0.0, 0.0]
+    assert curriculum.stratum[:30].tolist() == [3] * 10 + [0] * 10 + [2] * 10
+    # 20 places: 4 evenly, 16 by 1 - competence: 1, 1 + 3.2, 1 + 6.4, 1 + 6.4
+    assert curriculum.quota.tolist() == [1, 4, 7, 8] or curriculum.quota.tolist() == [1, 4, 8, 7]
+    assert (
+        np.bincount(curriculum.stratum[curriculum.members], minlength=4).tolist() == curriculum.quota.tolist()
     )
+    drawn = np.concatenate([curriculum.draw(10), curriculum.draw(10)])
+    assert sorted(drawn) == sorted(curriculum.members) and len(set(drawn)) == 20
 
 
-def test_quotas_follow_competence():
-    """Strata 0 and 1 are solved, 2 is half right, 3 is all wrong. The pool leans to 2, without probes."""
-    curriculum = sage_curriculum(momentum=0.0, width=0.2)
-    margins = np.repeat([0.5, 0.5, 0.5, -0.5], 10)
-    margins[curriculum.probes[2, 0]] = -0.5
-    policy = Policy(margins)
+def test_competence_follows_what_is_seen():
+    """Pairs seen since the refresh count as they are now, the competence before as PRIOR pairs, a tie as half."""
+    curriculum, policy = sage_curriculum(), Policy(np.repeat([1.0, 2.0, 3.0, 4.0], 10))
     curriculum.refresh(0, policy)
-    assert curriculum.competence.tolist() == [1.0, 1.0, 0.5, 0.0]
-    # bumps e^-2, e^-2, e^-1/8, e^-4.5 sum to 1.1643; shares 0.1 + 0.6 * bump / sum; of 20: 3, 3, 11, 2, one
-    # by rounding
-    assert curriculum.quota.sum() == 20 and curriculum.quota[2] == 8  # all of a stratum of 10 but its probes
-    assert curriculum.quota.argmin() == 3 and curriculum.quota.min() >= 2
-    drawn = np.concatenate([curriculum.draw(20), curriculum.draw(20)])
-    assert set(drawn) == set(curriculum.members) and not set(drawn) & set(curriculum.probes.ravel())
-    assert [len(a) for a in policy.asked] == [8]  # the probes, nothing else
-
-
-def test_competence_is_an_exponential_mean():
-    curriculum = sage_curriculum(momentum=0.75)
-    curriculum.refresh(0, Policy(np.full(40, -1.0)))
-    curriculum.refresh(4, Policy(np.full(40, 0.5)))  # not due
-    assert curriculum.competence.tolist() == [0.0] * 4
-    curriculum.refresh(5, Policy(np.full(40, 0.5)))
-    assert curriculum.competence.tolist() == [0.25] * 4
-    tied = sage_curriculum(margin="implicit_reward")
-    tied.refresh(0, Policy(np.ones(40)))  # policy = reference
-    assert tied.competence.tolist() == [0.5] * 4
-
-
-def test_mastered_pairs_retire_and_return_when_they_slip():
-    curriculum, policy = sage_curriculum(pool=0.8), Policy(np.full(40, 0.5))
-    curriculum.refresh(0, policy)
-    mastered = curriculum.members[:6]
-    curriculum.observe(mastered, np.zeros(6), np.full(6, 1.5))
-    policy.margins[mastered] = 1.5
-    curriculum.refresh(5, policy)
-    assert not set(mastered) & set(curriculum.members) and curriculum.metrics()["curriculum/retired"] == 6
-    assert set(policy.asked[-1][8:]) == set(
-        mastered
-    )  # rechecked, oldest first, no more than there are probes
-    policy.margins[mastered[:2]] = 0.9
-    curriculum.refresh(10, policy)
-    assert set(mastered[:2]) <= set(curriculum.members) and not set(mastered[2:]) & set(curriculum.members)
-
-
-def test_probes_are_never_retired():
-    """Protects the places of the recheck: mastered probes, seen at each refresh, must not take them."""
-    curriculum, policy = sage_curriculum(pool=0.8), Policy(np.full(40, 1.5))
-    curriculum.refresh(0, policy)
-    assert curriculum.metrics()["curriculum/retired"] == 0
-    mastered = curriculum.members[:12]
-    curriculum.observe(mastered, np.zeros(12), np.full(12, 1.5))
-    curriculum.refresh(5, policy)
-    again = policy.asked[-1][curriculum.probes.size :]
-    assert len(again) == curriculum.probes.size and set(again) <= set(mastered)
-    assert curriculum.metrics()["curriculum/retired"] == 12
-
-
-def test_probes_without_a_margin_do_not_poison_competence():
-    """Protects the quotas: a NaN probe is left out; only a stratum that has no other stops the run."""
-    curriculum, margins = sage_curriculum(momentum=0.0), np.full(40, 0.5)
-    margins[curriculum.probes[1, 0]] = math.nan
-    curriculum.refresh(0, Policy(margins))
     assert curriculum.competence.tolist() == [1.0] * 4
-    margins[curriculum.probes[1]] = math.nan
-    with pytest.raises(UserError, match="competence is unknown"):
-        curriculum.refresh(5, Policy(margins))
+    wrong, tied = np.arange(8), np.arange(8, 10)  # of the hardest stratum
+    curriculum.observe(wrong, np.zeros(8), np.full(8, -1.0))
+    curriculum.observe(tied, np.zeros(2), np.zeros(2))
+    curriculum.refresh(4, policy)  # not due
+    assert curriculum.competence[3] == 1.0
+    curriculum.refresh(5, policy)
+    assert curriculum.competence.tolist() == [
+        1.0,
+        1.0,
+        1.0,
+        (1.0 + curriculum.PRIOR) / (10 + curriculum.PRIOR),
+    ]
+    assert set(curriculum.stratum[:10]) == {3} and curriculum.quota.argmax() == 3
+    assert len(policy.asked) == 1
 
 
-@pytest.mark.parametrize("when_dry, left", [("stop", 0), ("widen", 6)])
-def test_a_pool_that_runs_dry(when_dry, left):
-    """All mastered: no pool, or the pairs that are mastered least."""
-    curriculum, margins = sage_curriculum(when_dry=when_dry), np.linspace(2, 3, 40)
-    curriculum.observe(np.arange(40), margins, margins)
+def test_a_pool_lasts_until_the_next_refresh():
+    """As many pairs as will be candidates until then, at most half of all, at least those of one draw."""
+    options = {"every": 10, "strata": 4, "floor": 0.2}
+    for interval, size in ((1, 60), (2, 30), (4, 18), (10, 6), (50, 6)):
+        assert SageCurriculum(setting(400)._replace(interval=interval), **options).pool_size == size
+    assert SageCurriculum(setting(40), **options).pool_size == 20
+    assert SageCurriculum(setting(40, candidates=30), **options).pool_size == 30
+    assert SageCurriculum(setting(40, candidates=90), **options).pool_size == 40
+
+
+def test_a_pair_that_slips_is_drawn_more_often():
+    """Protects the lean: easy pairs that scoring finds wrong move to the strata that fill the pool."""
+    curriculum, policy = (
+        sage_curriculum(n=400, candidates=40, floor=0.1, strata=8),
+        Policy(np.linspace(-1, 1, 400)),
+    )
+    curriculum.refresh(0, policy)
+    easy = np.arange(360, 400)
+    assert np.isin(curriculum.members, easy).sum() < 10
+    curriculum.observe(easy, np.zeros(40), np.full(40, -3.0))
+    curriculum.refresh(5, policy)
+    assert np.isin(curriculum.members, easy).sum() > 20
+
+
+def test_implicit_rewards_tie_at_first():
+    """Before the first step all implicit rewards are 0: every stratum is half right, and the pool is even."""
+    curriculum = sage_curriculum(margin="implicit_reward")
+    curriculum.refresh(0, Policy(np.linspace(-1, 1, 40)))
+    assert curriculum.competence.tolist() == [0.5] * 4 and curriculum.quota.tolist() == [5] * 4
+    assert not np.array_equal(np.sort(curriculum.stratum), curriculum.stratum)  # shuffled, not in file order
+
+
+def test_pairs_without_a_margin_do_not_poison_competence():
+    margins = np.linspace(-1, 1, 40)
+    margins[:3] = math.nan
+    curriculum = sage_curriculum()
     curriculum.refresh(0, Policy(margins))
-    assert len(curriculum.draw(6)) == left
-    if left:
-        trainable = np.setdiff1d(np.arange(40), curriculum.probes)
-        assert set(curriculum.members) == set(trainable[:6])
+    curriculum.observe(np.arange(3), np.full(3, math.nan), np.full(3, math.nan))
+    curriculum.refresh(5, Policy(margins))
+    assert np.isfinite(curriculum.competence).all() and (curriculum.stratum[:3] == 0).all()
 
 
-def test_state_is_restored_exactly_and_reshaped():
-    """A resumed curriculum draws the same. With another interval or strata it keeps what it knew."""
+@pytest.mark.parametrize("n, strata", [(1, 1), (2, 1), (3, 1), (5, 2), (7, 3), (8, 4)])
+def test_few_pairs_have_fewer_strata(n, strata, capsys):
+    """Protects small files: no refusal, one line, and a pool that holds the candidates there are."""
+    curriculum = sage_curriculum(n=n)
+    assert curriculum.strata == strata and ("few" in capsys.readouterr().out) == (strata < 4)
+    for step in range(12):
+        curriculum.refresh(step, Policy(np.linspace(-1, 1, n)))
+        drawn = curriculum.draw(6)
+        assert len(set(drawn)) == min(6, n) or len(set(drawn) | set(curriculum.draw(6))) == min(6, n)
+        curriculum.observe(drawn, np.zeros(6), np.full(6, 0.1))
+
+
+def test_state_is_restored_exactly():
+    """A resumed curriculum draws the same, in this interval and in the next."""
     policy = Policy(np.random.default_rng(0).normal(size=40))
-    whole = sage_curriculum()
+    whole, other = sage_curriculum(), sage_curriculum()
     for step in range(8):
         whole.refresh(step, policy)
         whole.observe(whole.draw(6), np.zeros(6), np.full(6, step / 6))
-    state = whole.state_dict()
-    same, faster, fewer = sage_curriculum(), sage_curriculum(every=3), sage_curriculum(strata=2)
-    for other in (same, faster, fewer):
-        other.load_state_dict({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()})
-        assert other.draw(6).tolist() == sage_curriculum_draw(whole, state)
-    assert fewer.competence == pytest.approx(whole.competence.reshape(2, 2).mean(1))
-    faster.refresh(8, policy)
-    same.refresh(8, policy)
-    assert faster.refreshed == 8 and same.refreshed == 5
-
-
-def sage_curriculum_draw(curriculum: SageCurriculum, state: dict) -> list[int]:
-    curriculum.load_state_dict(state)
-    return curriculum.draw(6).tolist()
+    other.load_state_dict(
+        {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in whole.state_dict().items()}
+    )
+    for step in range(8, 22):
+        drawn = []
+        for curriculum in (whole, other):
+            curriculum.refresh(step, policy)
+            drawn.append(curriculum.draw(6).tolist())
+            curriculum.observe(np.array(drawn[-1]), np.zeros(6), np.full(6, -step / 6))
+        assert drawn[0] == drawn[1]
+    assert whole.metrics() == other.metrics()
 
 
 # --- bad input
 
 
-def of_five(scorer) -> Setting:
-    return Setting.of(scorer, 2, np.zeros(5), np.ones(5), 10, 0)
+def setting_of(scorer, n: int) -> Setting:
+    return Setting(np.zeros(n), np.ones(n), 10, *scorer.draws(2), scorer.score_every, 0)
 
 
 @pytest.mark.parametrize(
@@ -379,8 +371,6 @@ def of_five(scorer) -> Setting:
         (lambda: Sage(temperature=-1.0), "temperature"),
         (lambda: Rho(), "margins_from is not set"),
         (lambda: BetaDPO(temperature=1.0), "temperature=0"),
-        (lambda: of_five(Sage()), "6 candidates at a time and there are 5 pairs"),
-        (lambda: of_five(Sage(candidates_per_pair=1, score_every=3)), "6 candidates at a time"),
         (
             lambda: StaticFilter(setting(), difficulty="reference_margin").rank(np.full(40, math.nan)),
             "40 of 40",
@@ -393,10 +383,10 @@ def of_five(scorer) -> Setting:
         (lambda: StaticFilter(setting(), low=0.9), "keep 4 of 40 pairs"),
         (lambda: StaticFilter(setting(), difficulty="colour"), "difficulty=colour"),
         (lambda: EasyToHard(setting(), start=0.0), "start=0.0"),
-        (lambda: sage_curriculum(probe=6), "too few for curriculum.probe=6"),
-        (lambda: sage_curriculum(pool=0.1), "makes a pool of 4 pairs, and 6"),
-        (lambda: sage_curriculum(floor=0.5), "curriculum.floor=0.5"),
-        (lambda: sage_curriculum(when_dry="cry"), "when_dry=cry"),
+        (lambda: sage_curriculum(floor=-0.5), "curriculum.floor=-0.5"),
+        (lambda: sage_curriculum(strata=0), "curriculum.strata=0"),
+        (lambda: sage_curriculum(every=0), "curriculum.every=0"),
+        (lambda: sage_curriculum(margin="rewards"), "curriculum.margin=rewards"),
     ],
 )
 def test_impossible_options_are_refused(make, words):
@@ -427,7 +417,7 @@ class FakeRun:
             )
         )
         self.scorer, self.tmp_path, self.pairs = scorer, tmp_path, SimpleNamespace(pair_ids=lambda: ids)
-        curriculum = curriculum or Curriculum(Setting.of(scorer, 2, np.zeros(12), np.ones(12), 10, 0))
+        curriculum = curriculum or Curriculum(setting_of(scorer, 12))
         log = PairLog(tmp_path, expected=1, limit=rows, main=True)
         self.selection = Selection(scorer, curriculum, DPO(), self.pairs, forward, reference, log, 2, 0)  # pyright: ignore
 
@@ -481,7 +471,8 @@ def test_a_resume_inside_an_interval_keeps_metrics_rows_and_objective(tmp_path):
 
 def test_the_log_writes_the_same_margin_whether_scored_or_not(tmp_path):
     """In every row margin, signal and curvature are of the implicit reward, beside policy_mean."""
-    run = FakeRun(Sage(margin="policy_mean", warmup_steps=1), tmp_path, torch.arange(12.0) * 3, rows=100)
+    scorer = Sage(candidates_per_pair=3.0, warmup_steps=1)
+    run = FakeRun(scorer, tmp_path, torch.arange(12.0) * 3, rows=100)
     run.steps(0, 1)
     warm, scored = (table.to_pydict() for table in run.selection.log.rows)
     assert warm["ranked_by"] == [None] * 2 and warm["score"] == [None] * 2 and warm["selected"] == [True] * 2
@@ -503,7 +494,7 @@ def test_a_pool_that_names_too_few_pairs_ends_with_a_message(tmp_path):
             return np.array([3] * n)
 
     scorer = LargestLoss(candidates_per_pair=2.0)
-    stuck = Stuck(Setting.of(scorer, 2, np.zeros(12), np.ones(12), 10, 0))
+    stuck = Stuck(setting_of(scorer, 12))
     with pytest.raises(UserError, match="only 1 different pairs, and 2 are chosen"):
         FakeRun(scorer, tmp_path, curriculum=stuck).steps(0)
 
@@ -517,16 +508,10 @@ def test_two_draws_always_suffice(tmp_path):
         assert sorted(np.concatenate([run.selection.choose(1).indices for _ in range(6)])) == list(range(12))
 
 
-def test_uniform_batches_may_be_larger_than_the_dataset(tmp_path):
-    """Protects small datasets under ordinary DPO: without scores a pair may come twice."""
-    assert of_five(Uniform()).candidates == 2
-    assert Setting.of(Uniform(), 8, np.zeros(5), np.ones(5), 10, 0).trained == 8
-
-
 def test_all_scores_nan_is_said_and_no_crash(tmp_path):
     """Protects every gate and beta_dpo from an empty quantile or mean: the message names the pairs."""
     gates = {"drop_curvature": 0.2, "drop_negative": 0.2}
-    for scorer in (Sage(warmup_steps=0, margin="implicit_reward", **gates), BetaDPO(candidates_per_pair=3.0)):
+    for scorer in (Sage(candidates_per_pair=3.0, **gates), BetaDPO(candidates_per_pair=3.0)):
         with pytest.raises(UserError, match="6 of 6 candidates have no finite score"):
             FakeRun(scorer, tmp_path, torch.full((12,), math.nan)).steps(1)
     assert scorer.mean == scorer.std == 0.0

@@ -110,6 +110,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, tiny_model, pair_file):
         "data.max_length=130",
         "steps=1",
         "tracking.snr_every=1",
+        "+baseline=dpo",
     ]
     for overrides, match in (
         (["batch_size=1"], "a batch of one pair has no noise"),
@@ -138,6 +139,7 @@ def common(tiny_model, tmp_path_factory) -> list[str]:
         "optimizer.lr=1e-3",
         f"cache_dir={folder / 'cache'}",
         "model.dtype=float32",
+        "+baseline=dpo",
     ]
 
 

@@ -64,6 +64,7 @@ def common(tiny_model, tmp_path_factory) -> list[str]:
         f"cache_dir={folder / 'cache'}",
         "model.dtype=float32",
         "optimizer.max_grad_norm=1.2",
+        "+baseline=dpo",
     ]
 
 

@@ -148,7 +148,7 @@ def own_interval(run: Run, metric: str, axis: str) -> tuple[np.ndarray, ...] | N
 
 def detail(run: Run) -> dict[str, Any]:
     """What selection did in one run."""
-    figures: list[str | None] = [strata(run, "competence"), strata(run, "quota"), pool(run)]
+    figures: list[str | None] = [strata(run, "competence"), strata(run, "quota")]
     table = choices.scored(run)
     if table is not None:
         shares = choices.shares(table)
@@ -181,18 +181,6 @@ def strata(run: Run, what: str) -> str | None:
         x, y = run.metrics[name].finite
         found.append(pictures.Curve(color, x, y, y, y))
     return pictures.lines(f"{what} by stratum, easiest first in blue", found, AXES["step"]) if found else None
-
-
-def pool(run: Run) -> str | None:
-    """Sizes of the pool and of the retired pairs over steps."""
-    names = [n for n in ("curriculum/pool_size", "curriculum/retired") if n in run.metrics]
-    found = []
-    for name, color in zip(names, pictures.palette(2), strict=False):
-        x, y = run.metrics[name]
-        found.append(pictures.Curve(color, x, y, y, y))
-    return (
-        pictures.lines("pairs in the pool (blue), retired (orange)", found, AXES["step"]) if found else None
-    )
 
 
 def write(html: str, file: Path) -> None:

@@ -33,7 +33,7 @@ U, POLICY_MEAN = PER_PAIR.index("rewards/margins"), PER_PAIR.index("policy_margi
 class Choice(NamedTuple):
     """What one step trains on."""
 
-    indices: np.ndarray  # [batch_size] int64; empty if the curriculum's pool has run dry
+    indices: np.ndarray  # [batch_size] int64
     objective: Loss  # the loss of these pairs
     candidates: np.ndarray  # what they were chosen from, [m] int64
 
@@ -71,10 +71,6 @@ class Selection:
         if not len(self.queue):
             self.latest = self.score() if self.scorer.scores_at(step) else self.draw()
             self.queue = self.latest.indices
-            if not len(self.queue) and step == 0:
-                raise UserError(
-                    "the curriculum finds every pair mastered before the first step: raise its mastered_above"
-                )
         indices, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
         return self.latest._replace(indices=indices)
 
@@ -88,10 +84,8 @@ class Selection:
         """Score candidates, and line up the best of them for the next `score_every` steps."""
         scorer, (asked, wanted) = self.scorer, self.scorer.draws(self.batch_size)
         candidates = np.unique(self.curriculum.draw(asked))
-        if 0 < len(candidates) < wanted:  # a draw that spans two passes may name a pair twice
+        if len(candidates) < wanted:  # a draw that spans two passes may name a pair twice
             candidates = np.union1d(candidates, self.curriculum.draw(asked))
-        if not len(candidates):
-            return Choice(candidates, self.loss, candidates)
         if len(candidates) < wanted:
             raise UserError(
                 f"step {self.step}: the curriculum's pool has only {len(candidates)} different pairs, and "

@@ -31,7 +31,7 @@ from sage.model.forward import PairForward
 from sage.model.policy import Policy
 from sage.model.reference import Absent, Cached, Online, Reference, Scored
 from sage.model.selfcheck import check_unwrapped, settle
-from sage.scorers import Scorer
+from sage.scorers import Scorer, Uniform
 from sage.training import checkpoint
 from sage.training.base import BaseModel, open_model
 from sage.training.best import Criterion
@@ -70,7 +70,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     with activity(f"finding {cfg.model.path}"):
         base = open_model(cfg.model, device, cfg.seed, cfg.cache_dir)
     data = read_data(cfg, base.tokenizer, run_dir)
-    curriculum = build_curriculum(cfg, scorer, data)
+    scorer, curriculum = build_curriculum(cfg, scorer, data)
     with activity("hashing the model's files"):
         identity = base.identity()
     scored = Scored(cfg.data.scores, data.pairs, identity) if cfg.data.scores else None
@@ -186,10 +186,19 @@ def list_rows(file: Path, path: str | None, rows: list[dict[str, Any]], held_out
             out.writelines(json.dumps({"path": path, **row}) + "\n" for row in rows)
 
 
-def build_curriculum(cfg: TrainConfig, scorer: Scorer, data: Data) -> Curriculum:
+def build_curriculum(cfg: TrainConfig, scorer: Scorer, data: Data) -> tuple[Scorer, Curriculum]:
+    """The scorer and the curriculum. With too few pairs to choose from they are those of plain DPO."""
     tokens = data.pairs.lengths()[:, 1:].sum(1)
-    setting = Setting.of(scorer, cfg.batch_size, data.pairs.pass_rates(), tokens, data.steps, cfg.seed)
-    return build("curriculum", cfg.curriculum, setting=setting)
+    draws = *scorer.draws(cfg.batch_size), scorer.score_every
+    setting = Setting(data.pairs.pass_rates(), tokens, data.steps, *draws, cfg.seed)
+    if setting.trained < len(tokens):
+        return scorer, build("curriculum", cfg.curriculum, setting=setting)
+    if scorer.makes_scores or cfg.curriculum != {"_target_": "sage.curriculum.Curriculum"}:
+        console.print(
+            f"{len(tokens)} training pairs are too few to choose {setting.trained} of them at a time: "
+            "the run trains on all of them, as +baseline=dpo does"
+        )
+    return Uniform(), Curriculum(setting)
 
 
 def build_engine(
