@@ -27,7 +27,7 @@ OPTIONS = sorted(
     for file in CONF.rglob("*.yaml")
     if file.parent != CONF
 )
-OPTIONAL = ("experiment", "model/lora")  # groups that are added with +
+OPTIONAL = ("experiment", "baseline", "model/lora")  # groups that are added with +
 
 
 # --- every option
