@@ -2,8 +2,9 @@
 
     python benchmarks/selection.py [--pairs 200000] [--batch 32] [--steps 200]
 
-The curriculum redraws its pool every 10 steps. The scorer takes the best third of 96 candidates behind every margin-level gate. Every row goes to the per-pair log. A table of
-log-probabilities replaces the model, so only the bookkeeping is measured.
+The curriculum redraws its pool every 10 steps. The scorer takes the best of the candidates behind every
+margin-level gate. Every row goes to the per-pair log. A table of log-probabilities replaces the model, so
+only the bookkeeping is measured.
 """
 
 from __future__ import annotations

@@ -83,9 +83,9 @@ class SageCurriculum(Curriculum):
     All pairs are split into `strata` equal quantiles of the margin that each had when it was last seen: under
     the reference before the first step, later in scoring and in training, which costs no pass of its own.
     The competence of a stratum is the share of its pairs that turned out to be right when they were seen
-    again. Every `every` steps the strata are cut anew and a pool is drawn: as many pairs as will be candidates
-    until the next refresh, but at most half of all. The share `floor` of it is divided evenly, and the rest
-    in proportion to 1 - competence. `margin` is the margin that all this looks at: implicit_reward,
+    again. Every `every` steps the strata are cut anew and a pool is drawn. It holds as many pairs as will be
+    candidates until the next refresh, but at most half of all. The share `floor` of it is divided evenly, and
+    the rest in proportion to 1 - competence. `margin` is the margin that all this looks at: implicit_reward,
     policy_mean or mixed.
     """
 

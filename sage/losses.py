@@ -73,7 +73,8 @@ class DPO(Loss):
 class NormalizedDPO(DPO):
     """DPO on log-ratios per token: arXiv 2411.15124, equation 6.
 
-    The reward is beta * (log pi - log pi_ref) / |y|, so beta is larger than DPO's by about a response's length.
+    The reward is beta * (log pi - log pi_ref) / |y|, so beta is larger than DPO's by about a
+    response's length.
     """
 
     beta: float = 5.0

@@ -25,7 +25,7 @@ from sage.config.frozen import up_to_date
 from sage.curriculum import Curriculum, SageCurriculum, Setting, allot
 from sage.losses import DPO
 from sage.model.logps import LogitStats, PairLogps
-from sage.scorers import PairStats, Sage, SageLogit, Uniform, curvature, select, signal
+from sage.scorers import PairStats, Sage, SageLogit, curvature, select, signal
 from sage.static_curricula import EasyToHard, StaticFilter
 from sage.training.metrics import PER_PAIR
 from sage.training.pair_log import PairLog
@@ -260,7 +260,7 @@ def test_pools_lean_to_what_is_wrong():
 
 
 def test_competence_follows_what_is_seen():
-    """Pairs seen since the refresh count as they are now, the competence before as PRIOR pairs, a tie as half."""
+    """Pairs seen since the refresh count as they are now, and the old competence as PRIOR pairs."""
     curriculum, policy = sage_curriculum(), Policy(np.repeat([1.0, 2.0, 3.0, 4.0], 10))
     curriculum.refresh(0, policy)
     assert curriculum.competence.tolist() == [1.0] * 4

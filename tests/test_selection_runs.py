@@ -177,7 +177,7 @@ def test_the_log_is_bounded_and_can_be_switched_off(one_rank):
 
 @pytest.mark.parametrize("pairs", FEW)
 def test_the_method_trains_on_few_pairs(one_rank, pairs):
-    """Protects SAGE as the default: a small file trains with it. With nothing to choose from it is plain DPO."""
+    """Protects SAGE as the default: a small file trains. With nothing to choose it is plain DPO."""
     run = one_rank / f"few_{pairs}"
     assert column(run, "cost/backward_pairs") == [BATCH * (i + 1) for i in range(4)]
     assert ("curriculum/pool_size" in metrics(run)[0]) == (pairs > BATCH)
