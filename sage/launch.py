@@ -25,6 +25,7 @@ from sage.config import (
 from sage.data.pairs import load_data
 from sage.data.source import resolve_path
 from sage.model.folder import check_adapter, check_weights_files, lora_of
+from sage.training.tracking import check_tracking
 from sage.util.errors import UserError
 from sage.util.locks import locked
 from sage.util.processes import run_ranks
@@ -83,6 +84,8 @@ def preflight(cfg: RunConfig) -> None:
         raise UserError(f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it")
     check_writable(Path(cfg.cache_dir).expanduser(), "cache_dir")
     check_model(cfg.model)
+    if type(cfg) is TrainConfig:  # the other commands have its keys, and log nothing
+        check_tracking(cfg.tracking)
     with activity("checking the inputs"):
         read_inputs(cfg)
 

@@ -405,6 +405,10 @@ def test_bash_completion_as_documented(line, expected, tmp_path):
 
 def test_completion_query(sage, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "sage train tracking=")
-    assert sage("-sc", "query=bash")[1].split() == ["tracking=none", "tracking=wandb"]
+    assert sage("-sc", "query=bash")[1].split() == [
+        "tracking=none",
+        "tracking=tensorboard",
+        "tracking=wandb",
+    ]
     monkeypatch.setenv("COMP_LINE", "sage train what ever +experiment=nope ste")
     assert sage("-sc", "query=bash") == (0, "", "")

@@ -250,12 +250,13 @@ class EngineConfig:
 @dataclass
 class TrackingConfig:
     wandb: bool = key(False, "also log to Weights & Biases")
+    tensorboard: bool = key(False, "also write event files for TensorBoard to RUN_DIR/tensorboard")
     mode: str = key(
         "auto",
-        "how Weights & Biases logs; auto = online if you are logged in, else offline",
+        "how Weights & Biases logs; auto = online if you are logged in and it answers, else offline",
         choices=("auto", "online", "offline"),
     )
-    project: str = key("sage", "Weights & Biases project")
+    project: str = key("sage", "Weights & Biases project, or ENTITY/PROJECT")
     sample_rows: int = key(
         1_000_000, "rows to keep in samples/*.parquet, the log of scored pairs; 0 = no such log", low=0
     )

@@ -152,7 +152,6 @@ class Run:
     def finish(self) -> None:
         """Evaluate, export final/, write summary.json, and print the table."""
         after = self.evaluate()
-        self.tracker.close()
         self.selection.log.flush()
         final = self.run_dir / "final"
         self.export(final)
@@ -184,3 +183,4 @@ class Run:
         }
         write_json(self.run_dir / SUMMARY_FILE, summary)
         print_summary(summary)
+        self.tracker.close()  # last: it may wait for a server

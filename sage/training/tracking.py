@@ -1,14 +1,25 @@
-"""Where metrics go: always to RUN_DIR/metrics.jsonl, and to Weights & Biases if asked."""
+"""Where metrics go: always to RUN_DIR/metrics.jsonl, and to Weights & Biases or TensorBoard if asked."""
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from sage.config import TrackingConfig, TrainConfig
+from sage.training.wandb_log import WandbLog, check_wandb
+from sage.util.errors import UserError
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
+
+
+class Log(Protocol):
+    """A second place for metrics."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Tracker:
@@ -19,15 +30,16 @@ class Tracker:
     """
 
     def __init__(self, cfg: TrainConfig, run_dir: Path, step: int, main: bool):
-        self.file, self.wandb = None, None
+        self.file, self.logs = None, list[Log]()
         if not main:
             return
         path = run_dir / METRICS_FILE
-        if path.exists():
-            rewind(path, step)
+        logged = rewind(path, step) if path.exists() else -1
         self.file = path.open("a")
         if cfg.tracking.wandb:
-            self.wandb = start_wandb(cfg.tracking, cfg, run_dir)
+            self.logs.append(WandbLog(cfg, run_dir, logged))
+        if cfg.tracking.tensorboard:
+            self.logs.append(TensorBoard(run_dir, step))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a step. Nothing is written if there are none."""
@@ -36,22 +48,52 @@ class Tracker:
         if self.file:
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
+        for log in self.logs:
+            log.log(step, metrics)
 
     def close(self) -> None:
         if self.file:
             self.file.close()
-        if self.wandb:
-            self.wandb.finish()
+        for log in self.logs:
+            log.close()
 
 
-def rewind(path: Path, step: int) -> None:
-    """Move away the lines after `step`, and a line that a kill cut short."""
-    keep, superseded = [], []
+class TensorBoard:
+    """Event files in RUN_DIR/tensorboard."""
+
+    def __init__(self, run_dir: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard forgets later steps of an interrupted run: they are about to run again.
+        self.writer = SummaryWriter(run_dir / TENSORBOARD_FOLDER, purge_step=step + 1 if step else None)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """Refuse, before a model is loaded, logs that cannot be written.
+
+    Raises:
+        UserError: a package is missing, or Weights & Biases is to be online and cannot be.
+    """
+    if tracking.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("tracking=tensorboard needs its package: pip install 'sage-align[tensorboard]'")
+    if tracking.wandb:
+        check_wandb(tracking)
+
+
+def rewind(path: Path, step: int) -> int:
+    """Move away the lines after `step`, and a line that a kill cut short. Returns the last step of all."""
+    keep, superseded, last = [], [], -1
     for line in path.read_text().splitlines():
         try:
-            late = json.loads(line)["step"] > step
+            number = json.loads(line)["step"]
+            late, last = number > step, max(last, number)
         except (ValueError, KeyError):
             late = True
         (superseded if late else keep).append(line + "\n")
@@ -61,23 +103,4 @@ def rewind(path: Path, step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(keep))
         temporary.rename(path)
-
-
-def start_wandb(tracking: TrackingConfig, cfg: TrainConfig, run_dir: Path):
-    """Open a run, offline unless the user is logged in or asks for online. A resume continues it."""
-    import dataclasses
-    import hashlib
-
-    import wandb
-
-    mode: Any = tracking.mode if tracking.mode != "auto" else ("online" if wandb.api.api_key else "offline")
-    return wandb.init(
-        project=tracking.project,
-        name=f"{cfg.name}/{run_dir.name}",
-        id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12],
-        resume="allow",
-        dir=run_dir,
-        mode=mode,
-        settings=wandb.Settings(quiet=True),
-        config=dataclasses.asdict(cfg),
-    )
+    return last
