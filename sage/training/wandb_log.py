@@ -77,7 +77,7 @@ class WandbLog:
         """
         import wandb
 
-        mode = cfg.tracking.mode
+        mode: Any = cfg.tracking.mode
         if mode == "auto":
             chosen = wandb.setup().settings.mode  # by WANDB_MODE
             mode = chosen if chosen in ("offline", "disabled") else "online"
@@ -104,7 +104,7 @@ class WandbLog:
             wandb.teardown()  # its process still holds the id
             return wandb.init(mode=self.offline(first_line(e)), **options)
 
-    def offline(self, reason: str) -> str:
+    def offline(self, reason: str) -> Any:
         console.print(
             f"Weights & Biases logs offline: {reason.rstrip('.')}. To upload the run later: wandb sync "
             f"{self.folder}/offline-*",
