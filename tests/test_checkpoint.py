@@ -18,6 +18,8 @@ from conftest import make_pairs, write_jsonl
 from filelock import FileLock
 from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, interrupted, metrics, weights
 
+from sage.util.checksums import CHECKSUMS_FILE, seal
+
 pytestmark = pytest.mark.slow
 VARIANTS = {
     "zero0": ["engine=zero0"],
@@ -102,6 +104,51 @@ def test_resume_on_two_ranks(two, name):
     assert_same(two / "whole" / name, two / "resumed" / name)
 
 
+def zero_a_hole(file: Path) -> None:
+    """4 KiB of zeros in the middle, as a disk may leave them. The file can still be loaded."""
+    with file.open("r+b") as content:
+        content.seek(file.stat().st_size // 2)
+        content.write(bytes(4096))
+
+
+DAMAGE = {
+    "hole": lambda folder: zero_a_hole(max(folder.rglob("*.pt"), key=lambda file: file.stat().st_size)),
+    "truncated": lambda folder: os.truncate(next(folder.rglob("*model_states.pt")), 1000),
+    "missing": lambda folder: next(folder.rglob("*model_states.pt")).unlink(),
+    "sidecar": lambda folder: (folder / "train_state.pt").unlink(),
+    "checksums": lambda folder: (folder / CHECKSUMS_FILE).write_text("{}"),
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(one, tmp_path):
+    """Above all a hole of zeros, which would be resumed with other weights. Without any, the run starts."""
+    whole = one / "whole" / "zero2"
+    runs = {name: interrupted(whole, 8, tmp_path / name) for name in (*DAMAGE, "both")}
+    for name, run in runs.items():
+        shutil.copytree(run / "checkpoints" / "step_4", run / "checkpoints" / "step_4.bak")
+        for step in ("step_8",) if name in DAMAGE else ("step_4", "step_8"):
+            DAMAGE.get(name, DAMAGE["hole"])(run / "checkpoints" / step)
+    execute(1, list(runs.values()))
+    for name, run in runs.items():
+        assert not (run / ERROR_FILE).exists(), name
+        assert column(run, "step") == list(range(1, 9)) and column(run, "loss") == column(whole, "loss"), name
+        ours, theirs = weights(run / "final"), weights(whole / "final")
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs), name
+        assert (run / "checkpoints" / "step_8.damaged").is_dir()
+        assert (run / "checkpoints" / "step_4.damaged").is_dir() == (name == "both")
+
+
+def test_an_adapters_checkpoint_leaves_its_frozen_base_out(one):
+    import sage.model.engine  # noqa: F401  lets torch load DeepSpeed's classes
+
+    for name in ("lora0", "lora3"):
+        (file,) = (one / "whole" / name / "checkpoints" / "step_8").rglob("*model_states.pt")
+        state = torch.load(file, weights_only=True)
+        assert all("lora_" in weight for weight, value in state["module"].items() if value.numel()), name
+        assert not state.get("frozen_param_fragments"), name
+
+
 def sage(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "sage.cli", *arguments],
@@ -174,6 +221,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
     (data / "config.yaml").write_text(text.replace(path, str(other)))
     sidecar = ranks / "checkpoints" / "step_4" / "train_state.pt"
     torch.save({**torch.load(sidecar, weights_only=True), "world_size": 4}, sidecar)
+    seal(sidecar.parent)
 
     versions = {}
     for name, reason in (
@@ -195,6 +243,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         else:
             state["optimizer" if name == "adam" else "surprise"] = "FusedAdam"
         torch.save(state, sidecar)
+        seal(sidecar.parent)
 
     evil = {}
     for name, variant, pattern in (
@@ -210,6 +259,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
             torch.save({"module": payload}, file)
         else:
             file.write_bytes(pickle.dumps(payload))
+        seal(run / "checkpoints" / "step_4")
     before = {run: (run / "metrics.jsonl").read_text() for run in (data, ranks, *versions, *evil.values())}
     execute(1, list(before))
     assert "data.path no longer holds the pairs that" in (data / ERROR_FILE).read_text()
@@ -220,7 +270,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         assert "start a new run" in error and not (run / "final").exists()
     for name, run in evil.items():
         assert (run / ERROR_FILE).exists() and not (run / "final").exists()
-        assert "is damaged, or sage did not write it" in (run / ERROR_FILE).read_text(), name
+        assert "was not written by sage" in (run / ERROR_FILE).read_text(), name
         assert not (tmp_path / f"{name}.executed").exists()
     for run, text in before.items():
         assert (run / "metrics.jsonl").read_text() == text  # refused before anything is touched

@@ -191,6 +191,7 @@ class Engine(Ranks):
         self.dtype = dtype
         self.policy = policy.to(device)
         trainable = [p for p in policy.parameters() if p.requires_grad]
+        self.partly_frozen = len(trainable) < len(list(policy.parameters()))
         self.max_grad_norm = optimizer.max_grad_norm
         # Without master weights and shards DeepSpeed does not wrap the optimizer. It then reports no norm and
         # applies any update, so clipping and checking are up to us.
@@ -240,10 +241,25 @@ class Engine(Ranks):
         return norm
 
     def save(self, folder: Path) -> None:
-        self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        """Write weights, master weights and the optimizer's state, but not an adapter's frozen base."""
+        # A sharded weight has no elements here.
+        frozen = {p.data_ptr() for p in self.policy.parameters() if p.numel() and not p.requires_grad}
+
+        def drop_frozen(module: nn.Module, weights: dict[str, Tensor], *_: Any) -> None:
+            for name in [name for name, weight in weights.items() if weight.data_ptr() in frozen]:
+                del weights[name]
+
+        # DeepSpeed leaves frozen parameters out, but not the second name of a tied one, which is the largest.
+        hook = self.policy.register_state_dict_post_hook(drop_frozen)
+        self.deepspeed.save_checkpoint(
+            str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=self.partly_frozen
+        )
+        hook.remove()
 
     def load(self, folder: Path) -> None:
-        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag="engine")
+        loaded, _ = self.deepspeed.load_checkpoint(
+            str(folder), tag="engine", load_module_strict=not self.partly_frozen
+        )
         if loaded is None:
             raise UserError(f"{folder}: the engine's state cannot be loaded")
 

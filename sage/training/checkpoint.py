@@ -2,12 +2,15 @@
 
 `checkpoints/step_N/` holds the engine's state (weights, master weights, optimizer), the best policy so far,
 and `train_state.pt`, with everything else that decides the future of a run. It is written under a temporary
-name, flushed to disk and then renamed, so a folder with the final name is complete.
+name, flushed to disk and then renamed, so a folder with the final name is complete. `checksums.json` says
+whether it is still what it was.
 """
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +22,10 @@ import torch
 from torch import Tensor
 
 from sage.model.engine import Engine
-from sage.util.errors import UserError, first_line
+from sage.util.checksums import damaged, seal
+from sage.util.errors import UserError, first_line, named
 from sage.util.files import fsync, link_folder
+from sage.util.progress import console
 from sage.util.ranks import main_only
 
 BEST_FOLDER = "best"  # of the run, and of each of its checkpoints
@@ -78,8 +83,9 @@ def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:
     if main_only(final.exists):  # a signal came right after it was written
         return
     temporary = final.with_name(f".{final.name}.tmp")
-    if engine.rank == 0 and temporary.exists():  # left by a kill
-        shutil.rmtree(temporary)
+    if engine.rank == 0:
+        for left in final.parent.glob(".step_*"):  # by a kill
+            shutil.rmtree(left)
     engine.barrier()
     temporary.mkdir(parents=True, exist_ok=True)
     state.rng = engine.gather(rng_state())
@@ -89,19 +95,42 @@ def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:
         torch.save(asdict(state), temporary / SIDECAR)
         if state.best is not None:  # a later evaluation may replace it, and then be undone by a resume
             link_folder(run_dir / BEST_FOLDER, temporary / BEST_FOLDER)
+    seal(temporary)
+    if engine.rank == 0:
         for file in [*temporary.rglob("*"), temporary]:
             fsync(file)
         temporary.rename(final)
         fsync(final.parent)
         for old in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            doomed = old.with_name(f".{old.name}.old")
+            old.rename(doomed)  # a kill must not leave half of it under its name
+            shutil.rmtree(doomed)
     engine.barrier()
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if (p / SIDECAR).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    """The checkpoints, oldest first. Some may be damaged."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    found = [folder for folder in found if re.fullmatch(r"step_[0-9]+", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def newest_intact(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose files are what they were. A damaged one is set aside, with one line."""
+    for folder in reversed(main_only(lambda: list_checkpoints(run_dir))):
+        if not (files := damaged(folder)):
+            return folder
+        aside = main_only(lambda folder=folder: set_aside(folder))
+        console.print(f"{folder} is damaged ({named(files)}): it is set aside as {aside.name}", markup=False)
+    return None
+
+
+def set_aside(folder: Path) -> Path:
+    numbers = itertools.count(1)
+    aside = folder.with_name(f"{folder.name}.damaged")
+    while aside.exists():
+        aside = folder.with_name(f"{folder.name}.damaged{next(numbers)}")
+    return folder.rename(aside)
 
 
 @contextmanager
@@ -111,7 +140,8 @@ def readable(folder: Path) -> Iterator[None]:
         yield
     except (pickle.UnpicklingError, EOFError) as e:
         raise UserError(
-            f"{folder} is damaged, or sage did not write it: delete it to resume from the one before"
+            f"{folder} was not written by sage, although its checksums are right: delete it to resume from "
+            "the one before"
         ) from e
     except UserError:
         raise

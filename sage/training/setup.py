@@ -255,12 +255,12 @@ def restore(
     run_dir: Path, engine: Engine, forward: PairForward, selection: Selection, state: TrainState
 ) -> TrainState:
     """Load the newest checkpoint into the run's parts and return its state, or `state` if there is none."""
-    if saved := checkpoint.list_checkpoints(run_dir):
-        with activity(f"reading {saved[-1].name}"), checkpoint.readable(saved[-1]):
-            state = checkpoint.restore(engine, state, saved[-1])
+    if folder := checkpoint.newest_intact(run_dir):
+        with activity(f"reading {folder.name}"), checkpoint.readable(folder):
+            state = checkpoint.restore(engine, state, folder)
             selection.load_state_dict(state.selection)
         forward.costs.update(state.costs)
-        console.print(f"resumed from {saved[-1]}")
+        console.print(f"resumed from {folder}", markup=False)
     selection.log.rewind(state.step)
     return state
 
