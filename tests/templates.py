@@ -142,6 +142,30 @@ PHI4 = r"""{% for message in messages %}{% if (message['role'] == 'system') %}{{
 
 ZEPHYR = "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 
+# gpt-oss: channels, and the end token of a last turn is another than that of earlier ones.
+HARMONY = r"""{% for tool in tools or [] %}{{ tool|tojson }}{% endfor %}
+{%- for m in messages %}
+{%- if m.role != 'assistant' %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}
+{%- elif m.tool_calls %}{% set call = m.tool_calls[0].function %}
+{{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' + call.arguments|tojson + '<|call|>' }}
+{%- else %}
+{%- if m.thinking %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}
+{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
+# Vicuna: words instead of special tokens.
+VICUNA = (
+    "{{ 'A chat.' }}{% for m in messages %}{% if m.role == 'user' %}{{ ' USER: ' + m.content.strip() }}"
+    "{% else %}{{ ' ASSISTANT: ' + m.content.strip() + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+# SmolLM3 and Nemotron Nano: a switch in the text closes the thought, and is left out.
+SWITCHED = (
+    r"{% set off = '/no_think' in messages[0].content %}{% for m in messages %}"
+    r"{{ '<|im_start|>' + m.role + '\n' + m.content.replace('/no_think', '').strip() + '<|im_end|>\n' }}{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if off else '') }}"
+    r"{% endif %}"
+)
 SENTENCES = (
     "What is 2 + 2? The answer is 4. two and two or three. Weather in Paris? It is 12 C. Answer in French. "
     "Be brief.",

@@ -26,8 +26,11 @@ HEADS = 4096  # rendered prompts to keep
 MARK = re.compile(r"[<\[][^\s<>\[\]]+[>\]]")  # <|im_end|>, </s>, [/INST]: ordinary text has nothing like it
 # What opens and closes a thought: <think>, <thinking>, [THINK], <seed:think>, ◁think▷ and so on.
 THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
-OPEN = re.compile(rf"[<\[◁]{THOUGHT}[>\]▷]", re.IGNORECASE)
-CLOSE = re.compile(rf"[<\[◁]/{THOUGHT}[>\]▷]", re.IGNORECASE)
+# A mark in quotes or backticks is spoken of: "write `<think>` first".
+OPEN, CLOSE = (
+    re.compile(rf"(?:(?<![`'\"]){mark}|{mark}(?![`'\"]))", re.IGNORECASE)
+    for mark in (rf"[<\[◁]{THOUGHT}[>\]▷]", rf"[<\[◁]/{THOUGHT}[>\]▷]")
+)
 OPENED = re.compile(rf"{OPEN.pattern}\s*\Z", re.IGNORECASE)  # a text that ends with a thought just opened
 
 Message = dict[str, Any]
@@ -131,8 +134,11 @@ class Renderer:
         if MARK.search(turn) and turn.strip() in text:
             return True
         begin, closing = MARK.findall(question), turn.removesuffix(header).strip()
+        if not begin:  # a template of words: "USER: ... ASSISTANT:"
+            edges = question.strip(), turn.strip()
+            return all(edges) and text.lstrip().startswith(edges[0]) and text.rstrip().endswith(edges[1])
         written = bool(MARK.match(text.lstrip())) and text.rstrip().endswith(closing)
-        return written and bool(header and begin) and begin[-1] in text
+        return written and bool(header) and begin[-1] in text
 
     @cached_property
     def surroundings(self) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from sage.util.errors import UserError
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 FIELDS = (*REASONING, "tool_calls", "function_call")  # what an assistant writes besides the content
+# A user's switch for thoughts. Some templates act on it and leave it out.
+SWITCH = re.compile(r"(?<!<)/(?:no_?)?think\b")
 
 
 class Refused(UserError):
@@ -47,7 +50,7 @@ def check_prompt(messages: list[Message], tools: list | None, written: str) -> N
         text = content_of(message)
         if message["role"] == "assistant" and not _stands(text, written):
             text = CLOSE.split(text)[-1]
-        if not _stands(text, written):
+        if not all(_stands(part, written) for part in SWITCH.split(text)):
             raise Refused("lost", f"the chat template leaves out the content of a {message['role']} message")
         _check_calls(message, written)
     for tool in tools or []:

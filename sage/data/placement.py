@@ -144,7 +144,11 @@ def _place(
         added = ""
     leads = [added if lead is None else lead for lead in leads]
     lead = leads[0] if leads[0] == leads[1] else ""
-
+    if leads[0] != leads[1]:  # a space, or the name of a channel; an empty thought is left out
+        sides = [
+            side if CLOSE.search(own) else side._replace(text=own + side.text)
+            for side, own in zip(sides, leads, strict=True)
+        ]
     prompt, lead, texts, cut, mended = _resolve(head, lead, added, tail, sides, fixed)
     if all(
         side.full is None or side.closing is not None or prompt + lead + text + tail == side.full
@@ -264,6 +268,7 @@ def _resolve(
     """Prompt, lead and responses with the thought opened once; which are cut off; the rules used."""
     kinds, texts = [side.kind for side in sides], [side.text for side in sides]
     plain = kinds == ["plain", "plain"]
+    structured = any(side.closing is not None for side in sides)
     if CLOSE.search(lead) and not plain:
         lead = ""  # else an empty thought would precede the response's own
     opened, rules = OPENED.search(head + lead), set()
@@ -272,7 +277,8 @@ def _resolve(
         if CLOSED.search(head) and not plain:
             raise Refused(
                 "second_thought",
-                "the prompt closes the thought (enable_thinking=false), and a response brings its own",
+                "the prompt closes the thought, and a response brings its own; leave thinking on in "
+                "data.template_arguments",
             )
     elif plain:
         base = (head + lead)[: opened.start()]
@@ -286,7 +292,7 @@ def _resolve(
             if kind == "own":
                 texts[i] = _without_opening(texts[i], opened[0])
                 rules.add("opened_by_prompt")
-            elif kind == "plain" and kinds[1 - i] == "inside" and sides[i].closing is None:
+            elif kind == "plain" and kinds[1 - i] == "inside" and not structured:
                 cut[i] = True  # as the other side, it goes on with the prompt's thought
             elif kind == "plain":
                 texts[i] = _close(opened[0], added) + texts[i]
