@@ -41,6 +41,17 @@ class Easiest(Ranking):
 
 
 @dataclass
+class SmallestGap(Ranking):
+    """The smallest gap between the implicit rewards, -|u|, whatever its sign: after arXiv 2508.04149.
+
+    The authors choose once, by a model that was trained before. Here the policy in training decides.
+    """
+
+    def __call__(self, stats: PairStats) -> Tensor:
+        return -stats.margin(self.margin).abs()
+
+
+@dataclass
 class MarginGap(Ranking):
     """The most negative margin of a fixed model: the reference (`mean_margin`), or that of `margins_from`."""
 

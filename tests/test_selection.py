@@ -20,6 +20,7 @@ from sage.baseline_scorers import (
     MarginGap,
     RandomFromPool,
     Rho,
+    SmallestGap,
 )
 from sage.config.frozen import up_to_date
 from sage.curriculum import Curriculum, SageCurriculum, Setting, allot
@@ -104,6 +105,7 @@ def test_known_scores():
     assert torch.allclose(LargestGradient()(stats), 2 * sigmoid)
     assert torch.allclose(Easiest()(stats), torch.tensor([-1.0, 0.0, 2.0]))
     assert torch.equal(RandomFromPool()(stats), torch.zeros(3))
+    assert torch.allclose(SmallestGap()(stats), torch.tensor([-1.0, 0.0, -2.0]))
     stats.other_margin = torch.tensor([0.0, 3.0, 2.0])
     assert torch.allclose(MarginGap()(stats), torch.tensor([0.0, -3.0, -2.0]))
     assert torch.allclose(Rho(margins_from="x")(stats), torch.tensor([0.6201145, 0.6445599, 0.0]), atol=1e-6)

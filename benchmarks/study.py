@@ -1,0 +1,275 @@
+"""Compare methods of choosing pairs, by the commands that a user runs. It resumes wherever it was stopped.
+
+    python benchmarks/study.py run arithmetic FOLDER [METHOD ...] [--seeds 20] [--steps 50]
+    python benchmarks/study.py run words FOLDER [METHOD ...]       after scripts/make_words.py DATA FOLDER
+    python benchmarks/study.py list arithmetic FOLDER              the commands that are left
+    python benchmarks/study.py table arithmetic FOLDER             the tables of docs/evidence.md
+
+Each method is a group of overrides. It runs on a small grid with one seed, and keeps the settings that are
+best on the validation problems. Then it runs other seeds and answers the test problems. A run is one
+`sage train` in a folder of its own: a finished one is not repeated, and a broken one goes on from its last
+checkpoint. `sage report FOLDER/test/STEPS` shows the same runs in more detail. OMP_NUM_THREADS says how many
+threads a run takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sage.reporting.groups import Group, Interval, best, final, interval, mean_curve, paired
+from sage.reporting.runs import Run, find
+
+NLL, PLAIN = "loss.nll_weight=1", "+baseline=dpo"
+METHODS: dict[str, list[str]] = {
+    "dpo": [PLAIN],
+    "dpo+nll": [PLAIN, NLL],
+    "dpo_norm": [PLAIN, "loss=dpo_norm"],
+    "score": ["curriculum=none"],
+    "curriculum": ["scorer=uniform"],
+    "sage": [],
+    "sage+nll": [NLL],
+    "sage, 2 candidates": ["scorer.candidates_per_pair=2"],
+    "score, 6 candidates": ["curriculum=none", "scorer.candidates_per_pair=6"],
+    "loss": [PLAIN, "scorer=loss"],
+    "smallest reward gap": [PLAIN, "scorer=small_gap"],
+    "easiest fifth": [PLAIN, "curriculum=static_filter", "curriculum.low=0", "curriculum.high=0.2"],
+    "hardest third": [PLAIN, "curriculum=static_filter"],
+    "without the hardest third": [
+        PLAIN,
+        "curriculum=static_filter",
+        "curriculum.low=0",
+        "curriculum.high=0.67",
+    ],
+}
+PER_TOKEN = 25  # dpo_norm's beta is DPO's times about the length of a response
+TUNING_SEED = 100
+
+
+class Task(NamedTuple):
+    common: list[str]
+    benchmark: str  # its name in the metrics
+    problems: dict[str, list[str]]  # split -> overrides
+    grid: list[tuple[float, float]]  # learning rate and beta
+    steps: int
+    every: int  # steps between evaluations
+    prepare: dict[str, list[str]]  # folder -> the command that fills it, before all runs
+
+    def metric(self) -> str:
+        return f"benchmark/{self.benchmark}/accuracy"
+
+
+def arithmetic(folder: Path) -> Task:
+    validation = "benchmark.arithmetic.path=pkg://sage.assets/arithmetic/problems_validation.jsonl"
+    return Task(
+        common=["+experiment=arithmetic", "loss.nll_weight=0", "data.eval_limit=32", "model.dtype=float32"],
+        benchmark="arithmetic",
+        problems={
+            split: ["+benchmark=arithmetic", *([validation] if split == "validation" else [])]
+            for split in ("validation", "test")
+        },
+        grid=[(1e-5, 0.1), (3e-5, 0.1), (3e-5, 0.5)],
+        steps=50,
+        every=10,
+        prepare={},
+    )
+
+
+def words(folder: Path) -> Task:
+    policy = ["model=hf", f"model.path={folder / 'policy'}"]
+    sampling = ["sampling.max_new_tokens=48", "generation.batch_size=64", "generation.chunk=512"]
+    problems = [f"data.problems.path={folder / 'problems_train.jsonl'}", "data.problems.prompt='{problem}'"]
+    return Task(
+        common=[
+            *[*policy, *sampling, f"data.path={folder / 'pairs' / 'pairs.jsonl'}"],
+            *["batch_size=32", "micro_batch_tokens=2048", "data.max_length=256", "save_every=50"],
+        ],
+        benchmark="words",
+        problems={
+            split: [
+                f"+benchmark.words.path={folder / f'problems_{split}.jsonl'}",
+                "+benchmark.words.prompt='{problem}'",
+                "+benchmark.words.answer_from=plain",
+            ]
+            for split in ("validation", "test")
+        },
+        grid=[(1e-6, 0.1), (3e-6, 0.1), (1e-5, 0.1)],
+        steps=100,
+        every=20,
+        prepare={
+            "pairs": [
+                *["build-pairs", *policy, *sampling, *problems, "data.problems.answer_from=plain"],
+                *["pairing.samples=8", "pairing.per_problem=2"],
+            ]
+        },
+    )
+
+
+TASKS = {"arithmetic": arithmetic, "words": words}
+
+
+def train(task: Task, method: str, lr: float, beta: float, split: str, seed: int, steps: int) -> list[str]:
+    scale = PER_TOKEN if method == "dpo_norm" else 1
+    return [
+        *["train", *task.common, *task.problems[split], "benchmark_limit=null", f"steps={steps}"],
+        *[f"eval_every={task.every}", f"seed={seed}", *METHODS[method]],
+        *[f"optimizer.lr={lr:g}", "optimizer.schedule=constant", f"loss.beta={beta * scale:g}"],
+    ]
+
+
+def commands(task: Task, folder: Path, args: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
+    """Each run's folder and command, in order. Settings are chosen once all runs of the grid are there."""
+    for name, words in task.prepare.items():
+        yield folder / name, words
+    for method, (lr, beta) in product(args.methods if len(task.grid) > 1 else (), task.grid):
+        words = train(task, method, lr, beta, "validation", TUNING_SEED, task.steps)
+        yield grid_folder(folder, method, lr, beta), words
+    # All methods of a seed before the next, so that a half-done study compares fairly.
+    for seed, method in product(range(args.seeds), args.methods):
+        chosen = tuned(task, folder, method)
+        if chosen is not None:
+            where = folder / "test" / str(args.steps) / method.replace(" ", "_") / str(seed)
+            yield where, train(task, method, *chosen, "test", seed, args.steps)
+
+
+def grid_folder(folder: Path, method: str, lr: float, beta: float) -> Path:
+    return folder / "grid" / method.replace(" ", "_") / f"{lr:g}_{beta:g}"
+
+
+def tuned(task: Task, folder: Path, method: str) -> tuple[float, float] | None:
+    """The settings whose best point on the validation problems is highest; None if a run is missing."""
+    if len(task.grid) == 1:
+        return task.grid[0]
+    values = {}
+    for lr, beta in task.grid:
+        runs = finished([grid_folder(folder, method, lr, beta)])
+        if not runs:
+            return None
+        values[lr, beta] = best(runs[0].metrics[task.metric()], task.metric())[0]
+    return max(values, key=lambda key: values[key])
+
+
+def finished(folders: list[Path]) -> list[Run]:
+    there = [str(f) for f in folders if (f / "summary.json").exists()]
+    return find(there)[0] if there else []
+
+
+def run(task: Task, folder: Path, args: argparse.Namespace, show: bool) -> None:
+    for where, words in commands(task, folder, args):
+        if (where / "summary.json").exists() or (where / "manifest.json").exists():
+            continue
+        begun = (where / "config.yaml").exists()
+        words = ["resume", str(where)] if begun else [*words, f"hydra.run.dir={str(where)!r}"]
+        line = shlex.join(["sage", *words])
+        print(line, flush=True)
+        if not show:
+            sage = Path(sys.executable).with_name("sage")
+            done = subprocess.run([sage, *words], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{done.stderr[-2000:]}\nstatus {done.returncode}: {line}")
+
+
+# --- the tables
+
+
+def cell(value: Interval, form: str = ".3f") -> str:
+    if not value.n:
+        return "never"
+    return f"{value.mean:{form}}" + (f" ± {value.high - value.mean:{form}}" if value.n > 1 else "")
+
+
+def reach(group: Group, metric: str, target: float, axis: str) -> float:
+    """Where the mean curve first reaches the target, between its points; NaN if it never does."""
+    curve = mean_curve(group.runs, metric, axis, 10_000)
+    if curve is None:
+        return math.nan
+    x, y = curve[:2]
+    above = np.flatnonzero(y >= target)
+    if not len(above):
+        return math.nan
+    i = max(int(above[0]), 1)
+    return float(np.interp(target, y[i - 1 : i + 1], x[i - 1 : i + 1]))
+
+
+def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
+    metric = task.metric()
+    print(f"| lr, beta | {' | '.join(f'{lr:g}, {beta:g}' for lr, beta in task.grid)} |")
+    print(f"|{'---|' * (len(task.grid) + 1)}")
+    for method in args.methods:
+        row = []
+        for lr, beta in task.grid:
+            runs = finished([grid_folder(folder, method, lr, beta)])
+            value, step = best(runs[0].metrics[metric], metric) if runs else (math.nan, 0)
+            row.append(f"{value:.3f} at {step}" if runs else "")
+        if any(row):
+            print(f"| {method} | {' | '.join(row)} |")
+
+    groups = {}
+    for method in args.methods:
+        where = folder / "test" / str(args.steps) / method.replace(" ", "_")
+        if runs := finished([where / str(seed) for seed in range(args.seeds)]):
+            groups[method] = Group(method, method, runs)
+    if "dpo" not in groups:
+        return
+    curve = mean_curve(groups["dpo"].runs, metric, "step", 10_000)
+    assert curve is not None
+    target = float(curve[1].max())
+    print(f"\nTarget: the best of DPO's mean curve, {target:.3f}. Differences in points, paired by seed.\n")
+    print("| method | seeds | best | end | end - DPO's | end - (DPO + NLL)'s | pairs | cost | whole cost |")
+    print(f"|{'---|' * 9}")
+    for method, group in groups.items():
+        row = [method, str(len(group.runs))]
+        for value_of in (
+            lambda run: best(run.metrics[metric], metric)[0],
+            lambda run: final(run.metrics[metric]),
+        ):
+            row.append(cell(interval([value_of(run) for run in group.runs])))
+        for other in ("dpo", "dpo+nll"):
+            known = other in groups and other != method
+            points = lambda run: 100 * final(run.metrics[metric])  # noqa: E731
+            row.append(cell(paired(groups[other], group, points), "+.1f") if known else "")
+        for axis in ("pairs", "cost"):
+            where = reach(group, metric, target, axis)
+            row.append("never" if math.isnan(where) else f"{where:.0f}")
+        row.append(f"{np.mean([run.clocks['cost'].values[-1] for run in group.runs]):.0f}")
+        print(f"| {' | '.join(row)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("run", "list", "table"))
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--settings", metavar="LR,BETA", help="for all methods, instead of the grid")
+    args = parser.parse_args()
+    if unknown := set(args.methods) - set(METHODS):
+        parser.error(f"no such method: {', '.join(sorted(unknown))}")
+    folder = args.folder.resolve()
+    task = TASKS[args.task](folder)
+    args.methods = args.methods or list(METHODS)
+    args.steps = args.steps or task.steps
+    if args.settings:
+        lr, beta = map(float, args.settings.split(","))
+        task = task._replace(grid=[(lr, beta)])
+    if args.what == "table":
+        table(task, folder, args)
+    else:
+        run(task, folder, args, show=args.what == "list")
+
+
+if __name__ == "__main__":
+    main()
