@@ -134,15 +134,19 @@ def commands(task: Task, folder: Path, args: argparse.Namespace) -> Iterator[tup
         words = train(task, method, lr, beta, "validation", TUNING_SEED, task.steps)
         yield grid_folder(folder, method, lr, beta), words
     # All methods of a seed before the next, so that a half-done study compares fairly.
-    for seed, method in product(range(args.seeds), args.methods):
+    for seed, method in ((seed, method) for seed in range(args.seeds) for method in args.methods):
         chosen = tuned(task, folder, method)
         if chosen is not None:
-            where = folder / "test" / str(args.steps) / method.replace(" ", "_") / str(seed)
+            where = folder / "test" / str(args.steps) / slug(method) / str(seed)
             yield where, train(task, method, *chosen, "test", seed, args.steps)
 
 
 def grid_folder(folder: Path, method: str, lr: float, beta: float) -> Path:
-    return folder / "grid" / method.replace(" ", "_") / f"{lr:g}_{beta:g}"
+    return folder / "grid" / slug(method) / f"{lr:g}_{beta:g}"
+
+
+def slug(method: str) -> str:
+    return method.replace(",", "").replace(" ", "_")
 
 
 def tuned(task: Task, folder: Path, method: str) -> tuple[float, float] | None:
@@ -168,7 +172,7 @@ def run(task: Task, folder: Path, args: argparse.Namespace, show: bool) -> None:
         if (where / "summary.json").exists() or (where / "manifest.json").exists():
             continue
         begun = (where / "config.yaml").exists()
-        words = ["resume", str(where)] if begun else [*words, f"hydra.run.dir={str(where)!r}"]
+        words = ["resume", str(where)] if begun else [*words, f"hydra.run.dir={where}"]
         line = shlex.join(["sage", *words])
         print(line, flush=True)
         if not show:
@@ -215,7 +219,7 @@ def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
 
     groups = {}
     for method in args.methods:
-        where = folder / "test" / str(args.steps) / method.replace(" ", "_")
+        where = folder / "test" / str(args.steps) / slug(method)
         if runs := finished([where / str(seed) for seed in range(args.seeds)]):
             groups[method] = Group(method, method, runs)
     if "dpo" not in groups:
