@@ -12,8 +12,8 @@ PARALLEL ?= -n 2 --dist loadfile
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
 
-demo: .venv/stamp-demo ## align SmolLM2-135M-Instruct with real GSM8K pairs, on a CPU
-	$(BIN)/sage train +experiment=demo
+demo: .venv/stamp-demo ## a small model unlearns its mistakes, by SAGE and by plain DPO, on a CPU
+	SAGE=$(BIN)/sage scripts/demo.sh runs/demo/$$(date +%Y-%m-%d_%H-%M-%S)
 
 test: lint ## lint, types and all tests but the comparison with TRL
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m 'not peer'
