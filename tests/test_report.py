@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from scipy import stats
 from sage.commands import report
 from sage.reporting.groups import group, interval, mean_curve, thin
 from sage.reporting.runs import find, read_metrics
+from sage.training.hooks import Hook
 from sage.util.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -194,6 +196,24 @@ def test_odd_runs_give_a_report(tmp_path, pairs):
     html = (tmp_path / "out" / "report.html").read_text()
     assert "interrupted" in html and "1 lines of metrics could not be read" in html
     assert "not finite in places" in html
+
+
+def test_hooks_and_warnings_are_on_the_page(tmp_path, pairs):
+    """A hook's own numbers and tables are shown, and what makes a number less than a test is said."""
+    overrides = ["+benchmark=gsm8k", "eval_every=5", "select=benchmark/gsm8k/accuracy", "patience=1"]
+    folder = write_run(tmp_path / "run", pairs, "seed=0", *overrides, steps=15)
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.writelines(f'{{"step": {step}, "mine/heads": {step}}}\n' for step in range(15))
+    run = SimpleNamespace(run_dir=folder, engine=SimpleNamespace(rank=0))
+    Hook().write_table(run, "heads", ["layer", "share"], [[0, 0.25], ["<b>, last", 0.5]])  # pyright: ignore
+    run.engine.rank = 1
+    Hook().write_table(run, "others", ["layer"], [])  # pyright: ignore
+    report.report([str(folder)])
+    html = (folder / "report.html").read_text()
+    assert "Metrics of hooks" in html and "mine/heads" in html
+    assert "<td>&lt;b&gt;, last</td><td>0.5</td>" in html and "others" not in html
+    assert "selected by test problems (benchmark/gsm8k/accuracy)" in html
+    assert "1 of 1 runs ended early: run after step 15" in html
 
 
 def test_what_is_no_run_is_refused(tmp_path, made):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
+from pyarrow.csv import write_csv
 from rich.table import Table as RichTable
 
 from sage.reporting import compare, page, tables
 from sage.reporting.groups import group
 from sage.reporting.runs import find
 from sage.util.errors import UserError
+from sage.util.files import write_whole
 from sage.util.progress import console
 
 PAGE, FOLDER = "report.html", "report_tables"
@@ -56,7 +59,8 @@ def report(words: list[str]) -> None:
         for table in found:
             tables.write_csv(table, output / FOLDER)
         if runs:
-            tables.write_csv(compare.every_point(group(runs)), output / FOLDER)
+            points = compare.every_point(group(runs))
+            write_whole(output / FOLDER / "metrics.csv", partial(write_csv, points))
         if not args.watch or not any(run.status == "running" for run in runs):
             break
         steps = ", ".join(f"{run.path.name}: step {run.steps}" for run in runs if run.status == "running")

@@ -16,6 +16,7 @@ from sage.util.errors import UserError
 CONFIDENT, NEAR = 1.0, 0.25  # standard deviations of the candidates' margins
 KINDS = ("confident errors", "mild errors", "near the boundary", "mild successes", "mastered")
 SHOWN = 10
+POINTS = 200  # of a picture
 
 
 class Shares(NamedTuple):
@@ -71,11 +72,12 @@ def kinds_of(margins: np.ndarray) -> np.ndarray:
 
 
 def shares(table: pa.Table) -> Shares:
-    """Shares of the kinds of pairs, for every step that scored candidates."""
+    """Shares of the kinds of pairs in the steps that scored candidates, or in POINTS of many such steps."""
     steps = table["step"].to_numpy()
     margins, selected = ranking_margin(table), table["selected"].to_numpy(zero_copy_only=False)
     found = []
-    for step in np.unique(steps):
+    scorings = np.unique(steps)
+    for step in scorings[:: max(len(scorings) // POINTS, 1)]:
         where = np.flatnonzero((steps == step) & np.isfinite(margins))
         if len(where):
             kinds = kinds_of(margins[where])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from sage.reporting.groups import (
     Group,
     Interval,
@@ -170,16 +172,17 @@ def evaluations(found: Sequence[Evaluation]) -> Table | None:
     return Table("evaluations", "Evaluations", header, rows) if rows else None
 
 
-def every_point(groups: Sequence[Group]) -> Table:
-    """Every logged value that the curves show, with its place on every axis, for other programs."""
-    header = ["run", "setting", "seed", "metric", *AXES, "value"]
-    rows: list[list] = []
+def every_point(groups: Sequence[Group]) -> pa.Table:
+    """Every logged value, with its place on every axis, for other programs."""
+    parts = []
     for group in groups:
         for run in group.runs:
             for name, (steps, values) in run.metrics.items():
-                places = [run.at(axis, steps).tolist() for axis in AXES]
-                rows += [
-                    [str(run.path), group.key, run.seed, name, *place, value]
-                    for *place, value in zip(*places, values.tolist(), strict=True)
-                ]
-    return Table("metrics", "Every logged value", header, rows)
+                texts = {"run": str(run.path), "setting": group.key, "seed": run.seed, "metric": name}
+                columns = {
+                    **{key: pa.repeat(text, len(steps)) for key, text in texts.items()},
+                    **{axis: pa.array(run.at(axis, steps)) for axis in AXES},
+                    "value": pa.array(values),
+                }
+                parts.append(pa.table(columns))
+    return pa.concat_tables(parts) if parts else pa.table({})

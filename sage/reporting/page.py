@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy as np
 from sage.reporting import choices, compare, pictures
 from sage.reporting.groups import Group, group, main_metric, mean_curve
 from sage.reporting.runs import AXES, Evaluation, Run
-from sage.reporting.tables import Table, latex, markdown
+from sage.reporting.tables import Table, latex, markdown, read_csv
+from sage.training.best import is_test
+from sage.training.pair_log import FOLDER as SAMPLES_FOLDER
 
 # The curves, in the page's order, where a run has them.
 CURVES = (
@@ -27,8 +30,9 @@ CURVES = (
     "logps/rejected",
     "grad_norm",
 )
+OURS = (*CURVES, "epoch", "learning_rate", "pairs")  # other metrics without a group of sage's are a hook's
 POINTS = 240  # of a curve in a picture; many curves get fewer each, so that the page stays small
-MANY_POINTS = 4000  # of all curves of a picture
+MANY_POINTS = 2000  # of all curves of a picture
 DETAILED = 8  # runs whose selection is shown
 
 
@@ -69,9 +73,9 @@ def report(
         else [],
         axes=AXES,
         sections=curves(groups, colors),
-        details=[detail(run) for run in runs if run.samples is not None][:DETAILED],
+        details=[detail(run) for run in islice((r for r in runs if r.samples is not None), DETAILED)],
         notes=notes(runs),
-        extras=[(run.path.name, file.stem, file.read_text()) for run in runs for file in run.extras],
+        extras=[(run.path.name, read_csv(file)) for run in runs for file in run.extras],
     )
     return html, tables
 
@@ -82,6 +86,17 @@ def notes(runs: Sequence[Run]) -> list[str]:
     for status in ("interrupted", "running"):
         if names := [str(run.path) for run in runs if run.status == status]:
             found.append(f"{len(names)} of {len(runs)} runs: {status}: {', '.join(names[:5])}")
+    if names := sorted({text for run in runs if (text := chosen_by_test(run.config))}):
+        found.append(
+            f"policies were selected by test problems ({', '.join(names)}): the accuracy of best/ on them is "
+            "too good, and no longer a test"
+        )
+    early = [run for run in runs if run.summary and run.steps < (run.config.get("steps") or 0)]
+    if early:
+        ends = ", ".join(f"{run.path.name} after step {run.steps}" for run in early[:5])
+        found.append(f"{len(early)} of {len(runs)} runs ended early: {ends}")
+    if (scored := sum((run.path / SAMPLES_FOLDER).is_dir() for run in runs)) > DETAILED:
+        found.append(f"what selection did is shown for the first {DETAILED} of {scored} runs")
     if damaged := sum(run.damaged_lines for run in runs):
         found.append(f"{damaged} lines of metrics could not be read and are left out")
     broken = sorted(
@@ -99,6 +114,14 @@ def notes(runs: Sequence[Run]) -> list[str]:
     return found
 
 
+def chosen_by_test(config: Mapping[str, Any]) -> str | None:
+    """The `select` of a run if it is measured on a benchmark's test split."""
+    select = config.get("select")
+    kind, _, rest = (select or "").removeprefix("-").partition("/")
+    split = config.get(f"benchmark.{rest.split('/')[0]}.split") if kind == "benchmark" else None
+    return select if split and is_test(split) else None
+
+
 def curves(groups: Sequence[Group], colors: Sequence[str]) -> list[tuple[str, list[dict[str, str]]]]:
     """(heading, pictures) where a picture is one SVG for each axis."""
     names = {name for g in groups for run in g.runs for name in run.metrics}
@@ -110,7 +133,9 @@ def curves(groups: Sequence[Group], colors: Sequence[str]) -> list[tuple[str, li
         "Training pairs": [n for n in CURVES if n in names],
         "Selection": sorted(n for n in names if n.startswith("selection/")),
         "Signal-to-noise ratio of updates": snr,
-        "Numbers that the run added": sorted(n for n in names if n.startswith("extra/")),
+        "Metrics of hooks": sorted(
+            n for n in names if n.removeprefix("eval/") not in OURS and not of_sage(n)
+        ),
     }
     points = max(40, min(POINTS, MANY_POINTS // max(len(groups), 1)))
     sections = []
@@ -119,6 +144,10 @@ def curves(groups: Sequence[Group], colors: Sequence[str]) -> list[tuple[str, li
         if figures:
             sections.append((heading, figures))
     return sections
+
+
+def of_sage(metric: str) -> bool:
+    return metric.startswith(("benchmark/", "selection/", "curriculum/", "cost/", "time/", "snr/"))
 
 
 def over_axes(groups: Sequence[Group], colors: Sequence[str], metric: str, points: int) -> dict[str, str]:

@@ -73,6 +73,13 @@ def latex(table: Table) -> str:
     )
 
 
+def read_csv(file: Path) -> Table:
+    """A table that a hook wrote. Its cells stay the texts that they are."""
+    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+        header, *rows = list(csv.reader(lines)) or [[]]
+    return Table(file.stem, file.stem, header, [[*row] for row in rows])
+
+
 def write_csv(table: Table, folder: Path) -> Path:
     """Full precision; an interval takes four columns."""
     wide = [any(isinstance(row[i], Interval) for row in table.rows) for i in range(len(table.header))]
