@@ -91,7 +91,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
             f"policies were selected by test problems ({', '.join(names)}): the accuracy of best/ on them is "
             "too good, and no longer a test"
         )
-    early = [run for run in runs if run.summary and run.steps < (run.config.get("steps") or 0)]
+    early = [run for run in runs if run.status == "finished" and run.steps < (run.config.get("steps") or 0)]
     if early:
         ends = ", ".join(f"{run.path.name} after step {run.steps}" for run in early[:5])
         found.append(f"{len(early)} of {len(runs)} runs ended early: {ends}")

@@ -171,7 +171,7 @@ def read(folder: Path) -> Run | Evaluation | None:
         return None
     metrics, damaged = read_metrics(folder / METRICS_FILE)
     config = dict(flatten(OmegaConf.to_container(cfg)))
-    status = "finished" if summary else "running" if held(folder) else "interrupted"
+    status = "finished" if summary is not None else "running" if held(folder) else "interrupted"
     return Run(folder, config, metrics, summary, status, damaged, sorted((folder / "report").glob("*.csv")))
 
 
