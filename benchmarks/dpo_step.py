@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from sage.launch import MEMORY
+from sage.launch import ENVIRONMENT
 from sage.order import Shuffled
 from sage.util import ranks
 
@@ -109,7 +109,7 @@ def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float]
 def run_worker(name: str, job: dict, folder: Path) -> tuple[list[float], float]:
     file = folder / "job.json"
     file.write_text(json.dumps({**job, "worker": name, "folder": str(folder)}))
-    variables = MEMORY if name == "forward" else None  # as `sage` starts its own ranks
+    variables = ENVIRONMENT if name == "forward" else None  # as `sage` starts its own ranks
     memory = run([sys.executable, __file__, "--worker", str(file)], job["threads"], variables)
     return json.loads((folder / "report.json").read_text())[1:], memory
 

@@ -33,7 +33,7 @@ from sage.util.progress import activity
 from sage.util.stopping import go_on
 
 # Environment variables of the ranks, unless the user has set them.
-MEMORY = {
+ENVIRONMENT = {
     # Otherwise glibc returns freed activations to the kernel and fetches the pages again: 1/7 of a CPU step.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
@@ -41,6 +41,8 @@ MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     # oneDNN keeps a kernel of 0.6 MB for every text length. 256 are more than one micro-batch uses.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+    # A rank imports nothing from the folder that it is started in, which may be a foreign one.
+    "PYTHONSAFEPATH": "1",
 }
 
 
@@ -173,7 +175,7 @@ def start(world_size: int, run_dir: Path) -> None:
     Raises:
         SystemExit: a rank failed, and has said why; or a signal ended the run.
     """
-    environment = {**MEMORY, **os.environ}
+    environment = {**ENVIRONMENT, **os.environ}
     if world_size > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world_size, 1)))
     if status := run_ranks(world_size, ["-m", "sage.worker", str(run_dir)], environment, go_on(run_dir)):

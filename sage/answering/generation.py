@@ -7,7 +7,7 @@ the same stop rules: an end token, a stop text, or `max_new_tokens`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 
 from sage.answering.agreement import context_of, find_decoder
 from sage.answering.decoders import PlainGenerate
-from sage.answering.responses import NO_ROOM, Decoder, Request, Response, Sampling
+from sage.answering.responses import NO_ROOM, Decoder, Generator, Request, Response, Sampling
 from sage.config import ModelConfig, SamplingConfig, key
 from sage.model import loading
 from sage.util.progress import console
@@ -30,8 +30,18 @@ class Source(NamedTuple):
     ends: set[int]
 
 
+class Backend:
+    """What samples responses. Subclass it as a dataclass, whose fields are the options of `generation`."""
+
+    chunk: int  # responses between two saves of a command's progress
+
+    def open(self, source: Source, sampling: SamplingConfig) -> AbstractContextManager[Generator]:
+        """The policy, ready to answer."""
+        raise NotImplementedError
+
+
 @dataclass
-class HF:
+class HF(Backend):
     """transformers on this process's device, with a batch that is refilled as responses finish.
 
     Each chunk starts with an empty batch, so a resumed run meets the same batches as an undisturbed one and

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
 
-from sage.answering.generation import Source
+from sage.answering.generation import Backend, Source
 from sage.answering.responses import NO_ROOM, Request, Response, response_of
 from sage.config import SamplingConfig, key
 from sage.model import loading
@@ -18,7 +18,7 @@ from sage.util.errors import UserError
 
 
 @dataclass
-class VLLM:
+class VLLM(Backend):
     """vLLM in a process of its own, whose GPU memory is free again when it ends."""
 
     tensor_parallel: int = key(1, "GPUs that share one copy of the model", low=1)

@@ -17,11 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
 from sage.answering.attempts import GENERATIONS_FILE, Attempt, Sampler, write_lines
 from sage.answering.problems import Problem, read_problems
-from sage.config import BuildPairsConfig, PairingConfig, TrainConfig, load
+from sage.config import BuildPairsConfig, PairingConfig, TrainConfig, build, load
 from sage.data.chat import ChatFormat, encode_prompts, response_ends, tokenizer_fingerprint
 from sage.model import loading
 from sage.util.errors import UserError
@@ -76,7 +74,7 @@ def build_pairs(run_dir: Path) -> None:
     problems = read_problems(cfg.data.problems)
     sampler = Sampler(
         cfg.model,
-        instantiate(cfg.generation),
+        build("generation", cfg.generation),
         cfg.sampling,
         seed=cfg.seed,
         chat=ChatFormat.of(cfg.data),

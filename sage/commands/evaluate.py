@@ -12,13 +12,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hydra.utils import instantiate
 from rich.table import Table
 
 from sage.answering.accuracy import by_problem, run_benchmarks, table
 from sage.answering.attempts import GENERATIONS_FILE, Sampler, read_attempts
 from sage.answering.statistics import bootstrap, majority, mcnemar
-from sage.config import SUMMARY_FILE, EvalConfig, load
+from sage.config import SUMMARY_FILE, EvalConfig, build, load
 from sage.data.chat import ChatFormat
 from sage.model import loading
 from sage.util.errors import UserError
@@ -34,7 +33,7 @@ def evaluate(run_dir: Path) -> None:
     assert isinstance(cfg, EvalConfig)
     sampler = Sampler(
         cfg.model,
-        instantiate(cfg.generation),
+        build("generation", cfg.generation),
         cfg.sampling,
         seed=cfg.seed,
         chat=ChatFormat.of(cfg.data),

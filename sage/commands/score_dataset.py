@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig, load
+from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig, build, load
 from sage.data.pairs import load_data
 from sage.data.source import write_rows
 from sage.data.tokens import TokenizedPairs
@@ -35,7 +35,7 @@ from sage.order import difficulty_of, order_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
 from sage.training.base import open_model
 from sage.training.selection import read_margins
-from sage.training.setup import build, read_pairs
+from sage.training.setup import read_pairs
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
 from sage.util.progress import console, track
@@ -90,7 +90,7 @@ def score_dataset(run_dir: Path) -> None:
 
 
 def build_scorer(name: str, node: dict[str, Any]) -> Scorer:
-    scorer: Scorer = build(name, node)
+    scorer: Scorer = build(name, node, "scorer")
     if not scorer.makes_scores:
         raise UserError(f"{name}._target_={node['_target_']} gives pairs no score: choose another")
     return scorer

@@ -1,6 +1,6 @@
 """The schema of every command, its checks, and the frozen config of a run."""
 
-from sage.config.checks import check, check_target, walk
+from sage.config.checks import build, check, check_target, walk
 from sage.config.command import CommandConfig, RunConfig
 from sage.config.frozen import CONFIG_FILE, SUMMARY_FILE, freeze, load, read_frozen
 from sage.config.groups import (
@@ -51,6 +51,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "VerifyConfig",
+    "build",
     "check",
     "check_target",
     "freeze",

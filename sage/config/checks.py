@@ -24,6 +24,7 @@ BASES = {
     "loss": "sage.losses.Loss",
     "scorer": "sage.scorers.Scorer",
     "curriculum": "sage.curriculum.Curriculum",
+    "generation": "sage.answering.generation.Backend",
     "hooks": "sage.training.hooks.Hook",
 }
 
@@ -75,6 +76,38 @@ def check_value(name: str, metadata: Mapping[str, Any], value: Any) -> None:
             raise UserError(f"{name}={value}: must be {words} {limit}")
 
 
+def class_of(key: str, node: Mapping[str, Any], group: str | None = None) -> Any:
+    """The class that a `_target_` group names (by default the group `key`), which must be one of its kind.
+
+    Raises:
+        UserError: it is not.
+    """
+    group = group or key
+    if "_target_" not in node:
+        raise UserError(f"{key}: choose one with {group}=NAME, or give {key}._target_")
+    target = node["_target_"]
+    try:
+        cls = get_class(target)
+    except Exception as e:
+        raise UserError(f"{key}._target_={target} cannot be imported: {e}") from e
+    if not issubclass(cls, get_class(BASES[group])):
+        raise UserError(f"{key}._target_={target}: must be a subclass of {BASES[group]}")
+    return cls
+
+
+def build(key: str, node: Mapping[str, Any], group: str | None = None, **arguments: Any) -> Any:
+    """An object of the class that a `_target_` group names, and of nothing else that the config may hold.
+
+    Raises:
+        UserError: the class is not one of the group's, or refuses the values that it was given.
+    """
+    cls = class_of(key, node, group)
+    try:
+        return cls(**{name: value for name, value in node.items() if name != "_target_"}, **arguments)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{key}: {e}") from e
+
+
 def check_target(key: str, node: dict[str, Any], group: str | None = None) -> None:
     """Check the options of a `_target_` group (by default the one that `key` names) before a model is loaded.
 
@@ -86,20 +119,7 @@ def check_target(key: str, node: dict[str, Any], group: str | None = None) -> No
         UserError: the class is not one of the group's, or an option is unknown, of the wrong type or out of
             range.
     """
-    group = group or key
-    if "_target_" not in node:
-        raise UserError(f"{key}: choose one with {group}=NAME, or give {key}._target_")
-    target = node["_target_"]
-    try:
-        cls = get_class(target)
-    except Exception as e:
-        raise UserError(f"{key}._target_={target} cannot be imported: {e}") from e
-    if group in BASES:
-        belongs, kind = issubclass(cls, get_class(BASES[group])), f"a subclass of {BASES[group]}"
-    else:
-        belongs, kind = callable(getattr(cls, "open", None)), "a class with a method `open`"
-    if not belongs:
-        raise UserError(f"{key}._target_={target}: must be {kind}")
+    cls, target = class_of(key, node, group), node.get("_target_")
     options = {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
     given = {name: value for name, value in node.items() if name != "_target_"}
     for name in given:

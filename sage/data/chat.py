@@ -20,8 +20,10 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from sage.data.templates import ChatFormat, choose_templates
 from sage.util.errors import UserError
+from sage.util.limits import TooLong, cpu_limit
 
 PROBE = "sage-probe-5f2e"  # stands for a text in a rendering, to find what the template writes around it
+LIMIT = 5.0  # seconds of CPU time for one conversation; a usual template takes less than a millisecond
 HEADS = 4096  # rendered prompts to keep
 MARK = re.compile(r"[<\[][^\s<>\[\]]+[>\]]")  # <|im_end|>, </s>, [/INST]: ordinary text has nothing like it
 # What opens and closes a thought: <think>, <thinking>, [THINK], <seed:think>, ◁think▷ and so on.
@@ -48,6 +50,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.heads: dict[str, str] = {}  # rendered prompts, which many pairs share
         self.templates = choose_templates(tokenizer, chat)
+        self.endless = ""  # the message about a template that does not end
 
     @property
     def plain(self) -> bool:
@@ -72,27 +75,36 @@ class Renderer:
         Raises:
             UserError: the template refuses the conversation, in its own words.
         """
-        default = self.templates["default"]
+        if self.endless:
+            raise UserError(self.endless)
         try:
-            if self.simple and not tools and all(map(is_plain, messages)):
-                # `apply_chat_template` ends with this call. What it does before takes as long again, and
-                # leaves such messages as they are.
-                return _compile_jinja_template(default).render(
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=answering,
-                    **self.special_tokens,
-                )
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                chat_template=self.templates.get("tool_use", default) if tools else default,
-                add_generation_prompt=answering,
-                tokenize=False,
-            )
+            with cpu_limit(LIMIT):
+                return self._render(messages, tools, answering)
+        except TooLong as error:  # remembered, so that a run does not wait for every pair
+            self.endless = f"the chat template does not end: {error} on one conversation"
+            raise UserError(self.endless) from error
         except Exception as error:  # a template is a program: whatever it raises, it refuses
             raise UserError(f"the chat template refuses the conversation: {error}") from error
+
+    def _render(self, messages: Sequence[Message], tools: list | None, answering: bool) -> str:
+        default = self.templates["default"]
+        if self.simple and not tools and all(map(is_plain, messages)):
+            # `apply_chat_template` ends with this call. What it does before takes as long again, and
+            # leaves such messages as they are.
+            return _compile_jinja_template(default).render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=answering,
+                **self.special_tokens,
+            )
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            chat_template=self.templates.get("tool_use", default) if tools else default,
+            add_generation_prompt=answering,
+            tokenize=False,
+        )
 
     def prompt(self, prompt: Prompt, tools: list | None = None) -> str:
         """The text that the model reads before it answers.

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 
 from sage.answering.accuracy import run_benchmarks
 from sage.answering.attempts import Sampler
-from sage.config import TrainConfig, nearest
+from sage.config import TrainConfig, build, nearest
 from sage.data.chat import ChatFormat
 from sage.data.tokens import TokenizedPairs
 from sage.model.reference import Cached, Reference, reference_logps
@@ -70,7 +69,7 @@ class Benchmarks(Hook):
             torch.random.fork_rng(cuda),
             Sampler(
                 model,
-                instantiate(cfg.generation),
+                build("generation", cfg.generation),
                 greedy,
                 seed=cfg.seed,
                 chat=ChatFormat.of(cfg.data),

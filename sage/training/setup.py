@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 
 from sage.answering.check import check_answers, without
-from sage.config import TrainConfig, load
+from sage.config import TrainConfig, build, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat, response_ends
 from sage.data.display import shown
@@ -56,7 +54,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     assert isinstance(cfg, TrainConfig)
     loss: Loss = build("loss", cfg.loss)
     scorer: Scorer = build("scorer", cfg.scorer)
-    hooks = [*(build(f"hooks.{name}", node) for name, node in cfg.hooks.items()), *hooks]
+    hooks = [*(build(f"hooks.{name}", node, "hooks") for name, node in cfg.hooks.items()), *hooks]
     if cfg.data.scores and loss.reference_free:
         raise UserError(
             f"data.scores={cfg.data.scores} is a reference cache, and this loss needs no reference"
@@ -263,15 +261,3 @@ def restore(
         console.print(f"resumed from {folder}", markup=False)
     selection.log.rewind(state.step)
     return state
-
-
-def build(group: str, node: dict[str, Any], **arguments: Any) -> Any:
-    """Instantiate the class that a `_target_` group names.
-
-    Raises:
-        UserError: the class refuses the values it was given.
-    """
-    try:
-        return instantiate(node, _partial_=True)(**arguments)  # Hydra would take the arguments apart
-    except (InstantiationException, TypeError, ValueError) as e:
-        raise UserError(f"{group}: {e.__cause__ or e}") from e
