@@ -119,8 +119,8 @@ def check_target(key: str, node: dict[str, Any], group: str | None = None) -> No
         UserError: the class is not one of the group's, or an option is unknown, of the wrong type or out of
             range.
     """
-    cls, target = class_of(key, node, group), node.get("_target_")
-    options = {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
+    cls, target = class_of(key, node, group), node["_target_"]
+    options = {name: f for name, f in getattr(cls, "__dataclass_fields__", {}).items() if f.init}
     given = {name: value for name, value in node.items() if name != "_target_"}
     for name in given:
         if name not in options:
