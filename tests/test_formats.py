@@ -263,6 +263,21 @@ def test_formats_are_recognised_by_their_columns(tmp_path):
     assert "read in the format of Alpaca" in notes
 
 
+@pytest.mark.parametrize(
+    ("prompt", "messages"),
+    [
+        ("You are kind.\n\nHuman: 2 + 2?\n\nAssistant:", [system("You are kind."), user("2 + 2?")]),
+        ("Human: Hi\nAssistant: Hello\nHuman: 2 + 2?\nAssistant: ", CONVERSATION),
+        ("What does Human: mean?\n\nHuman: is a mark.", "What does Human: mean?\n\nHuman: is a mark."),
+    ],
+)
+def test_transcripts_with_a_preface_or_single_line_breaks(prompt, messages, tmp_path):
+    """A prompt that ends with "Assistant:" is a conversation, and not one text of the user's."""
+    found = load(tmp_path, {"prompt": prompt, "chosen": " 4", "rejected": " 5"}).pairs[0]
+    text = isinstance(messages, str)
+    assert read(found) == (messages, *((" 4", " 5") if text else ([says("4")], [says("5")])))
+
+
 def test_a_transcript_stays_text_without_a_template(tmp_path):
     """Protects base models: with data.chat_template=false HH's own marks are the template."""
     row = {"chosen": f"{HH} 4 more", "rejected": f"{HH} 4 less"}

@@ -6,9 +6,12 @@ import io
 import json
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sage.data.pairs import load_pairs, read_pair_set, turns_of
@@ -214,6 +217,32 @@ def test_many_bad_rows_are_reported_at_once(write):
     assert "7 of 8 rows" in str(error.value) and "data.max_bad=0.88" in str(error.value)
     assert "and 2 more" in str(error.value)
     assert str(error.value).count("chosen is neither") == 5
+
+
+def test_the_largest_share_of_bad_rows_is_allowed(write):
+    """0.29 * 100 is less than 29 in floating point, and the message names this very share."""
+    bad = [{"prompt": "q", "chosen": 1, "rejected": "b"}] * 29
+    path = write(*bad, *({"prompt": "q", "chosen": "a", "rejected": "b"} for _ in range(71)))
+    assert len(load_pairs(path, max_bad=0.29)) == 71
+    with pytest.raises(UserError, match=r"29 of 100 rows .*data\.max_bad=0\.29\n"):
+        load_pairs(path, max_bad=0.28)
+
+
+def test_two_values_with_one_key_are_a_bad_row(tmp_path):
+    """Protects the first value: Python's JSON reader takes the last one without a word."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}\n')
+    with pytest.raises(UserError, match=r"pairs.jsonl:1: not valid JSON: the key 'chosen' is there twice"):
+        load_pairs(str(path))
+
+
+def test_decimals_of_tables_are_numbers(tmp_path):
+    path = str(tmp_path / "pairs.parquet")
+    columns = {"prompt": ["q", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    numbers = pa.array([Decimal("0.50"), Decimal("1.00")])
+    pq.write_table(pa.table({**columns, "pass_rate": numbers, "answer": numbers}), path)
+    pairs = load_pairs(path)
+    assert pairs["pass_rate"][:] == [0.5, 1.0] and pairs["answer"][:] == ["0.50", "1"]
 
 
 def test_implicit_prompt_must_exist(write):

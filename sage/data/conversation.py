@@ -47,7 +47,7 @@ def read_pair(values: Mapping[str, Any], chat: bool, implicit: bool, repeated: b
     given = values.get("prompt")
     prompt = _read("prompt", given, chat)
     responses = [_read_response(name, values.get(name), chat) for name in ("chosen", "rejected")]
-    if isinstance(given, str) and not isinstance(prompt, str) and given.endswith("Assistant:"):
+    if isinstance(given, str) and not isinstance(prompt, str) and given.rstrip().endswith("Assistant:"):
         # The space after a speaker's colon belongs to the mark.
         responses = [side.removeprefix(" ") if isinstance(side, str) else side for side in responses]
     pair = _split(prompt, *responses, implicit)

@@ -75,13 +75,22 @@ def _open(file: Path, **options: Any) -> Any:
 def _parse(text: bytes) -> Any:
     """A JSON value, or the UserError that says why there is none."""
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return UserError(f"not UTF-8 text ({error}); save it as UTF-8")
     except RecursionError:
         return UserError("JSON that is nested too deeply")
     except ValueError as error:  # also a number of more digits than Python converts
         return UserError(f"not valid JSON: {error}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python takes the last of two values with one key, and drops the first silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def read_document(name: str, file: Path, split: str) -> list[Any] | None:

@@ -138,12 +138,17 @@ def map_columns(
         elif columns.get(name) or name in ("chosen", "rejected"):
             raise UserError(
                 f"{path}: no column {theirs!r} for {name}; it has {', '.join(present)}. Say which is {name} "
-                f"with data.columns, for example data.columns.{name}={present[0]}"
+                f"with data.columns, for example data.columns.{name}={_example(present, found)}"
             )
     for one, other in (("prompt", "chosen"), ("prompt", "rejected"), ("chosen", "rejected")):
         if one in found and found[one] == found.get(other):
             raise UserError(f"data.columns: {one} and {other} are both mapped to {found[one]!r}")
     return found, form
+
+
+def _example(present: list[str], found: Mapping[str, str]) -> str:
+    """A column that has no meaning yet."""
+    return next((column for column in present if column not in found.values()), present[0])
 
 
 def refuse_telling(

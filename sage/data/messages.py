@@ -34,6 +34,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 SPEECH = re.compile(r"\s*(?:\n\n)?Human:")
 TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):[ ]?")
+CLOSE_TURN = re.compile(r"(?:^\s*|\n)(Human|Assistant):[ ]?")
 
 
 def read_turns(name: str, value: Any) -> str | Messages:
@@ -62,13 +63,22 @@ def read_transcript(text: str) -> Messages | None:
     r"""Messages of a transcript in HH's form ("\n\nHuman: ...\n\nAssistant: ..."); None for other texts.
 
     One space after a speaker's colon belongs to the mark. An "Assistant:" with nothing behind it is left out.
+    If the transcript ends with it, there may be a text before the first speaker, which is the system's, and
+    one line break is enough between speakers.
     """
-    if not SPEECH.match(text) or "\n\nAssistant:" not in text:
+    before, human, rest = text.partition("Human:")
+    unanswered = rest.rstrip().endswith("\nAssistant:")
+    said_before = before.strip() and unanswered and before.endswith("\n\n")
+    if not human or (before.strip() and not said_before):
         return None
-    parts = TURN.split(text)[1:]
+    if "\n\nAssistant:" not in rest and not unanswered:
+        return None
+    parts = (TURN if "\n\nAssistant:" in rest else CLOSE_TURN).split(human + rest)[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [{"role": roles[who], "content": said} for who, said in zip(parts[::2], parts[1::2], strict=True)]
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+        turns = turns[:-1]
+    return [{"role": "system", "content": before.strip()}, *turns] if said_before else turns
 
 
 def is_empty(message: dict[str, Any]) -> bool:

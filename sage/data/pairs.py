@@ -4,7 +4,6 @@ Nothing here imports torch, so a command can refuse bad data before it loads a m
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, count, islice
@@ -149,17 +148,18 @@ def read_pair_set(
         pairs.append({**pair, "pair_id": unique, "row": row})
         messages = (message for part in turns if not isinstance(part, str) for message in part)
         others |= dict.fromkeys(key for message in messages for key in message if key not in KNOWN)
-    if len(bad) > max_bad * len(rows):
+    if len(bad) / len(rows) > max_bad:  # not max_bad * rows, which rounds: 0.29 * 100 is less than 29
         if lost_prompts and ("prompt" not in names or (lost_prompts == len(rows) and unnamed)):
-            like = (unnamed or list(present))[0]
+            found = f"{path}: no prompt column was found; it has {', '.join(present)}"
+            if not unnamed:
+                raise UserError(first_five(f"{found}, and the responses do not begin with the prompt", bad))
             raise UserError(
-                f"{path}: no prompt column was found; it has {', '.join(present)}. Say which one is the "
-                f"prompt, for example data.columns.prompt={like}, or set data.columns.prompt='' if both "
-                "responses begin with the prompt"
+                f"{found}. Say which one is the prompt, for example data.columns.prompt={unnamed[0]}, or set "
+                "data.columns.prompt='' if both responses begin with the prompt"
             )
         head = f"{path}: {len(bad)} of {len(rows)} rows are bad; mend or remove them"
         if len(bad) < len(rows):
-            head += f", or have them dropped with data.max_bad={_ceiling(len(bad) / len(rows))}"
+            head += f", or have them dropped with data.max_bad={_ceiling(len(bad), len(rows))}"
         raise UserError(first_five(head, bad))
     if not pairs:
         lines = [f"{gone.place}: {gone.detail}" for gone in dropped]
@@ -273,9 +273,9 @@ def _repeat_prompts(rows: Iterable[Row], names: Mapping[str, str]) -> bool:
     return all(all(isinstance(text, str) for text in row) and repeats(*row) for row in texts)
 
 
-def _ceiling(share: float) -> float:
+def _ceiling(part: int, whole: int) -> float:
     """The share with two digits, rounded up."""
-    return math.ceil(share * 100) / 100
+    return -(-100 * part // whole) / 100
 
 
 def _printable(text: str) -> str:

@@ -289,7 +289,7 @@ def _check(
     """Refuse pairs that could not be encoded, an empty set, and a token without an embedding."""
     rows = dict(zip(*(pairs.data.table[name].to_pylist() for name in ("pair_id", "row")), strict=True))
     refused = [f"row {rows[pair_id]} (pair {pair_id}): {why}" for pair_id, why in notes["details"].items()]
-    if len(refused) > max_bad * len(pairs):
+    if len(refused) / len(pairs) > max_bad:
         head = (
             f"{len(refused)} of {len(pairs)} pairs cannot be trained on as they are; "
             f"a share of data.max_bad={max_bad} may be dropped"

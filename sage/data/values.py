@@ -2,6 +2,7 @@
 
 import ast
 import json
+from decimal import Decimal
 from typing import Any
 
 from sage.util.errors import UserError
@@ -27,6 +28,8 @@ def _number(value: Any) -> Any:
             value = float(value) if value.strip() else None
         except ValueError:
             return value
+    if isinstance(value, Decimal):
+        value = float(value)
     return None if value != value else value
 
 
@@ -44,8 +47,8 @@ def read_answer(value: Any) -> str | None:
     parts = value if isinstance(value, list) else [value]
     texts = []
     for part in parts:
-        if isinstance(part, float):
-            part = None if part != part else int(part) if part.is_integer() else part
+        if isinstance(part, float | Decimal):
+            part = None if part != part else int(part) if part == part // 1 else str(part)
         if isinstance(part, str | int | float) and not isinstance(part, bool):
             texts.append(str(part).strip())
     text = ", ".join(filter(None, texts))
