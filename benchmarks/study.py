@@ -88,18 +88,18 @@ def words(folder: Path) -> Task:
     policy = ["model=hf", f"model.path={folder / 'policy'}"]
     sampling = ["sampling.max_new_tokens=48", "generation.batch_size=64", "generation.chunk=512"]
     problems = [f"data.problems.path={folder / 'problems_train.jsonl'}", "data.problems.prompt='{problem}'"]
+    option = folder / "conf" / "benchmark" / "words.yaml"  # a benchmark of our own is an option of its group
+    option.parent.mkdir(parents=True, exist_ok=True)
+    option.write_text("words: {path: FILE, prompt: '{problem}', answer_from: plain}\n")
     return Task(
         common=[
-            *[*policy, *sampling, f"data.path={folder / 'pairs' / 'pairs.jsonl'}"],
+            *[f"hydra.searchpath=[file://{folder / 'conf'}]", *policy, *sampling],
+            *[f"data.path={folder / 'pairs' / 'pairs.jsonl'}"],
             *["batch_size=32", "micro_batch_tokens=2048", "data.max_length=256", "save_every=50"],
         ],
         benchmark="words",
         problems={
-            split: [
-                f"+benchmark.words.path={folder / f'problems_{split}.jsonl'}",
-                "+benchmark.words.prompt='{problem}'",
-                "+benchmark.words.answer_from=plain",
-            ]
+            split: ["+benchmark=words", f"benchmark.words.path={folder / f'problems_{split}.jsonl'}"]
             for split in ("validation", "test")
         },
         grid=[(1e-6, 0.1), (3e-6, 0.1), (1e-5, 0.1)],

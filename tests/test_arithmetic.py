@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from conftest import REPO
+from hydra import compose, initialize_config_module
 from many_runs import execute, freeze
 
+from sage import config
 from sage.data.source import resolve_path
 
 SPLITS = ("train", "validation", "test")
@@ -75,3 +79,19 @@ def test_a_few_steps_raise_the_accuracy(tmp_path):
         (folder / "arithmetic" / "generations.jsonl").read_text() for folder in (inside, outside)
     )
     assert inside == outside
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "words"])
+def test_the_study_is_made_of_commands_that_compose(task, tmp_path):
+    """Protects benchmarks/study.py from keys and options that were renamed: no test runs the study itself."""
+    spec = spec_from_file_location("study", REPO / "benchmarks" / "study.py")
+    assert spec and spec.loader
+    study = module_from_spec(spec)
+    spec.loader.exec_module(study)
+    found = study.TASKS[task](tmp_path)
+    lines = [("build-pairs", words[1:]) for words in found.prepare.values()]
+    lines += [("train", study.train(found, method, 1e-5, 0.1, "test", 0, 10)[1:]) for method in study.METHODS]
+    lines += [("train", study.train(found, "sage", 1e-5, 0.1, "validation", 0, 10)[1:])]
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        for command, words in lines:
+            config.load(compose(command.replace("-", "_"), words))
