@@ -35,6 +35,7 @@ RANK_VARIABLES = (
 
 PLUGINS = ("hydra.sweeper.", "hydra.launcher.")  # these classes check their options, which no schema lists
 
+FIXED_FOLDERS = {"hydra.run.dir", "hydra.sweep.dir"}
 USAGE = """\
 sage: align reasoning models with preference pairs, and spend gradients only on the pairs that deserve them
 
@@ -47,7 +48,7 @@ commands
   inspect           show pairs exactly as they will be trained; needs the tokenizer only
   eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
   verify FILE       verdicts on responses that are already there; verify RUN_DIR: on those of a finished eval
-  resume RUN_DIR    continue an interrupted run exactly
+  resume RUN_DIR    continue an interrupted run exactly; resume RUN_DIR steps=N: to more steps
   report RUN...     what runs did, and how they compare: on the terminal, as one HTML page, as CSV
 
 sage COMMAND --help             every config group and key
@@ -85,7 +86,10 @@ def execute(word: str, composed: DictConfig, hydra_config: Any, run_dir: Path) -
         typed = {key for key in typed if not key.startswith(PLUGINS)}
         for key in typed.intersection(config.unknown_keys(hydra_config, "hydra.")):
             raise UserError(unknown_to_hydra(key, word))
-        launch.run(config.load(composed, hydra_config.overrides.task), run_dir)
+        cfg = config.load(composed, hydra_config.overrides.task)
+        if isinstance(cfg, config.RunConfig) and cfg.resume == "auto" and not typed & FIXED_FOLDERS:
+            raise UserError("resume=auto needs a folder that stays the same: add hydra.run.dir=FOLDER")
+        launch.run(cfg, run_dir)
     except UserError:
         with suppress(OSError):
             run_dir.rmdir()  # Hydra made it; a folder that holds anything stays
@@ -93,22 +97,21 @@ def execute(word: str, composed: DictConfig, hydra_config: Any, run_dir: Path) -
 
 
 def resume() -> None:
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(
-            "usage: sage resume RUN_DIR\n\nContinue an interrupted run exactly, from its newest "
-            "complete checkpoint."
-        )
-        raise SystemExit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
+    match sys.argv[1:]:
+        case [folder] if not folder.startswith("-"):
+            steps = None
+        case [folder, more] if re.fullmatch("steps=[1-9][0-9]*", more):
+            steps = int(more.removeprefix("steps="))
+        case arguments:
+            print(
+                "usage: sage resume RUN_DIR [steps=N]\n\nContinue an interrupted run exactly, from its "
+                "newest intact checkpoint. steps=N gives a training run more steps, also a finished one, "
+                "if its learning rate is constant."
+            )
+            raise SystemExit(0 if arguments in (["--help"], ["-h"]) else 2)
     from sage import launch
 
-    run_dir = Path(sys.argv[1])
-    cfg = config.load(run_dir)
-    if (run_dir / config.SUMMARY_FILE).exists():
-        raise UserError(f"{run_dir}: this run is finished; its summary.json holds the results")
-    if not isinstance(cfg, config.RunConfig):
-        raise UserError(f"{run_dir}: `sage {cfg.command}` has no state to continue from: start it again")
-    launch.preflight(cfg)
-    launch.start(cfg.world_size, run_dir)
+    launch.resume(Path(folder), steps)
 
 
 def evaluate() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from dataclasses import fields
@@ -26,7 +27,7 @@ from sage.data.pairs import load_data
 from sage.data.source import resolve_path
 from sage.model.folder import check_adapter, check_weights_files, lora_of
 from sage.training.tracking import check_tracking
-from sage.util.errors import UserError
+from sage.util.errors import UserError, named
 from sage.util.locks import locked
 from sage.util.processes import run_ranks
 from sage.util.progress import activity
@@ -128,10 +129,74 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
     assert isinstance(cfg, RunConfig)
     if isinstance(cfg, TrainConfig) and not isinstance(cfg, BuildPairsConfig) and cfg.data.path is None:
         cfg.data.path = str(built_pairs(cfg))
+    if cfg.resume == "auto" and (run_dir / config.CONFIG_FILE).exists():
+        return requeued(cfg, run_dir)
     preflight(cfg)
     config.freeze(cfg, run_dir)
     print(f"run directory: {run_dir}", flush=True)
     start(cfg.world_size, run_dir)
+
+
+def requeued(cfg: RunConfig, run_dir: Path) -> None:
+    """Go on with the run in `run_dir`, which the same command line began."""
+    if keys := config.differences(cfg, config.load(run_dir)):
+        raise UserError(
+            f"{run_dir} was begun with another {named(keys)}: choose another hydra.run.dir for other settings"
+        )
+    if (run_dir / config.SUMMARY_FILE).exists():
+        print(f"{run_dir}: this run is finished", flush=True)
+    else:
+        resume(run_dir)
+
+
+def resume(run_dir: Path, steps: int | None = None) -> None:
+    """Go on with a run from its newest checkpoint, to another number of steps if `steps` is given.
+
+    Raises:
+        UserError: there is no such run, it is finished, or more steps would change those that it has done.
+    """
+    cfg = config.load(run_dir)
+    if not isinstance(cfg, RunConfig):
+        raise UserError(f"{run_dir}: `sage {cfg.command}` has no state to continue from: start it again")
+    if steps is not None:
+        give_steps(cfg, run_dir, steps)
+    elif (run_dir / config.SUMMARY_FILE).exists():
+        more = "; steps=N gives it more" if type(cfg) is TrainConfig else ""
+        raise UserError(f"{run_dir}: this run is finished; its summary.json holds the results{more}")
+    preflight(cfg)
+    if steps is not None:
+        config.write(cfg, run_dir)
+        (run_dir / config.SUMMARY_FILE).unlink(missing_ok=True)
+    start(cfg.world_size, run_dir)
+
+
+def give_steps(cfg: RunConfig, run_dir: Path, steps: int) -> None:
+    """Set the steps of a training run that has begun. What it has done must be what it would do anyway."""
+    from sage.train import learning_rate  # here, because it loads torch
+    from sage.training.checkpoint import list_checkpoints
+
+    if type(cfg) is not TrainConfig:
+        raise UserError(f"steps={steps}: `sage {cfg.command}` has no steps")
+    saved = list_checkpoints(run_dir)
+    done = int(saved[-1].name.removeprefix("step_")) if saved else 0
+    if steps <= done:
+        raise UserError(f"steps={steps}: {run_dir} has done {done} already")
+    planned = cfg.steps
+    if planned is None and (run_dir / config.SUMMARY_FILE).exists():
+        planned = json.loads((run_dir / config.SUMMARY_FILE).read_text())["steps"]
+    same = planned is not None and all(
+        learning_rate(step, planned, cfg.optimizer) == learning_rate(step, steps, cfg.optimizer)
+        for step in range(done)
+    )
+    if done and not same:
+        raise UserError(
+            f"steps={steps}: {run_dir} has done {done} steps, and their learning rates depend on the number "
+            "of steps, by optimizer.schedule and optimizer.warmup_ratio. Only a constant schedule without "
+            "warm-up can be given more: start a new run from final/"
+        )
+    if done and "ramp" in cfg.curriculum:
+        raise UserError(f"steps={steps}: the curriculum of {run_dir} grows with the number of steps")
+    cfg.steps, cfg.epochs = steps, None
 
 
 def built_pairs(cfg: TrainConfig) -> Path:

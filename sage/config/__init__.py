@@ -2,7 +2,7 @@
 
 from sage.config.checks import build, check, check_target, walk
 from sage.config.command import CommandConfig, RunConfig
-from sage.config.frozen import CONFIG_FILE, SUMMARY_FILE, freeze, load, read_frozen
+from sage.config.frozen import CONFIG_FILE, SUMMARY_FILE, differences, freeze, load, read_frozen, write
 from sage.config.groups import (
     ChatConfig,
     DataConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "build",
     "check",
     "check_target",
+    "differences",
     "freeze",
     "groups",
     "key",
@@ -64,4 +65,5 @@ __all__ = [
     "refusal",
     "unknown_keys",
     "walk",
+    "write",
 ]

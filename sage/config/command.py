@@ -34,6 +34,11 @@ class RunConfig(CommandConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     seed: int = key(0, "seed of everything that is drawn: data order, dropout, selection, responses", low=0)
     world_size: int = key(1, "ranks (processes) on this machine, one per GPU", low=1)
+    resume: str = key(
+        "never",
+        "auto = go on with the run that hydra.run.dir already holds, if there is one, as after a requeue",
+        choices=("never", "auto"),
+    )
     cache_dir: str = key(
         "~/.cache/sage", "folder for converted models, tokenised pairs and reference log-probabilities"
     )

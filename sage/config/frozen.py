@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,14 @@ from sage.config.checks import check
 from sage.config.keys import RENAMED, known_keys, refusal, refuse_altered, refuse_ignored, unknown_keys
 from sage.config.schema import SCHEMAS, CommandConfig
 from sage.util.errors import UserError
+from sage.util.files import write_text
+from sage.util.locks import held
 
 CONFIG_FILE = "config.yaml"  # in a run directory: the config of the run
 SUMMARY_FILE = "summary.json"  # written last: the run is finished
+
+# Keys that may name a file or a folder.
+PATHS = {"path", "eval_path", "adapter_path", "scores", "cache_dir", "margins_from", "reference_model"}
 
 # Classes that earlier versions kept elsewhere; a frozen config may name the old place.
 MOVED = {
@@ -102,16 +109,55 @@ def freeze(cfg: CommandConfig, run_dir: Path) -> None:
     """Write the one resolved config that every rank of a run reads.
 
     Raises:
-        UserError: the directory already holds a run.
+        UserError: the directory already holds a run that has done something.
     """
-    file = run_dir / CONFIG_FILE
-    if file.exists():
+    if (run_dir / CONFIG_FILE).exists() and not untouched(run_dir):
         raise UserError(
             f"{run_dir} already holds a run: go on with `sage resume {run_dir}`, or choose another "
             "hydra.run.dir"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(cfg)))))
+    write(cfg, run_dir)
+
+
+def write(cfg: CommandConfig, run_dir: Path) -> None:
+    """Write the config, also over another one."""
+    write_text(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(escaped(absolute(asdict(cfg))))))
+
+
+def untouched(run_dir: Path) -> bool:
+    """Whether a run has ended here before it did anything that is worth keeping, such as a first step."""
+    unread = {CONFIG_FILE, "answers.jsonl", "dropped.jsonl"}
+    files = [file for file in run_dir.rglob("*") if file.is_file() and file.stat().st_size]
+    kept = [file for file in files if file.name not in unread and not file.name.startswith(".")]
+    locks = run_dir.glob(".rank*.lock")
+    return not kept and not any(held(lock) for lock in locks)
+
+
+def absolute(value: Any, name: str = "") -> Any:
+    """A resolved config whose files and folders can be found from any folder.
+
+    A name that is not here belongs to a hub or to an installed package, and stays.
+    """
+    if isinstance(value, dict):
+        return {key: absolute(item, key) for key, item in value.items()}
+    if not isinstance(value, str) or name not in PATHS or value.startswith(("~", "pkg://")):
+        return value
+    here = (
+        name == "cache_dir" or value.startswith(".") or os.path.exists(value) or glob(value, recursive=True)
+    )
+    return os.path.abspath(value) if here and value else value
+
+
+def differences(ours: CommandConfig, theirs: CommandConfig) -> list[str]:
+    """Keys whose values differ, as a frozen config would hold them."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {prefix: value}
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}").items()}
+
+    a, b = (flat(absolute(asdict(cfg))) for cfg in (ours, theirs))
+    return [key.lstrip(".") for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
 def escaped(value: Any) -> Any:

@@ -21,6 +21,7 @@ IGNORED = (
     "tracking",
     "world_size",
     "save_every",
+    "resume",
     "save_minutes",
     "keep_checkpoints",
 )

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from sage.util import ranks
-from sage.util.files import sha256, write_json
+from sage.util.files import crc32, write_json
 
 CHECKSUMS_FILE = "checksums.json"
 
@@ -44,7 +44,7 @@ def _digests(folder: Path, files: list[str]) -> dict[str, str]:
 
 def _digest(file: Path) -> str:
     try:
-        return sha256(file)
+        return crc32(file)
     except OSError:
         return ""
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,15 @@ def sha256(file: Path) -> str:
         while chunk := content.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def crc32(file: Path) -> str:
+    """A checksum that notices damage, at twice the speed of sha256, but not intent."""
+    value = 0
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 24):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
 
 
 def source_digest(*parts: str) -> str:

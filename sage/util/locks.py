@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sage.util.errors import UserError
 from sage.util.progress import console
@@ -41,6 +41,15 @@ def lock(file: Path, timeout: float = -1) -> FileLock:
         markup=False,
     )
     return _acquire(_substitute(file), timeout)
+
+
+def held(file: Path) -> bool:
+    """Whether a process holds this lock now."""
+    try:
+        lock(file, timeout=0).release()
+    except Timeout:
+        return True
+    return False
 
 
 @contextmanager
