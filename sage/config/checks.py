@@ -108,6 +108,11 @@ def build(key: str, node: Mapping[str, Any], group: str | None = None, **argumen
         raise UserError(f"{key}: {e}") from e
 
 
+def options_of(cls: Any) -> dict[str, dataclasses.Field]:
+    """The options of a class that a config may name: the fields of its dataclass."""
+    return {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
+
+
 def check_target(key: str, node: dict[str, Any], group: str | None = None) -> None:
     """Check the options of a `_target_` group (by default the one that `key` names) before a model is loaded.
 
@@ -120,7 +125,7 @@ def check_target(key: str, node: dict[str, Any], group: str | None = None) -> No
             range.
     """
     cls, target = class_of(key, node, group), node["_target_"]
-    options = {name: f for name, f in getattr(cls, "__dataclass_fields__", {}).items() if f.init}
+    options = options_of(cls)
     given = {name: value for name, value in node.items() if name != "_target_"}
     for name in given:
         if name not in options:
