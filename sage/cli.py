@@ -71,8 +71,10 @@ def hydra_command(word: str) -> Callable[[], None]:
             return outcome.value  # Hydra hands it to the sweeper
         try:
             execute(word, composed, hydra_config, run_dir)
-        except UserError as e:
-            fail(e)  # here, so that Hydra does not add its own message
+        except Exception as e:
+            if refused := refusal(e):
+                fail(refused, cause=None if refused is e else e)  # here, so that Hydra adds no message
+            raise
 
     return lambda: sweeps.run_sweep(run)
 

@@ -204,6 +204,14 @@ def test_a_damaged_conversion_is_noticed(tiny_model, tmp_path):
     assert not loading.intact(folder)
 
 
+def test_a_broken_gguf_file(tmp_path):
+    pytest.importorskip("gguf")
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\x03")
+    with pytest.raises(UserError, match="this GGUF file cannot be read"):
+        loading.resolve_model(ModelConfig(path=str(file)), str(tmp_path))
+
+
 def test_memory_and_files_of_the_system():
     assert "Permission denied" in str(refusal(PermissionError(errno.EACCES, "Permission denied", "/a/b")))
     assert "ulimit" in str(refusal(OSError(errno.EMFILE, "Too many open files", "/a/b")))

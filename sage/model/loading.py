@@ -80,8 +80,11 @@ def convert_gguf(path: str, cache_dir: str) -> str:
             shutil.rmtree(target)
         if not target.is_dir():
             where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            try:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+                loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            except Exception as e:  # a file that is cut short is reported with many types
+                raise UserError(f"model.path={path}: this GGUF file cannot be read: {reason(e)}") from e
             # save_pretrained refuses while the GGUF quantization config is attached.
             fields = loaded.config.to_dict()
             fields.pop("quantization_config", None)
