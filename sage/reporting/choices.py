@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -139,4 +140,12 @@ def texts_of(run: Run, pair_ids: Sequence[str]) -> dict[str, tuple[str, str, str
     except (UserError, OSError):
         return {}
     rows = [i for i, pair_id in enumerate(data["pair_id"]) if pair_id in wanted]
-    return {r["pair_id"]: (r["prompt"], r["chosen"], r["rejected"]) for r in data.select(rows)}  # pyright: ignore
+    texts = {}
+    for row in data.select(rows):
+        parts = (json.loads(row[name]) for name in ("prompt", "chosen", "rejected"))  # pyright: ignore
+        texts[row["pair_id"]] = tuple(part if isinstance(part, str) else as_text(part) for part in parts)  # pyright: ignore
+    return texts
+
+
+def as_text(messages: list[dict[str, Any]]) -> str:
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
