@@ -313,3 +313,9 @@ def test_the_quoted_form_is_read_as_the_value_that_was_typed(value):
     (argument,) = shlex.split(form)
     read = OverridesParser.create().parse_override(argument).value()
     assert read == value.strip("\"'")
+
+
+@pytest.mark.parametrize("overrides", [[], ["+baseline=dpo"], ["curriculum=static_filter"]], ids=" ".join)
+def test_a_curriculum_is_not_built_before_the_pairs_are_there(overrides):
+    """Protects every run: a curriculum needs what is known of the pairs, so only its options are checked."""
+    load(*PAIRS, *overrides)
