@@ -15,7 +15,6 @@ from templates import CHATML, CHATML_TOKENS, FAMILIES, QWEN3, byte_level, family
 
 from sage.data.chat import (
     MARK,
-    OPENED,
     ChatFormat,
     Renderer,
     encode_prompts,
@@ -28,6 +27,7 @@ from sage.data.pairs import load_pairs
 from sage.data.placement import place
 from sage.data.tokens import tokenize_pairs
 from sage.util.errors import UserError
+from sage.util.thoughts import OPENED
 
 QUESTION = "What is 2 + 2?"
 TWO, THREE = "<think>\ntwo and two\n</think>\n\n", "<think>\ntwo or three\n</think>\n\n"

@@ -9,17 +9,15 @@ import re
 from typing import NamedTuple
 
 from sage.answering.prose import first_answer
+from sage.util.thoughts import CLOSE, OPEN
 
 LONGEST = 4000  # characters; what is longer is no answer
 TAIL = 1000  # characters at the end of a response without a marked answer
 MARKS = 16  # how many boxes or phrases are looked at, from the end
 
-THOUGHTS = [
-    (r"<(?:think|thinking|thought|reasoning)>", r"</(?:think|thinking|thought|reasoning)>"),
-    (r"\[THINK\]", r"\[/THINK\]"),
-    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
-]
-THOUGHT_OPENS, THOUGHT_CLOSES = (re.compile("|".join(marks)) for marks in zip(*THOUGHTS, strict=True))
+# The marks of templates, of Sky-T1, and of gpt-oss, whose channels stand for them.
+THOUGHT_OPENS = re.compile(rf"{OPEN.pattern}|<\|begin_of_thought\|>|<\|channel\|>analysis<\|message\|>", re.I)
+THOUGHT_CLOSES = re.compile(rf"{CLOSE.pattern}|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>", re.I)
 ANSWER_TAG = re.compile(r"<answer>|</answer>", re.I)
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
@@ -44,6 +42,9 @@ PHRASE = re.compile(
 )
 UNREAL = re.compile(
     r"\b(?:if|whether|suppose|assume|unless|wrong|incorrect)\s+(?:that\s+)?(?:the\s+|an\s+|his\s+)?$", re.I
+)
+DENIED = re.compile(
+    r"(?:\bdoubt|(?:\bnot|\bnever|n['’]t)\s+(?:think|believe|say|mean))\s+(?:that\s+)?(?:the\s+)?$", re.I
 )
 PHRASE_START = re.compile(r"(?:[\s:*>]|\\\[|\$\$)*")
 PHRASE_END = re.compile(r"(?<!\.)[.!?](?=\s|$|\*)|\n|\*\*|</")
@@ -159,7 +160,8 @@ def _phrase(text: str) -> tuple[str | None, str]:
     for match in sorted(matches, key=lambda m: (not m["final"], -m.start())):
         start = match.end() + len(PHRASE_START.match(text, match.end())[0])  # pyright: ignore
         sentence, asked = _sentence(text, start)
-        if not asked and (answer := first_answer(sentence)):
+        denied = DENIED.search(text, max(match.start() - 40, 0), match.start())
+        if not asked and not denied and (answer := first_answer(sentence)):
             return answer, text
         if sentence.strip():
             cut = min(cut, match.start())

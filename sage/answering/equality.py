@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from sage.answering.measures import BASED, same_dates, same_in_base, same_times, same_two_units
 from sage.answering.spelling import as_number, canonical, is_words, same_number
 
 MOST_PARTS = 60
@@ -29,12 +30,7 @@ MATRIX = re.compile(
     re.S,
 )
 PROSE_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?")
-BASED = re.compile(
-    r"(-?[\dA-Fa-f]+)\s?_\s?\{?\s?(\d+|two|three|four|five|six|seven|eight|nine|ten|sixteen)\s?\}?"
-)
-TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s?(?:([ap])\.?m\.?)?", re.I)
 LABEL = re.compile(r"\(([A-J])\)\s*(?=\S)|([A-J])[.)]\s+(?=\S)")
-BASES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 Compare = Callable[[str, str], bool]
 
@@ -72,13 +68,23 @@ def _plain(a: str, b: str) -> bool | None:
     first, second = as_number(a), as_number(b)
     if first and second:
         return same_number(first, second)
-    if (times := _times(a, b)) is not None:
+    if (times := same_times(a, b)) is not None:
         return times
+    if (dates := same_dates(a, b)) is not None:
+        return dates
+    if (units := same_two_units(a, b)) is not None:
+        return units
     if BASED.fullmatch(a) or BASED.fullmatch(b):
-        return _same_in_base(a, b)
+        return same_in_base(a, b)
     if is_words(a) or is_words(b):
-        return a.lower() == b.lower() or (None if LIST.search(a) or LIST.search(b) else False)
+        return _same_words(a, b) or (None if LIST.search(a) or LIST.search(b) else False)
     return None
+
+
+def _same_words(a: str, b: str) -> bool:
+    """Whether two texts have the same words: "No solutions" is "no solution"."""
+    first, second = (re.sub(r"(?<=[a-z]{3})s\b", "", text.lower()) for text in (a, b))
+    return first == second
 
 
 def _prose(a: str, b: str, formula: Compare) -> bool | None:
@@ -89,41 +95,6 @@ def _prose(a: str, b: str, formula: Compare) -> bool | None:
     if words != others or not any(re.search("[a-z]{3}", word) for word in words):
         return None
     return len(formulas) <= MOST_PARTS and _pairwise(formulas, further, formula)
-
-
-def _times(a: str, b: str) -> bool | None:
-    """Times of day; None where neither is one. Without a.m. or p.m. on one side, the clock's face counts."""
-    first, second = TIME.fullmatch(a), TIME.fullmatch(b)
-    if not any(match and (match[2] or match[4]) for match in (first, second)):
-        return None
-    if not first or not second:
-        return False
-
-    def read(match: re.Match[str]) -> tuple[int, int, int]:
-        hour = int(match[1])
-        if match[4]:
-            hour = hour % 12 + 12 * (match[4].lower() == "p")
-        return hour, int(match[2] or 0), int(match[3] or 0)
-
-    one, other = read(first), read(second)
-    unit_left_out = bool(first[4]) != bool(second[4]) and int(first[1]) == int(second[1])
-    return one == other or (unit_left_out and one[1:] == other[1:])
-
-
-def _same_in_base(a: str, b: str) -> bool:
-    """2516_7 is not 2516_8. A base may be left out, like a unit."""
-
-    def read(text: str) -> tuple[str, int | None]:
-        match = BASED.fullmatch(text)
-        if not match:
-            return text.replace(",", "").lower(), None
-        base = match[2]
-        return match[1].lower(), int(base) if base.isdigit() else 16 if base == "sixteen" else BASES.index(
-            base
-        )
-
-    (first, base), (second, other) = read(a), read(b)
-    return first == second and (base == other or base is None or other is None)
 
 
 def _bare(text: str) -> str:
@@ -191,6 +162,8 @@ def _relations(a: str, b: str, formula: Compare) -> bool:
             return _same(first[-1], second[-1], formula)
         return formula(f"{first[0]}={first[-1]}", f"{second[0]}={second[-1]}")
     for parts, other in ((first, b), (second, a)):
+        if len(parts) == 2 and VARIABLE.fullmatch(parts[1]) and not _is_name(parts[0]):
+            parts.reverse()  # 5 = x
         if len(parts) > 1:
             if not _is_name(parts[0]) and not _same(parts[0], parts[-1], formula):
                 return False

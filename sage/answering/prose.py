@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 
-from sage.answering.spelling import SCALES, SPOKEN
+from sage.answering.spoken import DATE, SCALES, TWO_UNITS, read_spoken, two_units
 
 # "$35 + $22" holds amounts, not a formula: a formula has a space inside both of its dollars or neither.
 FORMULA = re.compile(
     r"\$\$[^$]+\$\$|\$(?! )[^$\n]+(?<! )\$(?!\d)|\$ [^$\n]* \$(?!\d)|\\\(.*?\\\)|\\\[.*?\\\]", re.S
 )
 CURRENCY = r"[$€£]"
-THOUSANDS = r"\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?:[ \u00a0\u202f\u2009]\d{3})+(?!\d)"
+THOUSANDS = (
+    r"\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?:['’]\d{3})+(?!\d)|\d{1,3}(?:[ '’\u00a0\u202f\u2009]\d{3})+(?!\d)"
+)
 VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 TIME = r"\d{1,2}(?::\d\d){0,2}\s?[ap]\.?m\b\.?|\d{1,2}:\d\d(?::\d\d)?(?!\d)"
 MIXED = rf"\d+ (?:and )?\d+/\d+(?![\d,])|(?:\d+ ?)?[{VULGAR}]"
@@ -23,8 +25,6 @@ PLAIN = rf"(?:{TIME}|{MIXED}|(?:{THOUSANDS}|\d+)(?:\.\d+(?:\.\.\.|…)?)?(?:\s*/
 SCALED = re.compile(
     rf"(?:\s*\\?%|\s+(?:{'|'.join(SCALES)}|percent|degrees)\b|\s*[ap]\.?m\b\.?|\s+and\s+a\s+half\b)*", re.I
 )
-WORD_NUMBERS = "|".join([*SPOKEN, *SCALES])
-SPOKEN_NUMBER = re.compile(rf"(?:an? |minus )?(?:{WORD_NUMBERS})\b(?:[- ](?:{WORD_NUMBERS})\b)*", re.I)
 
 # A formula may stand in prose without dollars: a run of numbers, signs, single letters and bracketed groups.
 FUNCTION = r"(?:sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|mod)(?![A-Za-z])"
@@ -35,7 +35,7 @@ GROUP = (
 )
 ATOM = (
     rf"{PLAIN}|{GROUP}|\\[A-Za-z]+|\\[{{}},;!% ]|{FUNCTION}|[A-Za-z](?![A-Za-z'’]|\.[a-z])"
-    r"|[−–√∞π²³⁴⁵ⁿθ°×÷±≤≥≠∪∩∈]|[-+*/^=<>_|!:(){}\[\]]"
+    r"|[A-Za-z]['’]{1,2}(?=\s?\()|[−–√∞π²³⁴⁵ⁿθ°×÷±≤≥≠∪∩∈]|[-+*/^=<>_|!:(){}\[\]]"
 )
 RUN = re.compile(rf"(?:{CURRENCY}?(?:{ATOM})\s*)+", re.I)
 ARTICLE = re.compile(r"[AaI]\s+(?!(?:is|are|because|since|or|and|as|with|for|if|but|not|in)\b)[a-z]{2,}")
@@ -75,6 +75,10 @@ RANGE = re.compile(
     rf"|{COMPARED})\b",
     re.I,
 )
+SPAN = re.compile(
+    rf"{CURRENCY}?{PLAIN}(?: [a-z]+)? to {CURRENCY}?\d(?![^.]*\b(?:decimal|significant|place))", re.I
+)
+YES_OR_NO = re.compile(r"(?:yes|no|true|false)\b(?=\s*(?:[,;.]|because|since|as|$))", re.I)
 INSTEAD = re.compile(r"(?:\bbut|\brather|it is|it's|it equals)\s+(?:is\s+|it is\s+|rather\s+)?", re.I)
 TEXT_END = re.compile(
     r",?\s(?:because|since|which|so|if|but|instead of|rather than|as (?:it|the|we|they)|when|where|after"
@@ -97,8 +101,10 @@ def first_answer(sentence: str) -> str | None:
     start = 0
     while (match := FILLER.match(sentence, start)) and not RANGE.match(sentence, start):
         start = match.end()
-    if RANGE.match(sentence, start):
+    if RANGE.match(sentence, start) or SPAN.match(sentence, start):
         return None
+    if whole := _whole(sentence, start):
+        return whole
     if values := _values(sentence, start):
         return values
     for match in VALUE_START.finditer(sentence, start):
@@ -107,6 +113,16 @@ def first_answer(sentence: str) -> str | None:
     if re.search(r"\d", sentence) or not re.search(r"[A-Za-z]", sentence):
         return None
     return TEXT_END.split(sentence[start:], maxsplit=1)[0].strip(" *,;:") or None
+
+
+def _whole(text: str, start: int) -> str | None:
+    """A date, a quantity in two units, or yes or no: an answer that is more than its first number."""
+    if match := DATE.match(text, start):
+        return match[0]
+    if (match := TWO_UNITS.match(text, start)) and two_units(match):
+        return match[0]
+    match = YES_OR_NO.match(text, start)
+    return match[0] if match else None
 
 
 def _values(text: str, start: int) -> str | None:
@@ -136,8 +152,8 @@ def _value(text: str, start: int) -> tuple[str, int] | None:
         scale = SCALED.match(text, match.end())
         assert scale
         return (f"{match[0].strip('$')}{scale[0]}" if scale[0] else match[0]), scale.end()
-    if match := SPOKEN_NUMBER.match(text, start):
-        return match[0], match.end()
+    if spoken := read_spoken(text, start):
+        return text[start : spoken[1]], spoken[1]
     match = RUN.match(text, start)
     if not match or ARTICLE.match(text, start) or not MATHS.search(match[0]):
         return None
@@ -170,5 +186,7 @@ def last_number(text: str) -> str | None:
         in_latex = IN_LATEX & {*text[:start][-1:], *after[:1]}
         if RATIO.search(text, max(start - 10, 0), start):
             return None
+        if parts := next((m for m in TWO_UNITS.finditer(text) if m.start() < start < m.end()), None):
+            return parts[0] if two_units(parts) else half(match[0])
         return None if in_latex or OR.search(text, max(start - 80, 0), start) else half(match[0])
     return None

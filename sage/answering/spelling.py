@@ -10,6 +10,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
+from sage.answering.spoken import SCALES, read_spoken
+
 LONGEST_NUMBER = 1000  # characters
 MIN_DIGITS = 6  # a decimal with this many significant digits may stand for a number that rounds to it
 
@@ -106,7 +108,11 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"(?<=\d)(?:\{,\}|,?\\[,!; ])(?=\d{3}(?!\d))", ""),  # thousands
+        (r"(?<=\d)'(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[!,;: ]|~", " "),
+        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (r"(?<![A-Za-z\\])inf(?:ty)?(?![A-Za-z])", r"\\infty "),
+        (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (rf"\\(?:{FRAMES})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r"\1"),
         # A unit: "15\text{ cm}^2". Elsewhere such a macro only sets type.
         (
@@ -127,6 +133,10 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\\(?:dots|cdots|dotsc|dotsb)(?![A-Za-z])", r"\\ldots "),
         (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:mathbb|mathbf)\s*\{?R\}?|\ball real numbers\b", r"(-\\infty , \\infty )"),
+        (
+            r"\(-\\infty , \\infty \)\s*\\(?:setminus|backslash)\s*\\\{([^{}\\,]*)\\\}",
+            r"(-\\infty , \1) \\cup (\1, \\infty )",
+        ),
         (r"\binfinity\b", r"\\infty "),
         (r"(?<![\w)}])\+\s*(?=\\infty)", ""),
         (
@@ -166,43 +176,6 @@ def _undollar(answer: str) -> str:
 # --- plain numbers
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-SCALES = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-SMALL = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-SPOKEN = {word: n for n, word in enumerate(SMALL)} | {word: 20 + 10 * n for n, word in enumerate(TENS)}
-SPOKEN_NUMBER = re.compile(
-    rf"(?P<sign>minus |negative )?(?:(?P<tens>{'|'.join(TENS)})[- ](?P<ones>{'|'.join(SMALL[1:10])})"
-    rf"|(?P<word>{'|'.join(SPOKEN)})|(?P<a>an?)(?= (?:{'|'.join(SCALES)})\b))\b",
-    re.I,
-)
 FRACTION = re.compile(
     r"^(?P<before>[-+]?[$€£]?(?P<whole>\d*) ?)"
     r"\\frac ?(?:\{ ?(?P<a>-?\d+) ?\} ?\{ ?(?P<b>-?\d+) ?\}|(?P<c>\d) ?(?P<d>\d)|(?P<e>\d) ?\{(?P<f>\d+)\})"
@@ -258,11 +231,8 @@ def as_number(answer: str) -> PlainNumber | None:
         answer = (
             f"{match['before'].rstrip()}{' ' if match['whole'] else ''}{top}/{bottom}{answer[match.end() :]}"
         )
-    elif match := SPOKEN_NUMBER.match(answer):
-        word = match["word"]
-        n = 1 if match["a"] else SPOKEN[(word or match["tens"]).lower()]
-        n += SPOKEN[match["ones"].lower()] if match["ones"] else 0
-        answer = f"{'-' if match['sign'] else ''}{n}{answer[match.end() :]}"
+    elif spoken := read_spoken(answer):
+        answer = spoken[0] + answer[spoken[1] :]
     if not (match := NUMBER.fullmatch(answer)):
         return None
     under = int(match["by"] or match["under"] or 1)

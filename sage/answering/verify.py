@@ -22,7 +22,8 @@ from queue import LifoQueue
 from typing import NamedTuple
 
 from sage.answering.answers import Found, find_answer
-from sage.answering.equality import TIME, Compare, same
+from sage.answering.equality import Compare, same
+from sage.answering.measures import TIME
 from sage.answering.prose import FORMULA, first_answer, last_number
 from sage.answering.spelling import as_number, canonical, is_words
 
@@ -41,6 +42,7 @@ NAMED_CHOICE = re.compile(
     r"|\b([A-J])\)?\s+(?:is|must be|would be)\s+(?:the\s+)?(?:correct|right|best|answer)\b"
 )
 SHOWN_CHOICE = re.compile(r"\(([A-J])\)|\b([A-J])\W*$")
+BEGINS_WITH = re.compile(r"\A\W*([A-J])[.):]\s(?!.*\b[A-J][.):]\s)")  # "B. The moon", but no list of choices
 REJECTED = re.compile(
     r"(?:\bnot|n['’]t|\bnever|\brather than|\binstead of|\brul(?:ed?|ing) out|\beliminat(?:ed?|ing))"
     r"(?:\s+\w+)?\s*$",
@@ -158,12 +160,14 @@ def _last_formulas(text: str, formulas: list[re.Match[str]]) -> list[str]:
 def _by_choice(where: str, text: str, truth: str) -> Verdict:
     """The one letter that stands first in a marked answer, or that an unmarked one chooses."""
     letter = None
+    if re.fullmatch(r"\(?[a-j]\)?", text):
+        text = text.upper()
     if where != "last" and (match := CHOSEN.match(text)):
         if MORE_CHOSEN.match(text, match.end()):
             return Verdict(False, text, f"{where}/choice")
         letter = match[1]
     else:
-        for pattern in (NAMED_CHOICE, SHOWN_CHOICE):
+        for pattern in (NAMED_CHOICE, SHOWN_CHOICE, BEGINS_WITH):
             matches = [
                 match
                 for match in pattern.finditer(text)

@@ -21,19 +21,12 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from sage.data.templates import ChatFormat, choose_templates
 from sage.util.errors import UserError
 from sage.util.limits import TooLong, cpu_limit
+from sage.util.thoughts import OPENED
 
 PROBE = "sage-probe-5f2e"  # stands for a text in a rendering, to find what the template writes around it
 LIMIT = 5.0  # seconds of CPU time for one conversation; a usual template takes less than a millisecond
 HEADS = 4096  # rendered prompts to keep
 MARK = re.compile(r"[<\[][^\s<>\[\]]+[>\]]")  # <|im_end|>, </s>, [/INST]: ordinary text has nothing like it
-# What opens and closes a thought: <think>, <thinking>, [THINK], <seed:think>, ◁think▷ and so on.
-THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
-# A mark in quotes or backticks is spoken of: "write `<think>` first".
-OPEN, CLOSE = (
-    re.compile(rf"(?:(?<![`'\"]){mark}|{mark}(?![`'\"]))", re.IGNORECASE)
-    for mark in (rf"[<\[◁]{THOUGHT}[>\]▷]", rf"[<\[◁]/{THOUGHT}[>\]▷]")
-)
-OPENED = re.compile(rf"{OPEN.pattern}\s*\Z", re.IGNORECASE)  # a text that ends with a thought just opened
 
 Message = dict[str, Any]
 Prompt = str | list[Message]

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sage.data.chat import CLOSE, Message
+from sage.data.chat import Message
 from sage.util.errors import UserError
+from sage.util.thoughts import CLOSE
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 FIELDS = (*REASONING, "tool_calls", "function_call")  # what an assistant writes besides the content

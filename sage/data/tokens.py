@@ -26,6 +26,7 @@ from sage.data.chat import ChatFormat, Renderer
 from sage.data.columns import to_column
 from sage.data.encoding import IDS, Encoder
 from sage.data.source import first_five
+from sage.util import thoughts
 from sage.util.errors import UserError
 from sage.util.files import write_whole
 from sage.util.progress import console, track
@@ -185,7 +186,7 @@ def _cache_key(pairs: datasets.Dataset, renderer: Renderer, max_length: int, lim
         tokenizers.__version__,
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for module in (chat_module, encoding, fields, placement):
+    for module in (chat_module, encoding, fields, placement, thoughts):
         # An earlier version of sage may have had other rules.
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())

@@ -1,0 +1,11 @@
+"""The marks between which models think: <think>, <thinking>, [THINK], <seed:think>, ◁think▷ and so on."""
+
+import re
+
+THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
+# A mark in quotes or backticks is spoken of: "write `<think>` first".
+OPEN, CLOSE = (
+    re.compile(rf"(?:(?<![`'\"]){mark}|{mark}(?![`'\"]))", re.IGNORECASE)
+    for mark in (rf"[<\[◁]{THOUGHT}[>\]▷]", rf"[<\[◁]/{THOUGHT}[>\]▷]")
+)
+OPENED = re.compile(rf"{OPEN.pattern}\s*\Z", re.IGNORECASE)  # a text that ends with a thought just opened
