@@ -61,6 +61,18 @@ def test_a_template_of_words_is_not_applied_twice():
     assert asked[0][1] == "A chat. USER: What does ASSISTANT: mean? ASSISTANT:" and not rules
 
 
+def test_rendered_prompts_get_the_channel_too():
+    tokenizer = harmony()
+    plain, _ = encode(tokenizer, QUESTION, GOOD, BAD)
+    written = tokenizer.apply_chat_template([asks(QUESTION)], add_generation_prompt=True, tokenize=False)
+    assert encode(tokenizer, written, GOOD, BAD) == (plain, {"rendered"})
+    channel = "<|channel|>final<|message|>"
+    (prompt, *sides), _ = encode(tokenizer, written, channel + GOOD, channel + BAD)
+    assert prompt[1] == written and [text for _, text in sides] == [
+        f"{channel}{text}<|return|>" for text in (GOOD, BAD)
+    ]
+
+
 @pytest.mark.parametrize("where", ["/no_think", "Be brief. /no_think", "/no_think\nBe brief."])
 def test_a_switch_that_the_template_takes_away_is_not_lost(where):
     tokenizer = byte_level(SWITCHED, CHATML_TOKENS, "<|im_end|>")

@@ -141,8 +141,8 @@ def _place(
         added, tail = _around(renderer, messages, tools, head)
         sides = [_without_lead(side, head, added) for side in sides]
         leads = [_lead(side, head, tail) for side in sides]
-    if rendered and (not added.isspace() or any(side.text[:1].isspace() for side in sides)):
-        added = ""
+    if rendered and (CLOSE.search(added) or any(re.match(rf"\s|{MARK.pattern}", s.text) for s in sides)):
+        added = ""  # rendered data say themselves what stands there
     leads = [added if lead is None else lead for lead in leads]
     lead = leads[0] if leads[0] == leads[1] else ""
     if leads[0] != leads[1]:  # a space, or the name of a channel; an empty thought is left out
