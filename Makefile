@@ -7,7 +7,7 @@ LOWEST := .venv-lowest/bin
 # Two processes share the test files. A file stays in one process, because its runs are shared by its tests.
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help demo test quick peer lowest lint docs clean
+.PHONY: help demo test quick peer lowest torture lint docs clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -26,6 +26,9 @@ peer: .venv/stamp-dev .venv/stamp-peer ## the comparison with TRL, which it inst
 
 lowest: .venv-lowest/stamp ## the quick tests, with every dependency at its lower bound
 	OMP_NUM_THREADS=1 $(LOWEST)/pytest -m 'not slow and not peer'
+
+torture: .venv/stamp-dev ## hours of kills and damage, for nights; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py runs/torture
 
 lint: .venv/stamp-dev ## ruff and pyright
 	$(BIN)/ruff check .

@@ -1,0 +1,235 @@
+"""Kill runs at random moments, damage their files, fill their disks, and compare what comes out.
+
+    python tests/torture.py FOLDER [--trials N] [--seed N] [--table]
+
+Each trial starts the same command line again until it ends: what it leaves must be what an undisturbed run
+leaves, byte for byte, and no process may be left. Finished trials are kept in FOLDER/trials.jsonl, so the
+suite itself can be killed and started again. --table prints the table of docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import conftest
+import psutil
+from many_runs import ENVIRONMENT, column
+from whole_runs import SAGE, files, left_over
+
+TRAIN = ["train", "data.path={pairs}", "data.max_length=130", "micro_batch_tokens=260", "save_every=2"]
+TRAIN += ["steps=12", "batch_size=6", "optimizer.lr=1e-3", "engine={engine}", "world_size={ranks}"]
+SAMPLES = [
+    "generation.batch_size=2",
+    "generation.chunk=2",
+    "sampling.max_new_tokens=40",
+    "world_size={ranks}",
+]
+COMMANDS = {
+    "build-pairs": ["build-pairs", "data=gsm8k", "data.problems.path={problems}", "pairing.samples=2"],
+    "eval": ["eval", "benchmark.gsm8k.path={problems}", "samples=2", "sampling.temperature=1"],
+    "score-dataset": ["score-dataset", "data.path={pairs}", "data.max_length=130", "micro_batch_tokens=260"],
+}
+COMMANDS["build-pairs"] += ["pairing.chosen=own_then_gold", *SAMPLES]
+COMMANDS["eval"] += SAMPLES
+COMMANDS["score-dataset"] += ["shard_pairs=4", "world_size={ranks}"]
+# What runs: command, engine, ranks.
+RUNS = [
+    ("train", "zero0", 1),
+    ("train", "zero2", 2),
+    ("train", "zero3", 2),
+    ("train", "zero2", 1),
+    ("build-pairs", "zero0", 1),
+    ("score-dataset", "zero0", 2),
+    ("eval", "zero0", 2),
+    ("build-pairs", "zero0", 2),
+]
+SITUATIONS = ["SIGKILL of everything", "SIGKILL of a rank", "SIGKILL of the launcher", "SIGTERM", "SIGINT"]
+FLIPS = ["a byte flipped in the newest checkpoint", "a byte flipped in a cache"]  # of training runs
+TIMELESS = ("seconds", "pairs_per_second", "peak_memory_gb")
+
+
+class Suite:
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.seed = folder, seed
+        self.model = folder / "model" / "tiny"
+        self.pairs, self.problems = folder / "pairs" / "pairs.jsonl", folder / "problems" / "problems.jsonl"
+        if not self.problems.exists():
+            place = type("Places", (), {"mktemp": lambda _, name: make(folder / name)})()
+            for fixture in (conftest.tiny_model, conftest.pair_file, conftest.problem_file):
+                fixture._get_wrapped_function()(place)
+        self.kept = folder / "trials.jsonl"
+
+    def words(self, run: tuple[str, str, int], run_dir: Path, cache: Path) -> list[str]:
+        command, engine, ranks = run
+        words = TRAIN if command == "train" else COMMANDS[command]
+        values = {"pairs": self.pairs, "problems": self.problems, "engine": engine, "ranks": ranks}
+        return [
+            *(word.format(**values) for word in words),
+            *("model=hf", f"model.path={self.model}", "model.dtype=float32", f"cache_dir={cache}"),
+            *("resume=auto", f"hydra.run.dir={run_dir}"),
+        ]
+
+    def start(self, words: list[str], mark: str) -> subprocess.Popen[str]:
+        name, value = mark.split("=", 1)
+        return subprocess.Popen(
+            [SAGE, *words],
+            env={**ENVIRONMENT, name: value},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def undisturbed(self, run: tuple[str, str, int]) -> tuple[dict[str, Any], float]:
+        """What the run leaves, and how long it takes."""
+        run_dir = self.folder / "undisturbed" / "_".join(map(str, run))
+        seconds = run_dir.with_suffix(".seconds")
+        if not seconds.exists():
+            began = time.monotonic()
+            process = self.start(self.words(run, run_dir, self.folder / "cache"), "SAGE_TORTURE=none")
+            output, _ = process.communicate()
+            assert process.returncode == 0, output
+            seconds.write_text(str(time.monotonic() - began))
+        return outcome(run, run_dir), float(seconds.read_text())
+
+    def trial(self, number: int) -> dict[str, Any]:
+        rng = random.Random(f"{self.seed}/{number}")
+        run = RUNS[number % len(RUNS)]
+        situations = SITUATIONS + (FLIPS if run[0] == "train" else [])
+        situation = situations[number // len(RUNS) % len(situations)]
+        expected, seconds = self.undisturbed(run)
+        folder = self.folder / "trials" / str(number)
+        run_dir, cache, mark = folder / "run", folder / "cache", f"SAGE_TORTURE={folder}"
+        result: dict[str, Any] = {"trial": number, "run": run, "situation": situation, "kills": 0}
+        result |= {"lost": "", "said": []}
+        for attempt in range(5):
+            process = self.start(self.words(run, run_dir, cache), mark)
+            if attempt < 2:
+                time.sleep(rng.uniform(0.3, 1.0) * seconds)
+                if process.poll() is None:
+                    result["kills"] += 1
+                    disturb(situation, process, mark, rng)
+            output, _ = process.communicate(timeout=600)
+            wait_until_gone(mark)
+            if "Traceback" in output:
+                result["lost"] = "a traceback"
+                result["said"].append(output[-3000:])
+            if process.returncode == 0:
+                break
+            if situation in FLIPS and attempt < 2:
+                flip(situation, run_dir, cache, rng)
+            result["said"] += output.splitlines()[-1:]
+        if process.returncode != 0:
+            result["lost"] = result["lost"] or f"status {process.returncode}"
+        elif not result["lost"] and (found := outcome(run, run_dir)) != expected:
+            differing = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+            result["lost"] = f"differs: {', '.join(differing[:3])}"
+        return result
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def outcome(run: tuple[str, str, int], run_dir: Path) -> dict[str, Any]:
+    """What a run is for: of training the losses and the policy, of other commands every file."""
+    if run[0] == "train":
+        weights = (run_dir / "final" / "model.safetensors").read_bytes()
+        return {"loss": column(run_dir, "loss"), "final": weights}
+    found: dict[str, Any] = {
+        name: content.replace(str(run_dir).encode(), b"RUN") for name, content in files(run_dir).items()
+    }
+    if "summary.json" in found:
+        summary = json.loads(found["summary.json"])
+        found["summary.json"] = {name: value for name, value in summary.items() if name not in TIMELESS}
+    return found
+
+
+def disturb(situation: str, process: subprocess.Popen[str], mark: str, rng: random.Random) -> None:
+    """Do what the situation says. A flip begins with the kill of everything."""
+    ranks = [child.pid for child in psutil.Process(process.pid).children()]
+    targets, signum = {
+        "SIGKILL of a rank": (ranks and [rng.choice(ranks)], signal.SIGKILL),
+        "SIGKILL of the launcher": ([process.pid], signal.SIGKILL),
+        "SIGTERM": ([process.pid], signal.SIGTERM),
+        "SIGINT": ([process.pid], signal.SIGINT),
+    }.get(situation, (left_over(mark), signal.SIGKILL))
+    for pid in targets or [process.pid]:
+        if psutil.pid_exists(pid):
+            os.kill(pid, signum)
+
+
+def flip(situation: str, run_dir: Path, cache: Path, rng: random.Random) -> None:
+    """Flip a bit of a random file of the newest checkpoint, or of the cache."""
+    folder = cache
+    if "checkpoint" in situation:
+        saved = sorted((run_dir / "checkpoints").glob("step_*[0-9]"), key=lambda p: int(p.name[5:]))
+        folder = saved[-1] if saved else run_dir / "checkpoints"
+    found = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size and f.suffix != ".lock")
+    if found:
+        file = rng.choice(found)
+        place = rng.randrange(file.stat().st_size)
+        with file.open("r+b") as content:
+            content.seek(place)
+            (byte,) = content.read(1)
+            content.seek(place)
+            content.write(bytes([byte ^ 1 << rng.randrange(8)]))
+
+
+def wait_until_gone(mark: str, seconds: float = 120.0) -> None:
+    """Ranks whose launcher was killed may end their step, and then no process may be left."""
+    deadline = time.monotonic() + seconds
+    while left := left_over(mark):
+        assert time.monotonic() < deadline, f"processes are left: {left}"
+        time.sleep(0.2)
+
+
+def table(trials: list[dict[str, Any]]) -> str:
+    """The trials by situation, as Markdown."""
+    lines = ["| situation | runs | times | equal to the undisturbed run | lost |", "|---|---|---|---|---|"]
+    for situation in SITUATIONS + FLIPS:
+        here = [t for t in trials if t["situation"] == situation]
+        lost = Counter(t["lost"] for t in here if t["lost"])
+        equal = sum(not t["lost"] for t in here)
+        words = "; ".join(f"{n} x {what}" for what, n in lost.items()) or "nothing"
+        lines.append(f"| {situation} | {len(here)} | {sum(t['kills'] for t in here)} | {equal} | {words} |")
+    return "\n".join(lines)
+
+
+def main(write: Callable[[str], object] = print) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--trials", type=int, default=56)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    make(arguments.folder)
+    suite = Suite(arguments.folder.absolute(), arguments.seed)
+    done = [json.loads(line) for line in suite.kept.read_text().splitlines()] if suite.kept.exists() else []
+    if not arguments.table:
+        for number in range(len(done), arguments.trials):
+            result = suite.trial(number)
+            with suite.kept.open("a") as kept:
+                kept.write(json.dumps(result) + "\n")
+            done.append(result)
+            write(f"{number}: {result['run']}, {result['situation']}: {result['lost'] or 'equal'}")
+    write(table(done))
+    sys.exit(any(trial["lost"] for trial in done))
+
+
+if __name__ == "__main__":
+    main()
