@@ -109,6 +109,7 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"(?<=\d)(?:\{,\}|,?\\[,!; ])(?=\d{3}(?!\d))", ""),  # thousands
         (r"(?<=\d)'(?=\d{3}(?!\d))", ""),
+        (r"(?<=\d) \([A-Za-z]{2,}\)$", ""),  # 42 (km)
         (r"(?<!\\)\\[!,;: ]|~", " "),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
         (r"(?<![A-Za-z\\])inf(?:ty)?(?![A-Za-z])", r"\\infty "),

@@ -40,6 +40,7 @@ NAMED_CHOICE = re.compile(
     r"\b(?:choos(?:e|ing)|pick(?:ing)?|select(?:ing)?|go(?:ing)? (?:with|for)|option|choice|answer)"
     r"(?:\s+(?:is|option|choice|answer))*\s+\(?([A-J])\b\)?"
     r"|\b([A-J])\)?\s+(?:is|must be|would be)\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+    r"|\b[Ii]t(?:['’]s| is| must be)\s+\(?([A-J])\)?(?=\s*(?:[.,;]|$))"
 )
 SHOWN_CHOICE = re.compile(r"\(([A-J])\)|\b([A-J])\W*$")
 BEGINS_WITH = re.compile(r"\A\W*([A-J])[.):]\s(?!.*\b[A-J][.):]\s)")  # "B. The moon", but no list of choices
