@@ -190,7 +190,7 @@ def forget_ranks() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(
             "torchrun started this command, but `sage` starts its own ranks: leave torchrun out and give "
-            "world_size=N. For several machines, torchrun starts `-m sage.worker RUN_DIR`: see docs/cli.md"
+            "world_size=N. For several machines, give start=false: see docs/clusters.md"
         )
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 from dataclasses import fields
 from functools import singledispatch
@@ -46,6 +47,9 @@ ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",
 }
 
+# What a rank reads from its environment, from what Slurm sets.
+SLURM_PLACE = "RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID"
+
 
 @singledispatch
 def read_inputs(cfg: RunConfig) -> None:
@@ -83,8 +87,11 @@ def preflight(cfg: RunConfig) -> None:
     import torch
 
     gpus = torch.cuda.device_count()
-    if gpus and cfg.world_size > gpus:
-        raise UserError(f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it")
+    if cfg.start and gpus and cfg.world_size > gpus:
+        raise UserError(
+            f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it, or give "
+            "start=false for several machines"
+        )
     check_writable(Path(cfg.cache_dir).expanduser(), "cache_dir")
     check_model(cfg.model)
     if type(cfg) is TrainConfig:  # the other commands have its keys, and log nothing
@@ -128,13 +135,22 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
         return inspect(cfg)
     assert isinstance(cfg, RunConfig)
     if isinstance(cfg, TrainConfig) and not isinstance(cfg, BuildPairsConfig) and cfg.data.path is None:
+        if not cfg.start:
+            raise UserError(
+                "start=false needs finished pairs, in a file that all machines see: build them with `sage "
+                "build-pairs`, and give data.path=RUN_DIR/pairs.jsonl"
+            )
         cfg.data.path = str(built_pairs(cfg))
     if cfg.resume == "auto" and (run_dir / config.CONFIG_FILE).exists():
         return requeued(cfg, run_dir)
     preflight(cfg)
+    here, cfg.start = cfg.start, True  # what starts the ranks is no part of the run
     config.freeze(cfg, run_dir)
     print(f"run directory: {run_dir}", flush=True)
-    start(cfg.world_size, run_dir)
+    if here:
+        start(cfg.world_size, run_dir)
+    else:
+        print(start_lines(cfg.world_size, run_dir))
 
 
 def requeued(cfg: RunConfig, run_dir: Path) -> None:
@@ -232,6 +248,32 @@ def built_pairs(cfg: TrainConfig) -> Path:
             start(cfg.world_size, folder)
     check_built(cfg, folder)
     return folder / PAIRS_FILE
+
+
+def start_lines(world_size: int, run_dir: Path) -> str:
+    """The commands that start a frozen run with another launcher, on one machine and on several."""
+    folder = shlex.quote(str(run_dir.resolve()))
+
+    def commands(machines: int) -> str:
+        each, meet, hosts = world_size // machines, "--standalone", ""
+        if machines > 1:
+            meet = f"--nnodes={machines} --rdzv-backend=c10d --rdzv-id=ID --rdzv-endpoint=HOST:PORT"
+            hosts = f" --hostfile=HOSTFILE --num_nodes={machines}"
+        return (
+            f"  torchrun {meet} --nproc-per-node={each} -m sage.worker {folder}\n"
+            f"  srun --nodes={machines} --ntasks-per-node={each} --kill-on-bad-exit=1 bash -c "
+            f"'{SLURM_PLACE} exec python -m sage.worker \"$0\"' {folder}\n"
+            f"  deepspeed{hosts} --num_gpus={each} --no_local_rank --module sage.worker {folder}\n"
+        )
+
+    lines = (
+        f"nothing is started yet. Run one of these in {Path.cwd()}: it starts the run, or continues it\n"
+        f"on one machine:\n  sage resume {folder}\n{commands(1)}"
+    )
+    if world_size > 1:
+        machines = 2 if world_size % 2 == 0 else world_size
+        lines += f"on {machines} machines; torchrun on each of them:\n{commands(machines)}"
+    return f"{lines}docs/clusters.md says what the machines must share, and has a script for Slurm"
 
 
 def start(world_size: int, run_dir: Path) -> None:

@@ -51,6 +51,15 @@ def hold(run_dir: Path, rank: int) -> FileLock:
         ) from e
 
 
+def check_world(run_dir: Path, asked: int) -> None:
+    """Refuse a launcher that starts another number of ranks than the run was frozen for."""
+    if ranks.world_size() != asked:
+        raise UserError(
+            f"{run_dir} is a run of world_size={asked}, and {ranks.world_size()} ranks were started. A "
+            "launcher must set RANK, WORLD_SIZE and LOCAL_RANK: see docs/clusters.md"
+        )
+
+
 def main() -> None:
     outlive_reader()
     run_dir, rank = Path(sys.argv[1]), ranks.rank()
@@ -64,8 +73,11 @@ def main() -> None:
 
         logging.disable_progress_bar()  # we show our own
 
+        cfg = config.load(run_dir)
+        assert isinstance(cfg, config.RunConfig)
+        check_world(run_dir, cfg.world_size)
         with activity("loading PyTorch and DeepSpeed"):
-            job = get_method(JOBS[config.load(run_dir).command])
+            job = get_method(JOBS[cfg.command])
         job(run_dir)
         held.release()
         if stopping.asked():  # too late to stop anything

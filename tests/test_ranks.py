@@ -52,8 +52,8 @@ def work():
 def fail():
     raise UserError(f"rank {ranks.rank()} refuses")
 assert ranks.main_only(work) == "rank 0" and calls == ([0] if ranks.rank() == 0 else [])
-assert ranks.main_first(work) == f"rank {ranks.rank()}" and calls[-1] == ranks.rank()
-for way in (ranks.main_only, ranks.main_first):
+assert ranks.machine_first(work) == f"rank {ranks.rank()}" and calls[-1] == ranks.rank()
+for way in (ranks.main_only, ranks.machine_first):
     try:
         way(fail)
     except UserError as e:

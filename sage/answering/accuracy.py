@@ -13,6 +13,7 @@ from sage.answering.attempts import Attempt, Sampler
 from sage.answering.problems import read_problems
 from sage.answering.statistics import bootstrap, by_group, majority, pass_at, wilson
 from sage.config import ProblemsConfig
+from sage.util import ranks
 
 
 def run_benchmarks(
@@ -24,7 +25,7 @@ def run_benchmarks(
     """
     results = {}
     for name, benchmark in benchmarks.items():
-        problems = read_problems(benchmark)[:limit]
+        problems = ranks.main_only(lambda benchmark=benchmark: read_problems(benchmark)[:limit])
         attempts = sampler.attempts(problems, samples, benchmark.prompt, folder / name, name)
         if sampler.rank == 0:
             results[name] = measure(attempts)

@@ -16,12 +16,10 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sage.answering.generation import Source
 from sage.answering.problems import Problem
@@ -84,12 +82,11 @@ class Sampler:
         cache_dir: str,
     ):
         self.rank, self.world_size = ranks.rank(), ranks.world_size()
-        if self.world_size > 1 and not dist.is_initialized():
-            # A rank with longer responses ends much later than the others.
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        if self.world_size > 1:
+            ranks.join("gloo")
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", ranks.local_rank()) if on_gpu else torch.device("cpu")
-        folder = ranks.main_first(lambda: loading.resolve_model(model, cache_dir))
+        folder = ranks.machine_first(lambda: loading.resolve_model(model, cache_dir))
         self.tokenizer = loading.load_tokenizer(folder, model)
         self.source = Source(folder, model, device, response_ends(self.tokenizer, chat))
         self.backend, self.sampling, self.seed, self.chat = backend, sampling, seed, chat
@@ -117,10 +114,10 @@ class Sampler:
             Stopped: a signal came in the middle of a training run.
         """
         final, finished = folder / GENERATIONS_FILE, folder / "progress"
-        if not final.exists():
+        if not ranks.main_only(final.exists):
             finished.mkdir(parents=True, exist_ok=True)
             prompts = [prompt.replace("{problem}", problem.prompt) for problem in problems]
-            ids = encode_prompts(self.tokenizer, prompts, self.chat)
+            ids = ranks.main_only(lambda: encode_prompts(self.tokenizer, prompts, self.chat))
             chunks = self.chunks(ids, samples)
             missing = [
                 (finished / f"chunk_{number}.jsonl", chunk)

@@ -22,6 +22,7 @@ from sage.answering.problems import Problem, read_problems
 from sage.config import BuildPairsConfig, PairingConfig, TrainConfig, build, load
 from sage.data.chat import ChatFormat, encode_prompts, response_ends, tokenizer_fingerprint
 from sage.model import loading
+from sage.util import ranks
 from sage.util.errors import UserError
 from sage.util.files import sha256, write_json
 from sage.util.progress import console
@@ -71,7 +72,6 @@ def build_pairs(run_dir: Path) -> None:
     """Build the pairs of the frozen config in `run_dir`, or resume. Every rank calls this."""
     cfg = load(run_dir)
     assert isinstance(cfg, BuildPairsConfig) and cfg.data.problems.path is not None
-    problems = read_problems(cfg.data.problems)
     sampler = Sampler(
         cfg.model,
         build("generation", cfg.generation),
@@ -80,6 +80,8 @@ def build_pairs(run_dir: Path) -> None:
         chat=ChatFormat.of(cfg.data),
         cache_dir=cfg.cache_dir,
     )
+    problems = ranks.main_only(lambda: read_problems(cfg.data.problems))
+    weights = loading.weights_of(sampler.source.folder, cfg.model)
     with sampler:
         attempts = sampler.attempts(
             problems, cfg.pairing.samples, cfg.data.problems.prompt, run_dir, "responses"
@@ -93,7 +95,7 @@ def build_pairs(run_dir: Path) -> None:
     pairs, counts = make_pairs(problems, golds, attempts, cfg.pairing, cfg.seed, fingerprint)
     write_lines(run_dir / PAIRS_FILE, pairs)
     manifest = {
-        **recipe(cfg, sampler.source.folder, sampler.tokenizer, problems),
+        **recipe(cfg, weights, sampler.tokenizer, problems),
         "counts": {
             "problems": len(problems),
             "responses": len(attempts),
@@ -112,7 +114,7 @@ def build_pairs(run_dir: Path) -> None:
         console.print(f"  {reason.replace('_', ' ')}: {count}")
 
 
-def recipe(cfg: TrainConfig, folder: str, tokenizer: Any, problems: Sequence[Problem]) -> dict[str, Any]:
+def recipe(cfg: TrainConfig, weights: str, tokenizer: Any, problems: Sequence[Problem]) -> dict[str, Any]:
     """Everything that decides the content of the pairs: equal recipes give equal pairs.
 
     The ids of the prompts stand for tokenizer, chat template and template arguments; the end tokens stand for
@@ -125,7 +127,7 @@ def recipe(cfg: TrainConfig, folder: str, tokenizer: Any, problems: Sequence[Pro
         "sage": importlib.metadata.version("sage-align"),
         "model": {
             "path": cfg.model.path,
-            "weights": loading.fingerprint(folder, cfg.model.adapter_path),
+            "weights": weights,
             "dtype": cfg.model.dtype,
             "attention": cfg.model.attention,
         },
@@ -162,7 +164,8 @@ def recipe_key(cfg: TrainConfig) -> str:
     """The cache key of the pairs that `sage train` builds from this config's problems."""
     folder = loading.resolve_model(cfg.model, cfg.cache_dir)
     tokenizer = loading.load_tokenizer(folder, cfg.model)
-    return digest(recipe(cfg, folder, tokenizer, read_problems(cfg.data.problems)))[:24]
+    weights = loading.weights_of(folder, cfg.model)
+    return digest(recipe(cfg, weights, tokenizer, read_problems(cfg.data.problems)))[:24]
 
 
 def gold_response(problem: Problem) -> str | None:

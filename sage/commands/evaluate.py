@@ -39,13 +39,14 @@ def evaluate(run_dir: Path) -> None:
         chat=ChatFormat.of(cfg.data),
         cache_dir=cfg.cache_dir,
     )
+    weights = loading.weights_of(sampler.source.folder, cfg.model)
     with sampler:
         results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, cfg.samples, run_dir)
     if sampler.rank != 0:
         return
     summary = {
         "model": cfg.model.path,
-        "weights": loading.fingerprint(sampler.source.folder, cfg.model.adapter_path),
+        "weights": weights,
         "samples": cfg.samples,
         "sampling": asdict(cfg.sampling),
         "seed": cfg.seed,

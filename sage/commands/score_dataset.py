@@ -39,7 +39,7 @@ from sage.training.setup import read_pairs
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
 from sage.util.progress import console, track
-from sage.util.ranks import main_first
+from sage.util.ranks import main_only
 
 FORWARD_FOLDER = "forward"
 BINS, BAR_WIDTH = 16, 50  # of the histogram
@@ -74,7 +74,7 @@ def score_dataset(run_dir: Path) -> None:
         "scorer": cfg.scorer,
         "scorers": cfg.scorers,
     }
-    main_first(lambda: claim(run_dir, manifest))
+    main_only(lambda: claim(run_dir, manifest))
 
     forwards = []
     for base in bases.values():

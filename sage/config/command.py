@@ -33,7 +33,10 @@ class RunConfig(CommandConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     seed: int = key(0, "seed of everything that is drawn: data order, dropout, selection, responses", low=0)
-    world_size: int = key(1, "ranks (processes) on this machine, one per GPU", low=1)
+    world_size: int = key(1, "ranks (processes), one per GPU", low=1)
+    start: bool = key(
+        True, "false = check, freeze, print the commands that start the ranks on a cluster, and end there"
+    )
     resume: str = key(
         "never",
         "auto = go on with the run that hydra.run.dir already holds, if there is one, as after a requeue",

@@ -70,10 +70,7 @@ def init_distributed() -> torch.device:
     else:
         device = torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if os.environ["WORLD_SIZE"] == "1" and not dist.is_initialized():
-        # In memory, without a port: a free port that was looked up may be taken by the time we listen on it.
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    ranks.join(backend)
     deepspeed.init_distributed(backend, verbose=False)
     return device
 

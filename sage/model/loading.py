@@ -20,8 +20,9 @@ from sage.data.source import resolve_path
 from sage.model.folder import check_adapter, check_weights_files, read_object
 from sage.model.kernels import has_triton
 from sage.model.kernels.recompute import bfloat16_in_hardware
+from sage.util import ranks
 from sage.util.errors import UserError, first_line, named
-from sage.util.files import sha256, write_json
+from sage.util.files import sha256, temporary_name, write_json
 from sage.util.hub import reach_hub
 from sage.util.locks import locked
 from sage.util.progress import console
@@ -92,11 +93,14 @@ def convert_gguf(path: str, cache_dir: str) -> str:
             model = type(loaded)(type(loaded.config)(**fields))
             model.load_state_dict(loaded.state_dict())
             model.generation_config = loaded.generation_config
-            temporary = target.with_suffix(".tmp")
+            temporary = temporary_name(target)
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             write_json(temporary / CHECKSUMS, checksums(temporary))
-            temporary.rename(target)
+            if target.is_dir():  # by another machine, where the cache is shared and has no locks
+                shutil.rmtree(temporary)
+            else:
+                temporary.rename(target)
     return str(target)
 
 
@@ -320,6 +324,13 @@ def router_coefficient(cfg: ModelConfig, model: Any) -> float:
         return cfg.router_aux_coef
     return (
         float(getattr(config, "router_aux_loss_coef", 0.0)) if routed and config.output_router_logits else 0.0
+    )
+
+
+def weights_of(folder: str, model: ModelConfig) -> str:
+    """The `fingerprint` of a model, which must be the same on every machine. Every rank calls this."""
+    return ranks.agreed(
+        lambda: fingerprint(folder, model.adapter_path), f"the files of model.path={model.path}"
     )
 
 

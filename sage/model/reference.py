@@ -29,10 +29,10 @@ from sage.data.tokens import TokenizedPairs
 from sage.model import loading
 from sage.model.forward import PairForward
 from sage.model.logps import LogitStats, PairLogps
+from sage.util import ranks
 from sage.util.errors import UserError, named
 from sage.util.files import source_digest, write_whole
 from sage.util.progress import console
-from sage.util.ranks import main_only
 
 MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER = "manifest.json", "sage", "scores"  # of score-dataset
 
@@ -56,8 +56,8 @@ def reference_logps(
 
 
 def identity(folder: str, model: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
-    """What a model's log-probabilities depend on, besides the pairs. Rank 0 reads the files."""
-    weights = main_only(lambda: loading.fingerprint(folder, model.adapter_path))
+    """What a model's log-probabilities depend on, besides the pairs. Every rank calls this."""
+    weights = loading.weights_of(folder, model)
     return {"weights": weights, "dtype": str(dtype), "attention": model.attention, "head": model.head}
 
 
@@ -75,14 +75,14 @@ class Cached:
             json.dumps({**key, **software, "pairs": pairs.fingerprint}, sort_keys=True).encode()
         ).hexdigest()
         file = Path(cache_dir).expanduser() / "reference" / f"{digest[:32]}.safetensors"
-        known = main_only(lambda: read_logps(file, len(pairs)))
+        known = ranks.main_only(lambda: read_logps(file, len(pairs)))
         if known is None:
             known = forward.all_logps(
                 pairs, np.arange(len(pairs)), f"reference log-probabilities of the {name} pairs"
             )
             known = PairLogps(*(values.cpu().contiguous() for values in known))
             check_finite(known, pairs)
-            if forward.engine.rank == 0:
+            if ranks.local_rank() == 0:  # on each machine, since a restarted run may find rank 0 on another
                 write_logps(file, known)
         self.logps = known
 
@@ -140,40 +140,46 @@ def check_finite(logps: PairLogps, pairs: TokenizedPairs) -> None:
 
 
 class Scored(Cached):
-    """Reads the output of `sage score-dataset`. If its policy was its own reference, that includes `logit`.
+    """The output of `sage score-dataset`. If its policy was its own reference, that includes `logit`."""
+
+    def __init__(self, run_dir: str, pairs: TokenizedPairs, key: dict[str, str]):
+        self.logps, self.logit = ranks.main_only(lambda: read_scores(run_dir, pairs, key))
+
+
+def read_scores(
+    run_dir: str, pairs: TokenizedPairs, key: dict[str, str]
+) -> tuple[PairLogps, LogitStats | None]:
+    """What `sage score-dataset` wrote about these pairs.
 
     Raises:
         UserError: the scores are incomplete, or belong to another model, dtype or dataset.
     """
-
-    def __init__(self, run_dir: str, pairs: TokenizedPairs, key: dict[str, str]):
-        files = sorted(Path(run_dir, SCORES_FOLDER).expanduser().glob("*.parquet"))
-        if not files:
+    files = sorted(Path(run_dir, SCORES_FOLDER).expanduser().glob("*.parquet"))
+    if not files:
+        raise UserError(
+            f"data.scores={run_dir}: there is no {SCORES_FOLDER}/*.parquet. Give the folder of a "
+            "finished `sage score-dataset`"
+        )
+    shards = [pq.read_table(file) for file in files]
+    manifests = {(shard.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}") for shard in shards}
+    manifest = json.loads(manifests.pop())
+    if manifests or sum(map(len, shards)) != manifest.get("pairs", {}).get("count"):
+        raise UserError(f"data.scores={run_dir}: its files are not those of one `sage score-dataset` run")
+    reference, dataset = manifest["reference"], manifest["pairs"]
+    for name, value in key.items():
+        if reference[name] != value:
             raise UserError(
-                f"data.scores={run_dir}: there is no {SCORES_FOLDER}/*.parquet. Give the folder of a "
-                "finished `sage score-dataset`"
+                f"data.scores={run_dir} holds scores of another model: {name} is {reference[name]} there "
+                f"({reference['path']}) and {value} here. Score this model, or leave data.scores out"
             )
-        shards = [pq.read_table(file) for file in files]
-        manifests = {(shard.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}") for shard in shards}
-        manifest = json.loads(manifests.pop())
-        if manifests or sum(map(len, shards)) != manifest.get("pairs", {}).get("count"):
-            raise UserError(f"data.scores={run_dir}: its files are not those of one `sage score-dataset` run")
-        reference, dataset = manifest["reference"], manifest["pairs"]
-        for name, value in key.items():
-            if reference[name] != value:
-                raise UserError(
-                    f"data.scores={run_dir} holds scores of another model: {name} is {reference[name]} there "
-                    f"({reference['path']}) and {value} here. Score this model, or leave data.scores out"
-                )
-        if dataset["fingerprint"] != pairs.fingerprint:
-            raise UserError(
-                f"data.scores={run_dir} holds scores of other pairs: {dataset['count']} of {dataset['path']} "
-                f"there, {len(pairs)} here. Tokenizer, data and limits must be those of the scored set, in "
-                "the same order"
-            )
-        table = pa.concat_tables(shards)
-        self.logps = logps_of(table, "reference")
-        self.logit = logit_of(table) if manifest["policy"] == reference else None
+    if dataset["fingerprint"] != pairs.fingerprint:
+        raise UserError(
+            f"data.scores={run_dir} holds scores of other pairs: {dataset['count']} of {dataset['path']} "
+            f"there, {len(pairs)} here. Tokenizer, data and limits must be those of the scored set, in "
+            "the same order"
+        )
+    table = pa.concat_tables(shards)
+    return logps_of(table, "reference"), logit_of(table) if manifest["policy"] == reference else None
 
 
 def logps_of(table: pa.Table, model: str) -> PairLogps:

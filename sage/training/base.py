@@ -33,7 +33,7 @@ class BaseModel(NamedTuple):
 
 def open_model(model: ModelConfig, device: torch.device, seed: int, cache_dir: str) -> BaseModel:
     """Find a model's folder, downloading or converting it if needed, and load its tokenizer."""
-    dtype = loading.compute_dtype(model, device)
+    dtype = ranks.main_only(lambda: loading.compute_dtype(model, device))
     loading.check_head(model, device)
-    folder = ranks.main_first(lambda: loading.resolve_model(model, cache_dir))
+    folder = ranks.machine_first(lambda: loading.resolve_model(model, cache_dir))
     return BaseModel(model, folder, loading.load_tokenizer(folder, model), dtype, seed)

@@ -61,7 +61,6 @@ class Benchmarks(Hook):
         folder = run.run_dir / "benchmarks" / f"step_{run.state.step}"
         exported = folder / "policy"
         run.export(exported)
-        ranks.barrier()
         model = replace(cfg.model, path=str(exported), lora=None, adapter_path=None)
         greedy = replace(cfg.sampling, temperature=0.0)
         cuda = [engine.device] if engine.device.type == "cuda" else []

@@ -103,12 +103,13 @@ class Run:
         return True
 
     def export(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder, from all ranks' shards."""
+        """Write the policy as a Hugging Face folder, from all ranks' shards. All ranks wait for it."""
         cuda = [self.engine.device] if self.engine.device.type == "cuda" else []
         with activity(f"writing the policy to {folder.name}/"), torch.random.fork_rng(cuda):
             weights = self.engine.full_state_dict()
             if weights is not None:  # this loads an adapter, which draws random numbers
                 export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)
+        ranks.barrier()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum over ranks. Along with it, they agree whether to stop or to save after this step."""

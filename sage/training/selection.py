@@ -24,6 +24,7 @@ from sage.model.reference import Cached, Reference, reference_logps
 from sage.scorers import PairStats, Scorer, curvature, select, signal
 from sage.training.metrics import PER_PAIR
 from sage.training.pair_log import PairLog
+from sage.util import ranks
 from sage.util.errors import UserError
 from sage.util.progress import console
 
@@ -62,7 +63,8 @@ class Selection:
         self.numbers: dict[str, float] = {}  # of the latest scoring; empty if the queue was not scored
         self.other_margin = None
         if scorer.margins_from is not None:
-            self.other_margin = read_margins(scorer.margins_from, self.pair_ids)
+            file = scorer.margins_from
+            self.other_margin = ranks.main_only(lambda: read_margins(file, self.pair_ids))
 
     def choose(self, step: int) -> Choice:
         """The pairs of this step. Called once for every step, in order."""

@@ -99,7 +99,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         built_in.append(Benchmarks())
     if cfg.tracking.snr_every:
         built_in.append(SNR(cfg.tracking.snr_every))
-    return Run(
+    run = Run(
         cfg,
         run_dir,
         base,
@@ -115,6 +115,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         Criterion.of(cfg.select) if cfg.select else None,
         Tracker(cfg, run_dir, state.step, engine.rank == 0),
     )
+    ranks.barrier()  # DeepSpeed's own groups do not wait for rank 0 as long as ours does
+    return run
 
 
 class Data(NamedTuple):
@@ -134,7 +136,7 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
     data = cfg.data
     path = data.eval_path if held_out else data.path
     with activity(f"reading {path}"):
-        source = ranks.main_first(lambda: load_data(data, held_out))
+        source = ranks.machine_first(lambda: load_data(data, held_out))
     rows = source.pairs
     notes = list(source.notes)
     if data.answers:
@@ -146,7 +148,7 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
         rows = without(rows, check.findings) if drop else rows
         if not len(rows):
             raise UserError(f"{path}: data.answers=drop leaves no pair; data.answers=check lists them")
-    pairs = ranks.main_first(
+    pairs = ranks.machine_first(
         lambda: tokenize_pairs(
             rows,
             tokenizer,
@@ -157,6 +159,7 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
             max_bad=data.max_bad,
         )
     )
+    ranks.agreed(lambda: pairs.fingerprint, f"the tokenised pairs of {path}")
     dropped = [row._asdict() for row in source.dropped]
     dropped += [
         {"pair_id": pair_id, "reason": reason, "detail": pairs.details.get(pair_id)}

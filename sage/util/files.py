@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import zlib
 from collections.abc import Callable
@@ -15,14 +16,20 @@ from typing import Any
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `file`, flush it to disk, and rename it.
 
-    Several processes may write the same file at once: each has its own temporary file, and the last one wins.
+    Several processes, also of several machines, may write the same file at once: each has its own temporary
+    file, and the last one wins.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(file)
     write(temporary)
     fsync(temporary)
     os.replace(temporary, file)
     fsync(file.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other process uses, of this machine or another one."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def write_text(file: Path, text: str) -> None:

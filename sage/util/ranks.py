@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
 
-from sage.util.errors import UserError
+from sage.util.errors import UserError, first_line
 
 T = TypeVar("T")
+MEET = timedelta(minutes=10)  # for all ranks to come
+WAIT = timedelta(days=7)  # for another rank in a collective: it may read, download or answer for hours
 
 
 def _group() -> Any:
@@ -30,6 +35,42 @@ def world_size() -> int:
 def local_rank() -> int:
     """This process's number on its own machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join(backend: str) -> None:
+    """Join the process group of the run, if this process is not in one yet.
+
+    From then on a rank waits for the others for as long as their work takes. The launcher ends it if one of
+    them dies, and so does the connection to that rank, which the system closes.
+
+    Raises:
+        UserError: not all ranks came.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if world_size() == 1:
+        # In memory, without a port: a free port that was looked up may be taken by the time we listen on it.
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        return
+    store = None
+    try:
+        store, me, count = next(dist.rendezvous("env://", timeout=MEET))
+        store.set(f"here/{me}", "")
+        store.wait([f"here/{other}" for other in range(count)], MEET)
+    except dist.DistError as e:
+        count, where = world_size(), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        absent = [str(other) for other in range(count) if store and not store.check([f"here/{other}"])]
+        raise UserError(
+            f"{count} ranks should have met at {where} within {MEET}, and not all came "
+            f"(missing: {', '.join(absent) or 'unknown'}). A rank failed to start, or its machine cannot "
+            f"reach this address ({first_line(e)})"
+        ) from e
+    store.set_timeout(WAIT)
+    store = dist.PrefixStore("sage", store)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=store, rank=me, world_size=count, timeout=WAIT)
 
 
 def barrier() -> None:
@@ -55,6 +96,22 @@ def broadcast(value: T) -> T:
     return values[0]
 
 
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What became of some work on a rank."""
+
+    value: T | None
+    error: UserError | None
+    machine: str
+
+    @classmethod
+    def of(cls, work: Callable[[], T]) -> _Outcome[T]:
+        try:
+            return cls(work(), None, socket.gethostname())
+        except UserError as e:
+            return cls(None, e, socket.gethostname())
+
+
 def main_only(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 alone, and return its result on every rank.
 
@@ -64,33 +121,60 @@ def main_only(work: Callable[[], T]) -> T:
     Raises:
         UserError: `work` raised it on rank 0; then every rank does.
     """
-    result, error = _attempt(work) if rank() == 0 else (None, None)
-    result, error = broadcast((result, error))
-    if error:
-        raise error
-    return result  # pyright: ignore[reportReturnType]
+    outcome = broadcast(_Outcome.of(work) if rank() == 0 else None)
+    assert outcome is not None
+    if outcome.error:
+        raise outcome.error
+    return outcome.value  # pyright: ignore[reportReturnType]
 
 
-def main_first(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 first and then on the others, which find its results in a cache.
+def machine_first(work: Callable[[], T]) -> T:
+    """Run `work` on the first rank of each machine and then on the others, which find its results there.
 
-    Unlike `main_only` this suits results that each machine needs on its own disk. `work` must not use the
-    process group.
+    Use this for what each machine needs on its own disk. `work` must not use the process group: one machine
+    may find the results of an earlier run, and another one not.
 
     Raises:
-        UserError: `work` raised it.
+        UserError: `work` raised it on some rank; then every rank does.
     """
-    result, error = _attempt(work) if rank() == 0 else (None, None)
-    if error := broadcast(error):
-        raise error
-    return result if rank() == 0 else work()  # pyright: ignore[reportReturnType]
+    mine = None
+    for first in (True, False):
+        if (local_rank() == 0) == first:
+            mine = _Outcome.of(work)
+        _raise_first(mine and replace(mine, value=None))
+    assert mine is not None
+    return mine.value  # pyright: ignore[reportReturnType]
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
-    try:
-        return work(), None
-    except UserError as e:
-        return None, e
+def agreed(work: Callable[[], T], what: str) -> T:
+    """Run `work` on the first rank of each machine, and return rank 0's result on every rank.
+
+    Use this for what says which files a machine has. `what` names them in an error message.
+
+    Raises:
+        UserError: `work` raised it on some rank, or two machines got different results; then every rank does.
+    """
+    outcomes = _raise_first(_Outcome.of(work) if local_rank() == 0 else None)
+    main = outcomes[0]
+    assert main is not None
+    for other, outcome in enumerate(outcomes):
+        if outcome and outcome.value != main.value:
+            raise UserError(
+                f"{what} are not the same on {outcome.machine} (rank {other}) as on {main.machine} (rank 0): "
+                "put the same files, and the same versions of sage and transformers, on all machines"
+            )
+    return main.value  # pyright: ignore[reportReturnType]
+
+
+def _raise_first(mine: _Outcome[T] | None) -> Sequence[_Outcome[T] | None]:
+    """Every rank's outcome, in order; the first UserError among them is raised on every rank."""
+    outcomes = gather(mine)
+    main = outcomes[0]
+    for outcome in outcomes:
+        if main and outcome and outcome.error:
+            elsewhere = outcome.machine != main.machine
+            raise UserError(f"on {outcome.machine}: {outcome.error}") if elsewhere else outcome.error
+    return outcomes
 
 
 def leave() -> None:
