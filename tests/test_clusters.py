@@ -121,7 +121,7 @@ from sage.util import ranks
 from sage.util.errors import UserError
 
 limit = timedelta(seconds=1)  # what torch would wait, if nobody said otherwise
-dist.distributed_c10d.default_pg_timeout = dist.rendezvous.default_pg_timeout = limit
+dist.distributed_c10d.default_pg_timeout = limit
 from sage.model.engine import init_distributed
 init_distributed()
 me = ranks.rank()
@@ -176,7 +176,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch):
     """Ranks meet within a limit, although they then wait for each other much longer."""
     from datetime import timedelta
 
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(ranks, "MEET", timedelta(seconds=1))
@@ -226,9 +226,8 @@ def test_the_script_for_slurm_ends_at_a_signal_and_goes_on_when_requeued(
     tiny_model, pair_file, homes, tmp_path
 ):
     """The documented script as it stands, but for its experiment, with stand-ins for Slurm's own programs."""
-    (script,) = re.findall(
-        r"^#!/bin/bash$.*?(?=^```)", (REPO / "docs" / "clusters.md").read_text(), re.M | re.S
-    )
+    page = (REPO / "docs" / "clusters.md").read_text()
+    (script,) = re.findall(r"^#!/bin/bash$.*?(?=^```)", page, re.M | re.S)
     overrides = [
         *("model=hf", f"model.path={tiny_model}", "model.dtype=float32", f"data.path={pair_file}"),
         *("steps=120", "batch_size=4", "data.max_length=256", "micro_batch_tokens=1024", "+baseline=dpo"),

@@ -75,15 +75,16 @@ class Cached:
             json.dumps({**key, **software, "pairs": pairs.fingerprint}, sort_keys=True).encode()
         ).hexdigest()
         file = Path(cache_dir).expanduser() / "reference" / f"{digest[:32]}.safetensors"
-        known = ranks.main_only(lambda: read_logps(file, len(pairs)))
+        known = cached = ranks.main_only(lambda: read_logps(file, len(pairs)))
         if known is None:
             known = forward.all_logps(
                 pairs, np.arange(len(pairs)), f"reference log-probabilities of the {name} pairs"
             )
             known = PairLogps(*(values.cpu().contiguous() for values in known))
             check_finite(known, pairs)
-            if ranks.local_rank() == 0:  # on each machine, since a restarted run may find rank 0 on another
-                write_logps(file, known)
+        # On each machine, because the run may be restarted with rank 0 on another one.
+        if ranks.local_rank() == 0 and (cached is None or not file.exists()):
+            write_logps(file, known)
         self.logps = known
 
     def __call__(self, indices: np.ndarray, batch: MicroBatch) -> PairLogps:

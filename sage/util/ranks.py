@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import socket
 import sys
@@ -11,6 +12,7 @@ from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 from sage.util.errors import UserError, first_line
+from sage.util.files import source_digest
 
 T = TypeVar("T")
 MEET = timedelta(minutes=10)  # for all ranks to come
@@ -44,9 +46,10 @@ def join(backend: str) -> None:
     them dies, and so does the connection to that rank, which the system closes.
 
     Raises:
-        UserError: not all ranks came.
+        UserError: not all ranks came, or their machines have other versions of sage or its packages.
     """
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if dist.is_initialized():
         return
@@ -57,7 +60,7 @@ def join(backend: str) -> None:
         return
     store = None
     try:
-        store, me, count = next(dist.rendezvous("env://", timeout=MEET))
+        store, me, count = next(rendezvous("env://", timeout=MEET))
         store.set(f"here/{me}", "")
         store.wait([f"here/{other}" for other in range(count)], MEET)
     except dist.DistError as e:
@@ -71,6 +74,12 @@ def join(backend: str) -> None:
     store.set_timeout(WAIT)
     store = dist.PrefixStore("sage", store)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=me, world_size=count, timeout=WAIT)
+    agreed(_software, "sage and the packages that it computes with")
+
+
+def _software() -> dict[str, str]:
+    packages = ("torch", "transformers", "tokenizers", "deepspeed")
+    return {name: importlib.metadata.version(name) for name in packages} | {"sage": source_digest("")}
 
 
 def barrier() -> None:
@@ -161,7 +170,7 @@ def agreed(work: Callable[[], T], what: str) -> T:
         if outcome and outcome.value != main.value:
             raise UserError(
                 f"{what} are not the same on {outcome.machine} (rank {other}) as on {main.machine} (rank 0): "
-                "put the same files, and the same versions of sage and transformers, on all machines"
+                "put the same on all machines"
             )
     return main.value  # pyright: ignore[reportReturnType]
 
