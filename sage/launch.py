@@ -82,12 +82,15 @@ def _(cfg: EvalConfig) -> None:
         read_problems(benchmark)
 
 
-def preflight(cfg: RunConfig) -> None:
-    """Refuse a run if its model file is missing, its inputs are bad, or it needs more GPUs than there are."""
+def preflight(cfg: RunConfig, here: bool = True) -> None:
+    """Refuse a run if its model file is missing, its inputs are bad, or this machine has too few GPUs.
+
+    `here`: the ranks will start on this machine.
+    """
     import torch
 
     gpus = torch.cuda.device_count()
-    if cfg.start and gpus and cfg.world_size > gpus:
+    if here and gpus and cfg.world_size > gpus:
         raise UserError(
             f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it, or give "
             "start=false for several machines"
@@ -134,17 +137,17 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
 
         return inspect(cfg)
     assert isinstance(cfg, RunConfig)
+    here, cfg.start = cfg.start, True  # what starts the ranks is no part of the run
     if isinstance(cfg, TrainConfig) and not isinstance(cfg, BuildPairsConfig) and cfg.data.path is None:
-        if not cfg.start:
+        if not here:
             raise UserError(
                 "start=false needs finished pairs, in a file that all machines see: build them with `sage "
                 "build-pairs`, and give data.path=RUN_DIR/pairs.jsonl"
             )
         cfg.data.path = str(built_pairs(cfg))
     if cfg.resume == "auto" and (run_dir / config.CONFIG_FILE).exists():
-        return requeued(cfg, run_dir)
-    preflight(cfg)
-    here, cfg.start = cfg.start, True  # what starts the ranks is no part of the run
+        return requeued(cfg, run_dir, here)
+    preflight(cfg, here)
     config.freeze(cfg, run_dir)
     print(f"run directory: {run_dir}", flush=True)
     if here:
@@ -153,7 +156,7 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
         print(start_lines(cfg.world_size, run_dir))
 
 
-def requeued(cfg: RunConfig, run_dir: Path) -> None:
+def requeued(cfg: RunConfig, run_dir: Path, here: bool) -> None:
     """Go on with the run in `run_dir`, which the same command line began."""
     if keys := config.differences(cfg, config.load(run_dir)):
         raise UserError(
@@ -161,8 +164,10 @@ def requeued(cfg: RunConfig, run_dir: Path) -> None:
         )
     if (run_dir / config.SUMMARY_FILE).exists():
         print(f"{run_dir}: this run is finished", flush=True)
-    else:
+    elif here:
         resume(run_dir)
+    else:
+        print(start_lines(cfg.world_size, run_dir))
 
 
 def resume(run_dir: Path, steps: int | None = None) -> None:
@@ -267,7 +272,7 @@ def start_lines(world_size: int, run_dir: Path) -> str:
         )
 
     lines = (
-        f"nothing is started yet. Run one of these in {Path.cwd()}: it starts the run, or continues it\n"
+        f"nothing is started yet. Each of these starts the run, or continues it\n"
         f"on one machine:\n  sage resume {folder}\n{commands(1)}"
     )
     if world_size > 1:

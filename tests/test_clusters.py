@@ -230,7 +230,7 @@ def test_the_script_for_slurm_ends_at_a_signal_and_goes_on_when_requeued(
     (script,) = re.findall(r"^#!/bin/bash$.*?(?=^```)", page, re.M | re.S)
     overrides = [
         *("model=hf", f"model.path={tiny_model}", "model.dtype=float32", f"data.path={pair_file}"),
-        *("steps=120", "batch_size=4", "data.max_length=256", "micro_batch_tokens=1024", "+baseline=dpo"),
+        *("steps=80", "batch_size=4", "data.max_length=256", "micro_batch_tokens=1024", "+baseline=dpo"),
         """'cache_dir="~/cache"'""",
     ]
     assert "+experiment=gsm8k data.path=FILE" in script
@@ -278,7 +278,7 @@ def test_the_script_for_slurm_ends_at_a_signal_and_goes_on_when_requeued(
     out, _ = job.communicate(timeout=300)
     assert job.returncode == 0 and not requeued.exists(), out
     assert "resumed from" in out
-    assert column(run_dir, "step") == list(range(1, 121)) and (run_dir / "summary.json").is_file()
+    assert column(run_dir, "step") == list(range(1, 81)) and (run_dir / "summary.json").is_file()
     job = submit()  # a finished job that is submitted again does nothing
     assert job.communicate(timeout=60)[0] == "" and job.returncode == 0
 
