@@ -272,13 +272,16 @@ def start_lines(world_size: int, run_dir: Path) -> str:
         )
 
     lines = (
-        f"nothing is started yet. Each of these starts the run, or continues it\n"
+        "nothing is started yet. Each of these starts the run, or continues it\n"
         f"on one machine:\n  sage resume {folder}\n{commands(1)}"
     )
     if world_size > 1:
         machines = 2 if world_size % 2 == 0 else world_size
         lines += f"on {machines} machines; torchrun on each of them:\n{commands(machines)}"
-    return f"{lines}docs/clusters.md says what the machines must share, and has a script for Slurm"
+    return (
+        f"{lines}srun needs MASTER_ADDR and MASTER_PORT; docs/clusters.md has a script for it, and says what "
+        "the machines must share"
+    )
 
 
 def start(world_size: int, run_dir: Path) -> None:

@@ -17,7 +17,7 @@ from conftest import REPO, make_pairs, write_jsonl
 from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze
 from many_runs import __file__ as many_runs
 
-from sage import config, launch
+from sage import config, launch, worker
 from sage.util import ranks
 from sage.util.errors import UserError
 
@@ -281,6 +281,12 @@ def test_the_script_for_slurm_ends_at_a_signal_and_goes_on_when_requeued(
     assert column(run_dir, "step") == list(range(1, 81)) and (run_dir / "summary.json").is_file()
     job = submit()  # a finished job that is submitted again does nothing
     assert job.communicate(timeout=60)[0] == "" and job.returncode == 0
+
+
+def test_another_number_of_ranks_than_the_config_has_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="is a run of world_size=2, and"):
+        worker.check_world(tmp_path, 2)
 
 
 def test_start_lines_share_the_ranks_among_machines(tmp_path):
