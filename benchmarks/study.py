@@ -38,7 +38,8 @@ METHODS: dict[str, list[str]] = {
     "curriculum": ["scorer=uniform"],
     "sage": [],
     "sage+nll": [NLL],
-    "sage, 2 candidates": ["scorer.candidates_per_pair=2"],
+    "sage, 3 candidates": ["scorer.candidates_per_pair=3"],
+    "score, 3 candidates": ["curriculum=none", "scorer.candidates_per_pair=3"],
     "score, 6 candidates": ["curriculum=none", "scorer.candidates_per_pair=6"],
     "loss": [PLAIN, "scorer=loss"],
     "smallest reward gap": [PLAIN, "scorer=small_gap"],
@@ -188,7 +189,8 @@ def run(task: Task, folder: Path, args: argparse.Namespace, show: bool) -> None:
 def cell(value: Interval, form: str = ".3f") -> str:
     if not value.n:
         return "never"
-    return f"{value.mean:{form}}" + (f" ± {value.high - value.mean:{form}}" if value.n > 1 else "")
+    half = f" ± {value.high - value.mean:{form.lstrip('+')}}" if value.n > 1 else ""
+    return f"{value.mean:{form}}{half}"
 
 
 def reach(group: Group, metric: str, target: float, axis: str) -> float:

@@ -240,6 +240,7 @@ class Sage(Ranking):
     """
 
     damping: float = 0.25
+    candidates_per_pair: float = 2.0
     margin: str = "policy_mean"
 
     def __call__(self, stats: PairStats) -> Tensor:
