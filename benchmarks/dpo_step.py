@@ -82,6 +82,7 @@ def run(command: list[str], threads: int, variables: dict[str, str] | None = Non
 
 def sage_overrides(job: dict, folder: Path) -> list[str]:
     return [
+        "+baseline=dpo",
         "model=hf",
         f"model.path={job['model']}",
         f"data.path={Path(job['pairs']).with_name(SHUFFLED)}",

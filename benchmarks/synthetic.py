@@ -66,7 +66,10 @@ T_975 = (
 )  # Student's t, by degrees of freedom
 SEEDS, TUNING_SEEDS, LEARNING_RATES = range(10), range(100, 102), (5.0, 10.0, 20.0, 40.0)
 HALF = 100  # steps; uniform gets twice as many
-NOISY = ["scorer=sage", "scorer.warmup_steps=10", "scorer.drop_negative=0.25", "scorer.temperature=0"]
+NOISY = [
+    *["scorer=sage", "scorer.candidates_per_pair=3", "scorer.warmup_steps=10"],
+    *["scorer.drop_negative=0.25", "scorer.temperature=0"],
+]
 METHODS: dict[str, list[str]] = {
     "uniform, twice the steps": [],
     "uniform": [],
@@ -98,13 +101,6 @@ METHODS: dict[str, list[str]] = {
         "scorer.drop_negative=0.25",
     ],
     "sage, curriculum=sage": [*NOISY, "curriculum=sage"],
-    "sage, curriculum=sage, mastered_above 10": [*NOISY, "curriculum=sage", "curriculum.mastered_above=10"],
-    "sage, curriculum=sage, mastered_above 10, width 0.2": [
-        *NOISY,
-        "curriculum=sage",
-        "curriculum.mastered_above=10",
-        "curriculum.width=0.2",
-    ],
 }
 
 
@@ -183,7 +179,7 @@ new_task = functools.cache(Task)
 @functools.cache
 def composed(*overrides: str) -> Any:
     with initialize_config_module("sage.conf", version_base="1.3"):
-        return compose("train", ["data.path=none", f"loss.beta={BETA}", *overrides])
+        return compose("train", ["+baseline=dpo", "data.path=none", f"loss.beta={BETA}", *overrides])
 
 
 def run(overrides: list[str], seed: int, steps: int, lr: float) -> dict[str, list[float]]:
