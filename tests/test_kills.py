@@ -1,4 +1,4 @@
-"""After twenty kills, or a full disk, a run ends with the files of an undisturbed one."""
+"""After signals, twenty kills, or a full disk, a run ends with the files of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import get_method
-from many_runs import ENVIRONMENT, freeze
-from whole_runs import SAGE, files
+from many_runs import ENVIRONMENT, column, execute, freeze
+from whole_runs import SAGE, files, left_over
 
 from sage import config
 from sage.worker import JOBS
@@ -79,6 +82,94 @@ def test_twenty_kills(command, tiny_model, problem_file, tmp_path):
             kills += status == signal.SIGKILL
         assert files(run_dir) == whole
         run += 1
+
+
+class Training:
+    """`sage train` or `sage resume` in processes of its own, which a variable marks."""
+
+    def __init__(self, run_dir: Path, *words: str):
+        self.run_dir, self.mark = run_dir, str(run_dir)
+        self.process = subprocess.Popen(
+            [SAGE, *words],
+            env={**ENVIRONMENT, "SAGE_TEST": self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def steps(self) -> int:
+        log = self.run_dir / "metrics.jsonl"
+        return log.read_text().count('"loss"') if log.exists() else 0
+
+    def has_ranks(self) -> bool:
+        with suppress(psutil.NoSuchProcess):  # the checks have children, too, which end soon
+            children = psutil.Process(self.process.pid).children()
+            return any("sage.worker" in child.cmdline() for child in children)
+        return False
+
+    def signal_when(self, signum: int, true: Callable[[], bool]) -> list[str]:
+        """Send the signal once it is time, and return the lines that name `sage resume`."""
+        while not true():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.01)
+        self.process.send_signal(signum)
+        status, output = self.end()
+        assert status == 128 + signum and "Traceback" not in output, output
+        return [line for line in output.splitlines() if "sage resume" in line]
+
+    def end(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=300)
+        assert not left_over(f"SAGE_TEST={self.mark}")
+        return self.process.returncode, output
+
+
+def training(ranks: int, model: Path, pairs: Path, cache: Path) -> list[str]:
+    """Forty steps, without a checkpoint until a signal comes."""
+    return [
+        *("model=hf", f"model.path={model}", "model.dtype=float32", f"cache_dir={cache}"),
+        *(f"data.path={pairs}", "data.max_length=130", "steps=40", "batch_size=4", "save_every=0"),
+        *("+baseline=dpo", "optimizer.lr=1e-3", f"world_size={ranks}", f"engine=zero{2 * (ranks - 1)}"),
+    ]
+
+
+def check_stopped(run: Training, name: str, said: list[str]) -> None:
+    """The one line names the step, and the checkpoint is of that step."""
+    step, run_dir = run.steps(), run.run_dir
+    assert step < 40
+    assert said == [f"{name} ended the run after its step {step}: go on with `sage resume {run_dir}`"]
+    assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == [f"step_{step}"]
+
+
+def check_equal(run_dir: Path, whole: Path) -> None:
+    assert len(column(whole, "loss")) == 40 and column(run_dir, "loss") == column(whole, "loss")
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (run_dir, whole)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_sigterm_with_two_ranks_loses_no_step(tiny_model, pair_file, tmp_path):
+    words = training(2, tiny_model, pair_file, tmp_path)
+    whole, stopped = freeze(tmp_path / "whole", *words), tmp_path / "stopped"
+    run = Training(stopped, "train", *words, f"hydra.run.dir={stopped}")
+    check_stopped(run, "SIGTERM", run.signal_when(signal.SIGTERM, lambda: run.steps() > 1))
+    status, output = Training(stopped, "resume", str(stopped)).end()
+    assert status == 0, output
+    execute(2, [whole])
+    check_equal(stopped, whole)
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_step_and_in_the_middle_loses_no_step(tiny_model, pair_file, tmp_path):
+    words = training(1, tiny_model, pair_file, tmp_path)
+    whole, stopped = freeze(tmp_path / "whole", *words), tmp_path / "stopped"
+    run = Training(stopped, "train", *words, f"hydra.run.dir={stopped}")
+    said = run.signal_when(signal.SIGINT, run.has_ranks)
+    assert said == [f"SIGINT ended the run: go on with `sage resume {stopped}`"]
+    assert not (stopped / "checkpoints").exists()
+    run = Training(stopped, "resume", str(stopped))
+    check_stopped(run, "SIGINT", run.signal_when(signal.SIGINT, lambda: run.steps() > 1))
+    execute(1, [whole, stopped])  # as `sage resume` does, in one process
+    check_equal(stopped, whole)
 
 
 FULL = """
