@@ -1,15 +1,18 @@
 """Kill runs at random moments, damage their files, fill their disks, and compare what comes out.
 
-    python tests/torture.py FOLDER [--trials N] [--seed N] [--table]
+    python tests/torture.py FOLDER [--trials N] [--seed N] [--short] [--table]
 
 Each trial starts the same command line again until it ends: what it leaves must be what an undisturbed run
 leaves, byte for byte, and no process may be left. Finished trials are kept in FOLDER/trials.jsonl, so the
-suite itself can be killed and started again. --table prints the table of docs/reliability.md.
+suite itself can be killed and started again. --table prints the table of docs/reliability.md. --short is for
+CI: ten trials, each disturbed once, whose processes are forked from this one because importing torch takes
+most of the time of a tiny run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -17,15 +20,20 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import conftest
 import psutil
+from hydra.utils import get_method
 from many_runs import ENVIRONMENT, column
 from whole_runs import SAGE, files, left_over
+
+from sage import cli, worker
+from sage.util import processes
 
 TRAIN = ["train", "data.path={pairs}", "data.max_length=130", "micro_batch_tokens=260", "save_every=2"]
 TRAIN += ["steps=12", "batch_size=6", "optimizer.lr=1e-3", "engine={engine}", "world_size={ranks}"]
@@ -56,12 +64,115 @@ RUNS = [
 ]
 SITUATIONS = ["SIGKILL of everything", "SIGKILL of a rank", "SIGKILL of the launcher", "SIGTERM", "SIGINT"]
 FLIPS = ["a byte flipped in the newest checkpoint", "a byte flipped in a cache"]  # of training runs
+# What is tried: a run and a situation.
+LONG = [
+    (run, situations[turn % len(situations)])
+    for turn in range(7)
+    for run in RUNS
+    for situations in [SITUATIONS + (FLIPS if run[0] == "train" else [])]
+]
+SHORT = [
+    (("train", "zero2", 2), "SIGKILL of a rank"),
+    (("train", "zero0", 1), "SIGTERM"),
+    (("build-pairs", "zero0", 1), "SIGKILL of everything"),
+    (("score-dataset", "zero0", 2), "SIGKILL of the launcher"),
+    (("eval", "zero0", 2), "SIGTERM"),
+    (("train", "zero2", 2), "SIGKILL of the launcher"),
+    (("train", "zero0", 1), "a byte flipped in the newest checkpoint"),
+    (("build-pairs", "zero0", 1), "SIGINT"),
+    (("score-dataset", "zero0", 2), "SIGKILL of a rank"),
+    (("train", "zero0", 1), "a byte flipped in a cache"),
+]
+MARK = "SAGE_TORTURE"  # environment variable: the folder of the trial
 TIMELESS = ("seconds", "pairs_per_second", "peak_memory_gb")
 
 
+class Forked:
+    """A forked process that does `job`, and otherwise is as `Popen` would start it."""
+
+    returncode: int | None = None
+
+    def __init__(self, job: Callable[[], object], env: Mapping[str, str], keep: Sequence[int] = ()):
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status: object = 1
+        try:
+            os.setsid()
+            os.environ.clear()
+            os.environ.update(env)
+            for number in os.listdir("/proc/self/fd"):  # as `exec` would
+                if int(number) > 2 and int(number) not in keep:
+                    with contextlib.suppress(OSError):
+                        os.close(int(number))
+            job()
+            status = 0
+        except SystemExit as e:
+            status = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status if isinstance(status, int) else 1)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.02)
+
+
+class ForkedCommand(Forked):
+    """A command line, and its ranks, in forked processes that work in `place`."""
+
+    def __init__(self, words: list[str], env: Mapping[str, str], place: Path):
+        self.output = place / "output"
+        self.words, self.place = words, place
+        super().__init__(self.command, env)
+
+    def command(self) -> None:
+        os.chdir(self.place)
+        output = os.open(self.output, os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_WRONLY, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        processes.subprocess = type("Module", (), {"Popen": forked_rank})  # pyright: ignore
+        sys.argv = ["sage", *self.words]
+        cli.main()
+
+    def communicate(self, timeout: float = 0.0) -> tuple[str, None]:
+        self.wait()
+        wait_until_gone(self.place)
+        return self.output.read_text(), None
+
+
+def forked_rank(
+    command: list[str], env: Mapping[str, str], start_new_session: bool, pass_fds: Sequence[int]
+) -> Forked:
+    """What `sage.util.processes` starts with `Popen`."""
+    module, *words = command[2:]  # after `python -m`
+    assert start_new_session and module == "sage.worker"
+
+    def job() -> None:
+        sys.argv = [module, *words]
+        worker.main()
+
+    return Forked(job, env, pass_fds)
+
+
 class Suite:
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int, short: bool = False):
+        self.folder, self.seed, self.short = folder, seed, short
+        self.plan = SHORT if short else LONG
+        self.times = 1 if short else 2  # that a run is disturbed
+        # When, as a share of an undisturbed run. Imports, which a forked one lacks, are a third of a run.
+        self.moments = (0.2, 0.8) if short else (0.3, 1.0)
+        if short:
+            for job in worker.JOBS.values():  # imports before the fork
+                get_method(job)
         self.model = folder / "model" / "tiny"
         self.pairs, self.problems = folder / "pairs" / "pairs.jsonl", folder / "problems" / "problems.jsonl"
         if not self.problems.exists():
@@ -80,11 +191,14 @@ class Suite:
             *("resume=auto", f"hydra.run.dir={run_dir}"),
         ]
 
-    def start(self, words: list[str], mark: str) -> subprocess.Popen[str]:
-        name, value = mark.split("=", 1)
+    def start(self, words: list[str], place: Path) -> subprocess.Popen[str] | ForkedCommand:
+        environment = {**ENVIRONMENT, MARK: str(make(place))}
+        if self.short:
+            return ForkedCommand(words, environment, place)
         return subprocess.Popen(
             [SAGE, *words],
-            env={**ENVIRONMENT, name: value},
+            env=environment,
+            cwd=place,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -97,7 +211,7 @@ class Suite:
         seconds = run_dir.with_suffix(".seconds")
         if not seconds.exists():
             began = time.monotonic()
-            process = self.start(self.words(run, run_dir, self.folder / "cache"), "SAGE_TORTURE=none")
+            process = self.start(self.words(run, run_dir, self.folder / "cache"), run_dir.parent)
             output, _ = process.communicate()
             assert process.returncode == 0, output
             seconds.write_text(str(time.monotonic() - began))
@@ -105,29 +219,27 @@ class Suite:
 
     def trial(self, number: int) -> dict[str, Any]:
         rng = random.Random(f"{self.seed}/{number}")
-        run = RUNS[number % len(RUNS)]
-        situations = SITUATIONS + (FLIPS if run[0] == "train" else [])
-        situation = situations[number // len(RUNS) % len(situations)]
+        run, situation = self.plan[number % len(self.plan)]
         expected, seconds = self.undisturbed(run)
         folder = self.folder / "trials" / str(number)
-        run_dir, cache, mark = folder / "run", folder / "cache", f"SAGE_TORTURE={folder}"
+        run_dir, cache = folder / "run", folder / "cache"
         result: dict[str, Any] = {"trial": number, "run": run, "situation": situation, "kills": 0}
         result |= {"lost": "", "said": []}
         for attempt in range(5):
-            process = self.start(self.words(run, run_dir, cache), mark)
-            if attempt < 2:
-                time.sleep(rng.uniform(0.3, 1.0) * seconds)
+            process = self.start(self.words(run, run_dir, cache), folder)
+            if attempt < self.times:
+                time.sleep(rng.uniform(*self.moments) * seconds)
                 if process.poll() is None:
                     result["kills"] += 1
-                    disturb(situation, process, mark, rng)
+                    disturb(situation, process.pid, folder, rng)
             output, _ = process.communicate(timeout=600)
-            wait_until_gone(mark)
+            wait_until_gone(folder)
             if "Traceback" in output:
                 result["lost"] = "a traceback"
                 result["said"].append(output[-3000:])
             if process.returncode == 0:
                 break
-            if situation in FLIPS and attempt < 2:
+            if situation in FLIPS and attempt < self.times:
                 flip(situation, run_dir, cache, rng)
             result["said"] += output.splitlines()[-1:]
         if process.returncode != 0:
@@ -157,16 +269,26 @@ def outcome(run: tuple[str, str, int], run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def disturb(situation: str, process: subprocess.Popen[str], mark: str, rng: random.Random) -> None:
+def present(place: Path) -> list[int]:
+    """Live processes of a trial, by the environment that they were started with, or by where they work."""
+    found = set(left_over(f"{MARK}={place}"))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(place):
+                found.add(process.pid)
+    return sorted(found)
+
+
+def disturb(situation: str, launcher: int, place: Path, rng: random.Random) -> None:
     """Do what the situation says. A flip begins with the kill of everything."""
-    ranks = [child.pid for child in psutil.Process(process.pid).children()]
+    ranks = [child.pid for child in psutil.Process(launcher).children()]
     targets, signum = {
         "SIGKILL of a rank": (ranks and [rng.choice(ranks)], signal.SIGKILL),
-        "SIGKILL of the launcher": ([process.pid], signal.SIGKILL),
-        "SIGTERM": ([process.pid], signal.SIGTERM),
-        "SIGINT": ([process.pid], signal.SIGINT),
-    }.get(situation, (left_over(mark), signal.SIGKILL))
-    for pid in targets or [process.pid]:
+        "SIGKILL of the launcher": ([launcher], signal.SIGKILL),
+        "SIGTERM": ([launcher], signal.SIGTERM),
+        "SIGINT": ([launcher], signal.SIGINT),
+    }.get(situation, (present(place), signal.SIGKILL))
+    for pid in targets or [launcher]:
         if psutil.pid_exists(pid):
             os.kill(pid, signum)
 
@@ -188,10 +310,10 @@ def flip(situation: str, run_dir: Path, cache: Path, rng: random.Random) -> None
             content.write(bytes([byte ^ 1 << rng.randrange(8)]))
 
 
-def wait_until_gone(mark: str, seconds: float = 120.0) -> None:
+def wait_until_gone(place: Path, seconds: float = 120.0) -> None:
     """Ranks whose launcher was killed may end their step, and then no process may be left."""
     deadline = time.monotonic() + seconds
-    while left := left_over(mark):
+    while left := present(place):
         assert time.monotonic() < deadline, f"processes are left: {left}"
         time.sleep(0.2)
 
@@ -213,15 +335,16 @@ def main(write: Callable[[str], object] = print) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--trials", type=int, default=56)
+    parser.add_argument("--trials", type=int, help="default: 56, with --short 10")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     make(arguments.folder)
-    suite = Suite(arguments.folder.absolute(), arguments.seed)
+    suite = Suite(arguments.folder.resolve(), arguments.seed, arguments.short)
     done = [json.loads(line) for line in suite.kept.read_text().splitlines()] if suite.kept.exists() else []
     if not arguments.table:
-        for number in range(len(done), arguments.trials):
+        for number in range(len(done), arguments.trials or len(suite.plan)):
             result = suite.trial(number)
             with suite.kept.open("a") as kept:
                 kept.write(json.dumps(result) + "\n")
