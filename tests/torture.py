@@ -223,15 +223,16 @@ class Suite:
         expected, seconds = self.undisturbed(run)
         folder = self.folder / "trials" / str(number)
         run_dir, cache = folder / "run", folder / "cache"
-        result: dict[str, Any] = {"trial": number, "run": run, "situation": situation, "kills": 0}
+        result: dict[str, Any] = {"trial": number, "run": run, "situation": situation, "kills": 0, "flips": 0}
         result |= {"lost": "", "said": []}
         for attempt in range(5):
             process = self.start(self.words(run, run_dir, cache), folder)
             if attempt < self.times:
                 time.sleep(rng.uniform(*self.moments) * seconds)
+                while situation == FLIPS[0] and process.poll() is None and not checkpoints(run_dir):
+                    time.sleep(0.01)
                 if process.poll() is None:
-                    result["kills"] += 1
-                    disturb(situation, process.pid, folder, rng)
+                    result["kills"] += disturb(situation, process.pid, folder, rng)
             output, _ = process.communicate(timeout=600)
             wait_until_gone(folder)
             if "Traceback" in output:
@@ -240,7 +241,7 @@ class Suite:
             if process.returncode == 0:
                 break
             if situation in FLIPS and attempt < self.times:
-                flip(situation, run_dir, cache, rng)
+                result["flips"] += flip(situation, run_dir, cache, rng)
             result["said"] += output.splitlines()[-1:]
         if process.returncode != 0:
             result["lost"] = result["lost"] or f"status {process.returncode}"
@@ -279,8 +280,11 @@ def present(place: Path) -> list[int]:
     return sorted(found)
 
 
-def disturb(situation: str, launcher: int, place: Path, rng: random.Random) -> None:
-    """Do what the situation says. A flip begins with the kill of everything."""
+def disturb(situation: str, launcher: int, place: Path, rng: random.Random) -> bool:
+    """Do what the situation says, and return whether a live process got a signal.
+
+    A flip begins with the kill of everything.
+    """
     ranks = [child.pid for child in psutil.Process(launcher).children()]
     targets, signum = {
         "SIGKILL of a rank": (ranks and [rng.choice(ranks)], signal.SIGKILL),
@@ -288,16 +292,19 @@ def disturb(situation: str, launcher: int, place: Path, rng: random.Random) -> N
         "SIGTERM": ([launcher], signal.SIGTERM),
         "SIGINT": ([launcher], signal.SIGINT),
     }.get(situation, (present(place), signal.SIGKILL))
+    alive = False
     for pid in targets or [launcher]:
-        if psutil.pid_exists(pid):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            alive |= psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
             os.kill(pid, signum)
+    return alive
 
 
-def flip(situation: str, run_dir: Path, cache: Path, rng: random.Random) -> None:
-    """Flip a bit of a random file of the newest checkpoint, or of the cache."""
+def flip(situation: str, run_dir: Path, cache: Path, rng: random.Random) -> bool:
+    """Flip a bit of a random file of the newest checkpoint, or of the cache, if there is one."""
     folder = cache
     if "checkpoint" in situation:
-        saved = sorted((run_dir / "checkpoints").glob("step_*[0-9]"), key=lambda p: int(p.name[5:]))
+        saved = checkpoints(run_dir)
         folder = saved[-1] if saved else run_dir / "checkpoints"
     found = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size and f.suffix != ".lock")
     if found:
@@ -308,6 +315,11 @@ def flip(situation: str, run_dir: Path, cache: Path, rng: random.Random) -> None
             (byte,) = content.read(1)
             content.seek(place)
             content.write(bytes([byte ^ 1 << rng.randrange(8)]))
+    return bool(found)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("step_*[0-9]"), key=lambda p: int(p.name[5:]))
 
 
 def wait_until_gone(place: Path, seconds: float = 120.0) -> None:
@@ -323,10 +335,11 @@ def table(trials: list[dict[str, Any]]) -> str:
     lines = ["| situation | runs | times | equal to the undisturbed run | lost |", "|---|---|---|---|---|"]
     for situation in SITUATIONS + FLIPS:
         here = [t for t in trials if t["situation"] == situation]
+        kind = "flips" if situation in FLIPS else "kills"
         lost = Counter(t["lost"] for t in here if t["lost"])
         equal = sum(not t["lost"] for t in here)
         words = "; ".join(f"{n} x {what}" for what, n in lost.items()) or "nothing"
-        lines.append(f"| {situation} | {len(here)} | {sum(t['kills'] for t in here)} | {equal} | {words} |")
+        lines.append(f"| {situation} | {len(here)} | {sum(t[kind] for t in here)} | {equal} | {words} |")
     return "\n".join(lines)
 
 
