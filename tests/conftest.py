@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import tqdm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# tqdm's monitor thread takes its lock now and then. A test that forks at that moment has a child that waits
+# for the lock for ever.
+tqdm.tqdm.monitor_interval = 0
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 REPO = Path(__file__).resolve().parent.parent

@@ -382,7 +382,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
     [
         ("sage ", set(cli.COMMANDS)),
         ("sage tr", {"train"}),
-        ("sage train loss=d", {"loss=dpo", "loss=dpop"}),
+        ("sage train loss=d", {"loss=dpo", "loss=dpo_norm", "loss=dpop"}),
         ("sage train +experiment=de", {"+experiment=demo"}),
         ("sage train -m engine=zero3 optimizer.l", {"optimizer.lr="}),
         ("sage resume ru", {""}),

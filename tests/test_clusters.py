@@ -265,7 +265,8 @@ def test_the_script_for_slurm_ends_at_a_signal_and_goes_on_when_requeued(
         )
 
     job = submit()
-    while job.poll() is None and not (run_dir / "metrics.jsonl").exists():
+    log = run_dir / "metrics.jsonl"
+    while job.poll() is None and not (log.exists() and '"grad_norm"' in log.read_text()):  # a step is done
         time.sleep(0.05)
     for home in homes:
         os.kill(int((home / "pid").read_text()), signal.SIGUSR1)

@@ -471,11 +471,11 @@ def test_weights_that_are_not_there_are_refused_by_name(tmp_path):
 
 def test_broken_files_are_one_message(tmp_path):
     folder = saved(tmp_path, transformers.LlamaConfig(**LLAMA))
-    with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(UserError, match="the folder has no tokenizer"):
         load_tokenizer(folder, ModelConfig(path=folder))
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         load_model(folder, ModelConfig(path=folder), torch.float32, seed=0)
 
 

@@ -271,4 +271,4 @@ def test_ranks_that_a_platform_names_are_ignored(train, monkeypatch):
 
 def test_torchrun_does_not_start_sage(train, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    refused(train(), "torchrun", "world_size=N", "sage.worker")
+    refused(train(), "torchrun", "world_size=N", "start=false")

@@ -217,7 +217,9 @@ def changed_by_asking(whole: Whole, pairs: TokenizedPairs) -> list[str]:
     """
 
     def beginnings() -> dict[str, Tensor]:
-        return {n: w.detach().flatten()[:64].clone() for n, w in whole.policy.named_parameters()}
+        # As bytes, since NaN does not equal itself.
+        named = whole.policy.named_parameters()
+        return {n: w.detach().flatten()[:64].clone().view(torch.uint8) for n, w in named}
 
     before = beginnings()
     pair = shorten(pairs[0], 0)

@@ -15,10 +15,13 @@ CHECKSUMS_FILE = "checksums.json"
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of all files in a folder that is complete."""
-    files = ranks.main_only(
-        lambda: sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    )
+    """Write the checksums of all files in a folder that is complete, in place of any that are there."""
+
+    def unsealed() -> list[str]:
+        names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        return sorted(name for name in names if name != CHECKSUMS_FILE)
+
+    files = ranks.main_only(unsealed)
     found = {name: digest for part in ranks.gather(_digests(folder, files)) for name, digest in part.items()}
     if ranks.rank() == 0:
         write_json(folder / CHECKSUMS_FILE, dict(sorted(found.items())))
