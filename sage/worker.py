@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from sage.util import ranks, stopping
 from sage.util.errors import UserError, disk_full, first_line, refusal, report
-from sage.util.locks import lock
+from sage.util.locks import RANK_LOCK, lock
 from sage.util.output import outlive_reader
 from sage.util.progress import activity
 
@@ -43,7 +43,7 @@ def hold(run_dir: Path, rank: int) -> FileLock:
         UserError: another process has it.
     """
     try:
-        return lock(run_dir / f".rank{rank}.lock", timeout=0)
+        return lock(run_dir / RANK_LOCK.format(rank), timeout=0)
     except Timeout as e:
         raise UserError(
             f"rank {rank} of {run_dir} still runs, perhaps because only its launcher was killed: wait "

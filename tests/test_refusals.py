@@ -223,7 +223,7 @@ def test_memory_and_files_of_the_system():
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
-    """A second holder on this machine is still noticed."""
+    """A second holder on this machine is still noticed, and a run that has ended does not count as alive."""
     real, bare = fcntl.flock, tmp_path / "bare"
     bare.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -239,7 +239,9 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     assert "no locks" in capsys.readouterr().out
     with pytest.raises(Timeout):
         locks.lock(bare / ".rank0.lock", timeout=0)
+    assert locks.alive(bare)
     held.release()
+    assert not locks.alive(bare)
     locks.lock(bare / ".rank0.lock", timeout=0).release()
 
 

@@ -19,7 +19,7 @@ from sage.config.keys import RENAMED, known_keys, refusal, refuse_altered, refus
 from sage.config.schema import SCHEMAS, CommandConfig
 from sage.util.errors import UserError
 from sage.util.files import write_text
-from sage.util.locks import held
+from sage.util.locks import alive
 
 CONFIG_FILE = "config.yaml"  # in a run directory: the config of the run
 SUMMARY_FILE = "summary.json"  # written last: the run is finished
@@ -129,8 +129,7 @@ def untouched(run_dir: Path) -> bool:
     unread = {CONFIG_FILE, "answers.jsonl", "dropped.jsonl"}
     files = [file for file in run_dir.rglob("*") if file.is_file() and file.stat().st_size]
     kept = [file for file in files if file.name not in unread and not file.name.startswith(".")]
-    locks = run_dir.glob(".rank*.lock")
-    return not kept and not any(held(lock) for lock in locks)
+    return not kept and not alive(run_dir)
 
 
 def absolute(value: Any, name: str = "") -> Any:

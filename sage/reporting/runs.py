@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from sage.config import CONFIG_FILE, SUMMARY_FILE, read_frozen
 from sage.training.pair_log import FOLDER as SAMPLES_FOLDER
 from sage.training.tracking import METRICS_FILE
 from sage.util.errors import UserError
+from sage.util.locks import alive
 
 BACKWARD = 3  # forward units that a trained pair costs: one forward, and a backward worth two
 # The axes over which a metric is drawn: name -> label.
@@ -171,20 +171,8 @@ def read(folder: Path) -> Run | Evaluation | None:
         return None
     metrics, damaged = read_metrics(folder / METRICS_FILE)
     config = dict(flatten(OmegaConf.to_container(cfg)))
-    status = "finished" if summary is not None else "running" if held(folder) else "interrupted"
+    status = "finished" if summary is not None else "running" if alive(folder) else "interrupted"
     return Run(folder, config, metrics, summary, status, damaged, sorted((folder / "report").glob("*.csv")))
-
-
-def held(folder: Path) -> bool:
-    """Whether rank 0 of this run is alive: it holds a lock as long as it lives."""
-    file = folder / ".rank0.lock"
-    if not file.exists():
-        return False
-    try:
-        with FileLock(file, timeout=0):
-            return False
-    except (Timeout, OSError):
-        return True
 
 
 def read_metrics(file: Path) -> tuple[dict[str, Series], int]:

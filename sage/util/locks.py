@@ -17,6 +17,7 @@ from sage.util.progress import console
 
 # What file systems without locks answer: NFS without its lock service, some FUSE and cluster file systems.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+RANK_LOCK = ".rank{}.lock"  # in a run directory: each rank holds its own for as long as it lives
 
 
 def lock(file: Path, timeout: float = -1) -> FileLock:
@@ -44,12 +45,17 @@ def lock(file: Path, timeout: float = -1) -> FileLock:
 
 
 def held(file: Path) -> bool:
-    """Whether a process holds this lock now."""
+    """Whether a process holds this lock now. A lock that this user cannot open counts as held."""
     try:
         lock(file, timeout=0).release()
-    except Timeout:
+    except (Timeout, OSError):
         return True
     return False
+
+
+def alive(run_dir: Path) -> bool:
+    """Whether a rank of this run still lives."""
+    return any(held(file) for file in run_dir.glob(RANK_LOCK.format("*")))
 
 
 @contextmanager
