@@ -7,18 +7,10 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from sage.reporting.groups import (
-    Group,
-    Interval,
-    best,
-    final,
-    interval,
-    lower_is_better,
-    paired,
-    reach,
-)
+from sage.reporting.groups import Group, Interval, best, final, interval, paired, reach
 from sage.reporting.runs import AXES, Evaluation, Run
 from sage.reporting.tables import Table
+from sage.training.best import lower_is_better
 
 FACTS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from sage.reporting.runs import Run, Series
+from sage.training.best import lower_is_better
 
 # Keys that say where a run lies or how it is watched, not what it computes.
 IGNORED = (
@@ -95,10 +96,6 @@ def label(run: Run, keys: Sequence[str], runs: Sequence[Run]) -> str:
             if len({str(r.config.get(key)) for r in alike}) > 1:
                 parts.append(f"{key}={value}")
     return ", ".join(parts) or str(run.config.get("name", run.path.name))
-
-
-def lower_is_better(metric: str) -> bool:
-    return metric.endswith("loss")
 
 
 def main_metric(runs: Sequence[Run]) -> str | None:

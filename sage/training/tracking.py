@@ -10,6 +10,7 @@ from typing import Protocol
 from sage.config import TrackingConfig, TrainConfig
 from sage.training.wandb_log import WandbLog, check_wandb
 from sage.util.errors import UserError
+from sage.util.files import write_text
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
@@ -100,7 +101,5 @@ def rewind(path: Path, step: int) -> int:
     if superseded:
         with path.with_name("metrics.superseded.jsonl").open("a") as f:
             f.writelines(superseded)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(keep))
-        temporary.rename(path)
+        write_text(path, "".join(keep))
     return last
