@@ -28,12 +28,11 @@ from sage import config
 from sage.util.errors import UserError, first_line, refusal, report
 from sage.util.files import write_json
 from sage.util.progress import console
+from sage.util.stopping import SIGNALS
 
-JOBS_FOLDER, SWEEP_FILE = (
-    ".jobs",
-    "sweep.json",
-)  # in the sweep's folder: outcomes while it runs, and all of them
-STOPPED = (130, 138, 143)  # exit statuses after SIGINT, SIGUSR1 and SIGTERM: whoever sent it means the sweep
+JOBS_FOLDER = ".jobs"  # in the sweep's folder: the outcomes of its jobs, while it runs
+SWEEP_FILE = "sweep.json"  # in the sweep's folder: all outcomes
+STOPPED = [128 + signum for signum in SIGNALS]  # exit statuses: whoever sent the signal means the sweep
 
 
 class JobFailed(Exception):
@@ -117,14 +116,11 @@ def job_of(hydra: Any, run_dir: Path) -> Iterator[Outcome]:
         if status in STOPPED:
             raise
     except Exception as e:
-        refused = refusal(e)
-        status, outcome.error = (
-            2 if refused else 1,
-            str(refused) if refused else f"{type(e).__name__}: {first_line(e)}",
-        )
-        if refused:
+        if refused := refusal(e):
+            status, outcome.error = 2, str(refused)
             report(UserError(f"job {outcome.job}: {refused}"))
         else:
+            status, outcome.error = 1, f"{type(e).__name__}: {first_line(e)}"
             traceback.print_exception(e)
     finally:
         write_json(Path(hydra.sweep.dir) / JOBS_FOLDER / f"{outcome.job}.json", asdict(outcome))
@@ -194,7 +190,6 @@ def finish(folder: Path) -> None:
 
 def varying(outcomes: Sequence[Outcome]) -> list[list[str]]:
     """The overrides of each job that not all jobs have."""
-    common = (
-        set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
-    )
+    every = [set(outcome.overrides) for outcome in outcomes]
+    common = set.intersection(*every) if len(every) > 1 else set()
     return [[text for text in outcome.overrides if text not in common] for outcome in outcomes]

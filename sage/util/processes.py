@@ -108,7 +108,7 @@ def wait(ranks: Sequence[Rank], arrivals: Arrivals, go_on: str) -> int:
         if arrivals.first and not passed_on:
             passed_on = True
             for rank in ranks:
-                rank.signal(int(arrivals.first))
+                rank.signal(arrivals.first)
         if arrivals.again:
             stopping.tell(f"ended at once: {go_on}")
             return arrivals.status
@@ -129,7 +129,7 @@ def wait(ranks: Sequence[Rank], arrivals: Arrivals, go_on: str) -> int:
 
 def first_failure(ranks: Sequence[Rank], arrivals: Arrivals) -> Rank | None:
     """A rank that failed, and was not just stopped by the signal. Ranks that lost it fail seconds later."""
-    fine = (None, 0, arrivals.status or 0)
+    fine = (None, 0, arrivals.status)
     failed = [rank for rank in ranks if rank.process.returncode not in fine]
     return min(failed, key=lambda rank: rank.process.returncode, default=None)
 

@@ -31,8 +31,9 @@ class Arrivals:
     """The signals that this process has got."""
 
     def __init__(self):
-        self.first = self.at = 0.0
-        self.again = False  # whether another one came later than together with the first
+        self.first = 0  # the number of the first one; 0 if none has come
+        self.at = 0.0
+        self.again = False  # whether another one came more than TOGETHER after the first
 
     def add(self, signum: int) -> None:
         now = time.monotonic()
@@ -43,11 +44,11 @@ class Arrivals:
     @property
     def status(self) -> int:
         """The exit status of a process that ends because of the first signal; 0 if none has come."""
-        return int(self.first and 128 + self.first)
+        return self.first and 128 + self.first
 
     @property
     def name(self) -> str:
-        return signal.Signals(int(self.first)).name
+        return signal.Signals(self.first).name
 
 
 _arrivals = Arrivals()
@@ -63,8 +64,9 @@ def go_on(run_dir: Path) -> str:
 def install(run_dir: Path, rank: int) -> None:
     """Let signals end this rank of a run: at once, until `defer` is called. Rank 0 says how to continue.
 
-    The rank also ends when its launcher is gone, however that one died. A pipe tells it, so it works on every
-    system, without a race, and not for ranks that torchrun, srun or deepspeed started.
+    The rank also ends when its launcher is gone, however that one died. The rank sees that a pipe closes,
+    which works on every system and without a race. Ranks that torchrun, srun or deepspeed started have no
+    such pipe.
     """
     global _farewell
     _farewell = go_on(run_dir) if rank == 0 else ""
