@@ -128,13 +128,10 @@ def evaluate() -> None:
 
 def verify() -> None:
     """`sage verify FILE` is `sage verify path=FILE`, whatever the file is called."""
-    if (
-        sys.argv[1:]
-        and not sys.argv[1].startswith("-")
-        and ("=" not in sys.argv[1] or Path(sys.argv[1]).exists())
-    ):
-        quoted = sys.argv[1].replace("\\", "\\\\").replace("'", "\\'")
-        sys.argv[1] = f"path='{quoted}'"
+    first = sys.argv[1] if sys.argv[1:] else "-"
+    if not first.startswith("-") and ("=" not in first or Path(first).exists()):
+        escaped = first.replace("\\", "\\\\").replace("'", "\\'")
+        sys.argv[1] = f"path='{escaped}'"
     hydra_command("verify")()
 
 
@@ -285,8 +282,7 @@ ADVICE: dict[str, Callable[[str, str, str], str]] = {
     r"An item is already at '([^']+)'": without_plus,
     r"Ambiguous value for argument '([^'=]+)=": lambda argument, key, _: (
         f"{argument}: a comma separates the values of a sweep, which needs -m. As one text, write "
-        f"{quoted(argument)}; "
-        f"as a list, {key}=[...]"
+        f"{quoted(argument)}; as a list, {key}=[...]"
     ),
     NULL_GROUP: lambda *_: (
         "a key of a group that is null cannot be set; choose an option of the group first: "

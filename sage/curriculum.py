@@ -22,9 +22,8 @@ from sage.scorers import MARGINS, PairStats, margin_of_kind
 from sage.util.errors import UserError
 from sage.util.progress import console
 
-StatsOf = Callable[
-    [np.ndarray], PairStats
-]  # the policy's present statistics of these pairs; a forward of each
+# The policy's present statistics of these pairs. It costs a forward of each.
+StatsOf = Callable[[np.ndarray], PairStats]
 
 
 class Setting(NamedTuple):
@@ -44,6 +43,7 @@ class Curriculum:
     """No curriculum: every pair is a candidate, in seeded random order. The others subclass it."""
 
     setting: InitVar[Setting]
+    uses_steps: ClassVar[bool] = False  # Setting.steps; then a run that has begun cannot get more steps
 
     def __post_init__(self, setting: Setting) -> None:
         self.size, self.seed = len(setting.tokens), setting.seed
@@ -94,6 +94,7 @@ class SageCurriculum(Curriculum):
     floor: float = 0.3
     margin: str = "policy_mean"
     PRIOR: ClassVar[int] = 8  # pairs that the competence before a refresh counts for
+    STATE: ClassVar = ("latest", "stratum", "competence", "right", "seen", "quota", "members")  # arrays
 
     def __post_init__(self, setting: Setting) -> None:
         super().__post_init__(setting)
@@ -113,10 +114,8 @@ class SageCurriculum(Curriculum):
         self.latest = np.full(self.size, np.nan)  # the margin when the pair was last seen
         self.stratum = np.zeros(self.size, np.int64)  # 0 is the easiest
         self.competence = np.full(self.strata, np.nan)
-        self.right = np.zeros(
-            self.strata
-        )  # pairs seen since the refresh that were right; a tie is half right
         self.seen = np.zeros(self.strata)  # pairs seen since the refresh
+        self.right = np.zeros(self.strata)  # those of them that were right; a tie is half right
         self.quota = np.zeros(self.strata, np.int64)
         self.members = np.empty(0, np.int64)  # the pool
 
@@ -175,16 +174,6 @@ class SageCurriculum(Curriculum):
             numbers[f"curriculum/competence_{k}"] = float(self.competence[k])
             numbers[f"curriculum/quota_{k}"] = float(self.quota[k])
         return numbers
-
-    STATE: ClassVar[tuple[str, ...]] = (
-        "latest",
-        "stratum",
-        "competence",
-        "right",
-        "seen",
-        "quota",
-        "members",
-    )
 
     def state_dict(self) -> dict[str, Any]:
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.STATE}

@@ -215,7 +215,7 @@ def give_steps(cfg: RunConfig, run_dir: Path, steps: int) -> None:
             "of steps, by optimizer.schedule and optimizer.warmup_ratio. Only a constant schedule without "
             "warm-up can be given more: start a new run from final/"
         )
-    if done and "ramp" in cfg.curriculum:
+    if done and get_class(cfg.curriculum["_target_"]).uses_steps:
         raise UserError(f"steps={steps}: the curriculum of {run_dir} grows with the number of steps")
     cfg.steps, cfg.epochs = steps, None
 
@@ -243,9 +243,8 @@ def built_pairs(cfg: TrainConfig) -> Path:
             if cfg.data.build == "never":
                 raise UserError(
                     f"data.build=never, and no pairs were built yet by {cfg.model.path} from "
-                    f"{plan.data.problems.path} with "
-                    "these settings: run without it, or build them with `sage build-pairs` and give "
-                    "data.path=FILE"
+                    f"{plan.data.problems.path} with these settings: run without it, or build them with "
+                    "`sage build-pairs` and give data.path=FILE"
                 )
             print(f"building the pairs of this run first: {folder}", flush=True)
             if not (folder / config.CONFIG_FILE).exists():

@@ -1,7 +1,7 @@
 """Curricula that know each pair's difficulty before the run and ignore the policy: the usual baselines."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -89,11 +89,11 @@ class StaticFilter(ByDifficulty):
 
 @dataclass
 class EasyToHard(ByDifficulty):
-    """The easiest share `start` of the pairs at first, then more, and all from the share `ramp` of the run
-    on."""
+    """The easiest share `start` of the pairs at first, and all of them after the share `ramp` of the run."""
 
     start: float = 0.2
     ramp: float = 0.5
+    uses_steps: ClassVar[bool] = True
 
     def __post_init__(self, setting: Setting) -> None:
         super().__post_init__(setting)
@@ -107,12 +107,15 @@ class EasyToHard(ByDifficulty):
         super().refresh(step, stats_of)
         self.step = step
 
+    def share(self) -> float:
+        """The share of the pairs that this step may draw from."""
+        return min(1.0, self.start + (1 - self.start) * self.step / self.ramp_steps)
+
     def draw(self, n: int) -> np.ndarray:
         assert self.ranks is not None
-        share = min(1.0, self.start + (1 - self.start) * self.step / self.ramp_steps)
-        easiest = np.flatnonzero(self.ranks < max(round(share * self.size), n))
+        easiest = np.flatnonzero(self.ranks < max(round(self.share() * self.size), n))
         rng = np.random.default_rng((self.seed, 2, self.step))
         return rng.choice(easiest, n, replace=n > len(easiest))
 
     def metrics(self) -> dict[str, float]:
-        return {"curriculum/share": min(1.0, self.start + (1 - self.start) * self.step / self.ramp_steps)}
+        return {"curriculum/share": self.share()}

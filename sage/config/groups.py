@@ -80,8 +80,7 @@ class ModelConfig:
     router_aux_coef: float | None = key(
         None,
         "coefficient of the load-balancing loss of a mixture of experts, which is added to the loss; "
-        "null = the "
-        "coefficient in the model's own config if that sets output_router_logits, else 0",
+        "null = the coefficient in the model's own config if that sets output_router_logits, else 0",
         low=0,
     )
     trust_remote_code: bool = key(False, "run Python code that the model repository ships")
@@ -201,8 +200,7 @@ class DataConfig(ChatConfig):
     answers: str | None = key(
         None,
         "verify both responses of pairs that have an answer; drop = drop pairs whose chosen is wrong "
-        "or whose "
-        "rejected is right; check = only count and list them",
+        "or whose rejected is right; check = only count and list them",
         choices=(None, "check", "drop"),
     )
     max_length: int = key(
@@ -263,8 +261,7 @@ class TrackingConfig:
     snr_every: int = key(
         0,
         "steps between measurements of the updates' signal-to-noise ratio, each of which costs a "
-        "second backward "
-        "pass; 0 = none",
+        "second backward pass; 0 = none",
         low=0,
     )
 
@@ -285,8 +282,7 @@ class PairingConfig:
     chosen: str = key(
         "own",
         "source of the chosen response: own = a correct response of the policy; gold = the problem's "
-        "solution; "
-        "own_then_gold = the solution if no response is correct",
+        "solution; own_then_gold = the solution if no response is correct",
         choices=("own", "gold", "own_then_gold"),
     )
     per_problem: int = key(1, "at most this many pairs per problem", low=1)

@@ -107,14 +107,12 @@ class TrainConfig(RunConfig):
         if self.tracking.snr_every and self.engine.zero_stage == 3:
             raise UserError(
                 f"tracking.snr_every={self.tracking.snr_every} needs whole gradients, which "
-                "engine.zero_stage=3 "
-                "never holds: use engine=zero2, or tracking.snr_every=0"
+                "engine.zero_stage=3 never holds: use engine=zero2, or tracking.snr_every=0"
             )
         if self.tracking.snr_every and self.batch_size == 1:
             raise UserError(
                 f"tracking.snr_every={self.tracking.snr_every}: a batch of one pair has no noise to "
-                "measure: raise "
-                "batch_size, or set tracking.snr_every=0"
+                "measure: raise batch_size, or set tracking.snr_every=0"
             )
         if self.data.scores and self.reference == "online":
             raise UserError("data.scores is a cache of the reference, so it needs reference=cached")
@@ -127,17 +125,14 @@ class TrainConfig(RunConfig):
         if self.data.path is None and self.data.problems.path is None:
             raise UserError(
                 f"data.path is not set: give experiment {self.name!r} its preference pairs with "
-                "data.path=FILE "
-                "(JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and rejected), "
-                "or problems to "
-                "build them from with data.problems.path=FILE"
+                "data.path=FILE (JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and "
+                "rejected), or problems to build them from with data.problems.path=FILE"
             )
         if self.data.max_length * 2 > self.micro_batch_tokens:
             raise UserError(
                 f"micro_batch_tokens={self.micro_batch_tokens} cannot hold one pair of data.max_length="
-                f"{self.data.max_length} (two rows): set "
-                f"micro_batch_tokens={self.data.max_length * 2}, or lower "
-                "data.max_length"
+                f"{self.data.max_length} (two rows): set micro_batch_tokens={self.data.max_length * 2}, or "
+                "lower data.max_length"
             )
 
     def ignored(self) -> dict[str, str]:
