@@ -59,11 +59,10 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         raise UserError(
             f"data.scores={cfg.data.scores} is a reference cache, and this loss needs no reference"
         )
-    warning = check_select(cfg, map(type, hooks))
+    if warning := check_select(cfg, map(type, hooks)):
+        console.print(warning, markup=False)
     device = init_distributed()
     torch.manual_seed(cfg.seed)
-    if warning:
-        console.print(warning, markup=False)
 
     with activity(f"finding {cfg.model.path}"):
         base = open_model(cfg.model, device, cfg.seed, cfg.cache_dir)
