@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from scipy import stats
 
 from sage.commands import report
 from sage.reporting.groups import group, interval, mean_curve, thin
+from sage.reporting.page import strata
 from sage.reporting.runs import find, read_metrics
 from sage.training.hooks import Hook
 from sage.util.errors import UserError
@@ -214,6 +216,36 @@ def test_hooks_and_warnings_are_on_the_page(tmp_path, pairs):
     assert "<td>&lt;b&gt;, last</td><td>0.5</td>" in html and "others" not in html
     assert "selected by test problems (benchmark/gsm8k/accuracy)" in html
     assert "1 of 1 runs ended early: run after step 15" in html
+
+
+def test_what_makes_a_mean_too_good_is_said(tmp_path, pairs, capsys):
+    """Protects against a copied run that counts as a seed, and a diverged seed that a mean leaves out."""
+    run = write_run(tmp_path / "runs" / "a", pairs, "seed=3")
+    shutil.copytree(run, tmp_path / "runs" / "copy")
+    diverged = write_run(tmp_path / "runs" / "b", pairs, "seed=4")
+    with (diverged / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 20, "benchmark/sums/accuracy": NaN}\n')
+    report.report([str(tmp_path / "runs")])
+    page, shown = (tmp_path / "runs" / "report.html").read_text(), " ".join(capsys.readouterr().out.split())
+    for text in ("setting A has more than one run with seed 3", "is not finite at the end of 1 of 3 runs"):
+        assert text in page and text in shown
+
+
+def test_many_strata_are_drawn_in_their_order(tmp_path, pairs, monkeypatch):
+    run = write_run(tmp_path / "run", pairs)
+    row = {f"curriculum/competence_{k}": k / 12 for k in range(12)}
+    write_jsonl(run / "metrics.jsonl", [{"step": step, **row} for step in (1, 2)])
+    monkeypatch.setattr("sage.reporting.pictures.lines", lambda _title, curves, _axis: curves)
+    curves: Any = strata(find([str(run)])[0][0], "competence")
+    assert [curve.y[0] for curve in curves] == [k / 12 for k in range(12)]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_a_damaged_summary_is_refused_by_name(tmp_path, pairs, content):
+    run = write_run(tmp_path / "run", pairs)
+    (run / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"summary\.json is .*; delete it"):
+        report.report([str(run)])
 
 
 def test_what_is_no_run_is_refused(tmp_path, made):

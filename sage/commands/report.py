@@ -54,7 +54,7 @@ def report(words: list[str]) -> None:
             raise UserError(
                 f"--metric {args.metric}: no run logged it; there are: {', '.join(sorted(known))}"
             )
-        html, found = page.report(runs, evaluations, args.metric, args.target)
+        html, found, notes = page.report(runs, evaluations, args.metric, args.target)
         page.write(html, output / PAGE)
         for table in found:
             tables.write_csv(table, output / FOLDER)
@@ -71,6 +71,8 @@ def report(words: list[str]) -> None:
             show(table)
         else:
             console.print(f"{table.title}: {len(table.rows)} rows, on the page")
+    for note in notes:
+        console.print(f"note: {note}")
     console.print(f"page: {output / PAGE}\ntables: {output / FOLDER}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -38,8 +39,8 @@ DETAILED = 8  # runs whose selection is shown
 
 def report(
     runs: Sequence[Run], evaluations: Sequence[Evaluation], metric: str | None, target: float | None
-) -> tuple[str, list[Table]]:
-    """The page as HTML, and its tables.
+) -> tuple[str, list[Table], list[str]]:
+    """The page as HTML, its tables, and its notes.
 
     Args:
         metric: compares settings; None takes the first of benchmark accuracy, held-out accuracy and loss.
@@ -56,6 +57,7 @@ def report(
     if len(groups) > 1 and metric:
         tables += [compare.comparison(groups, metric, target), compare.wins(groups, metric)]
     tables += [t for t in (compare.benchmarks(groups), compare.evaluations(evaluations)) if t]
+    warnings = notes(groups, metric)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sage.reporting", "."),
         autoescape=True,
@@ -74,15 +76,30 @@ def report(
         axes=AXES,
         sections=curves(groups, colors),
         details=[detail(run) for run in islice((r for r in runs if r.samples is not None), DETAILED)],
-        notes=notes(runs),
+        notes=warnings,
         extras=[(run.path.name, read_csv(file)) for run in runs for file in run.extras],
     )
-    return html, tables
+    return html, tables, warnings
 
 
-def notes(runs: Sequence[Run]) -> list[str]:
+def notes(groups: Sequence[Group], metric: str | None) -> list[str]:
     """What a reader should know before believing the numbers."""
+    runs = [run for g in groups for run in g.runs]
     found = []
+    for g in groups:
+        repeated = sorted(seed for seed, times in Counter(run.seed for run in g.runs).items() if times > 1)
+        if repeated:
+            found.append(
+                f"setting {g.key} has more than one run with seed {', '.join(map(str, repeated))}: they "
+                "count as independent, so its intervals are too narrow. Leave copies out"
+            )
+    if metric:
+        ends = {run.path: run.metrics[metric].values[-1] for run in runs if metric in run.metrics}
+        if lost := [str(path) for path, value in ends.items() if not np.isfinite(value)]:
+            found.append(
+                f"{metric} is not finite at the end of {len(lost)} of {len(runs)} runs. Means, differences "
+                f"and wins leave them out: {', '.join(lost[:5])}"
+            )
     for status in ("interrupted", "running"):
         if names := [str(run.path) for run in runs if run.status == status]:
             found.append(f"{len(names)} of {len(runs)} runs: {status}: {', '.join(names[:5])}")
@@ -204,7 +221,9 @@ def detail(run: Run) -> dict[str, Any]:
 
 def strata(run: Run, what: str) -> str | None:
     """Competence or quota of every stratum over steps."""
-    names = sorted(n for n in run.metrics if n.startswith(f"curriculum/{what}_"))
+    stem = f"curriculum/{what}_"
+    numbers = sorted(int(end) for n in run.metrics if (end := n.removeprefix(stem)) != n and end.isdigit())
+    names = [f"{stem}{number}" for number in numbers]
     found = []
     for name, color in zip(names, pictures.palette(len(names)), strict=True):
         x, y = run.metrics[name].finite

@@ -164,7 +164,7 @@ def read(folder: Path) -> Run | Evaluation | None:
     cfg = read_frozen(folder)
     command = cfg.command
     summary_file = folder / SUMMARY_FILE
-    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else None
+    summary = read_summary(summary_file) if summary_file.is_file() else None
     if command == "eval":
         return Evaluation(folder, summary) if summary else None
     if command != "train":
@@ -173,6 +173,16 @@ def read(folder: Path) -> Run | Evaluation | None:
     config = dict(flatten(OmegaConf.to_container(cfg)))
     status = "finished" if summary is not None else "running" if alive(folder) else "interrupted"
     return Run(folder, config, metrics, summary, status, damaged, sorted((folder / "report").glob("*.csv")))
+
+
+def read_summary(file: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{file} is damaged ({e}); delete it to report the run as interrupted") from e
+    if not isinstance(summary, dict):
+        raise UserError(f"{file} is no summary of sage; delete it to report the run as interrupted")
+    return summary
 
 
 def read_metrics(file: Path) -> tuple[dict[str, Series], int]:
