@@ -83,9 +83,10 @@ class Encoder:
             return []
         contexts = [pair.prompt + pair.lead for pair in pairs]
         prompts = encode_heads(self.tokenizer, contexts, self.plain)
-        sides = [self.after(contexts, prompts, [getattr(pair, side) for pair in pairs]) for side in SIDES]
+        texts = [getattr(pair, side) for side in SIDES for pair in pairs]
+        found = self.after(contexts * 2, prompts * 2, texts)
         return [
-            [prompts[i], *(self.ended(pair, number, sides[number][i]) for number in (0, 1))]
+            [prompts[i], self.ended(pair, 0, found[i]), self.ended(pair, 1, found[len(pairs) + i])]
             for i, pair in enumerate(pairs)
         ]
 

@@ -120,5 +120,4 @@ def _leaves(calls: Any) -> Iterator[str]:
 def _stands(text: str, written: str) -> bool:
     """Whether a text stands in what the template has written, as it is or as JSON writes it."""
     text = text.strip()
-    forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
-    return any(form in written for form in forms)
+    return text in written or any(json.dumps(text, ensure_ascii=way)[1:-1] in written for way in (True, False))

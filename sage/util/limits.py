@@ -23,13 +23,16 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def stop(*_: Any) -> None:
-        raise TooLong(f"it has computed for {seconds:g} seconds")
-
-    before = signal.signal(signal.SIGVTALRM, stop)
+    if signal.getsignal(signal.SIGVTALRM) is not _stop:  # it stays: setting it takes longer than a rendering
+        signal.signal(signal.SIGVTALRM, _stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
+    except TooLong:
+        raise TooLong(f"it has computed for {seconds:g} seconds") from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+
+
+def _stop(*_: Any) -> None:
+    raise TooLong

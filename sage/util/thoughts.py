@@ -3,9 +3,10 @@
 import re
 
 THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
-# A mark in quotes or backticks is spoken of: "write `<think>` first".
+# A mark in quotes or backticks is spoken of: "write `<think>` first". The pattern begins with the bracket, and
+# looks back from there, because `re` skips quickly to a character that a match must begin with.
 OPEN, CLOSE = (
-    re.compile(rf"(?:(?<![`'\"]){mark}|{mark}(?![`'\"]))", re.IGNORECASE)
-    for mark in (rf"[<\[◁]{THOUGHT}[>\]▷]", rf"[<\[◁]/{THOUGHT}[>\]▷]")
+    re.compile(rf"[<\[◁](?:(?<![`'\"][<\[◁]){word}|{word}(?![`'\"]))", re.IGNORECASE)
+    for word in (rf"{THOUGHT}[>\]▷]", rf"/{THOUGHT}[>\]▷]")
 )
 OPENED = re.compile(rf"{OPEN.pattern}\s*\Z", re.IGNORECASE)  # a text that ends with a thought just opened
