@@ -120,4 +120,6 @@ def _leaves(calls: Any) -> Iterator[str]:
 def _stands(text: str, written: str) -> bool:
     """Whether a text stands in what the template has written, as it is or as JSON writes it."""
     text = text.strip()
-    return text in written or any(json.dumps(text, ensure_ascii=way)[1:-1] in written for way in (True, False))
+    return text in written or any(
+        json.dumps(text, ensure_ascii=ascii_only)[1:-1] in written for ascii_only in (True, False)
+    )

@@ -22,7 +22,6 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
     if signal.getsignal(signal.SIGVTALRM) is not _stop:  # it stays: setting it takes longer than a rendering
         signal.signal(signal.SIGVTALRM, _stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)

@@ -3,8 +3,8 @@
 import re
 
 THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
-# A mark in quotes or backticks is spoken of: "write `<think>` first". The pattern begins with the bracket, and
-# looks back from there, because `re` skips quickly to a character that a match must begin with.
+# A mark in quotes or backticks is spoken of: "write `<think>` first". The patterns begin with the bracket
+# and look back from there, because `re` skips quickly to a character that a match must begin with.
 OPEN, CLOSE = (
     re.compile(rf"[<\[◁](?:(?<![`'\"][<\[◁]){word}|{word}(?![`'\"]))", re.IGNORECASE)
     for word in (rf"{THOUGHT}[>\]▷]", rf"/{THOUGHT}[>\]▷]")
