@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -39,7 +38,6 @@ def inspect(cfg: InspectConfig) -> None:
     Raises:
         UserError: the same as `sage train` would, for its data and tokenizer.
     """
-    gc.freeze()  # so that each collection looks at the pairs alone, not at all that the imports have made
     source, wrong = with_answers_checked(load_data(cfg.data), cfg.data)
     tokenizer = loading.load_tokenizer(tokenizer_folder(cfg.model, cfg.cache_dir), cfg.model)
     chat = ChatFormat.of(cfg.data)
