@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
 # Two processes share the test files. A file stays in one process, because its runs are shared by its tests.
-PARALLEL ?= -n 2 --dist loadfile
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test quick peer lowest torture lint docs clean
 
