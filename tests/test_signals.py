@@ -25,8 +25,11 @@ time.sleep(0.2)  # as for imports: a signal that comes now must wait, and not ge
 stopping.install(folder, rank)
 subprocess.Popen(["sleep", "1000"])  # a helper that nobody ends
 (folder / f"rank{rank}").write_text(str(os.getpid()))
-if mode != "loads":
+if mode not in ("loads", "meets"):
     stopping.defer()
+if mode == "meets":  # as in gloo, which waits for another rank: no Python code runs meanwhile
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
+    time.sleep(1000)
 if mode in ("fails", "killed") and rank == 1:
     while not (folder / "rank0").exists():
         time.sleep(0.01)
@@ -163,4 +166,12 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path):
     os.waitpid(launcher.pid, 0)
     wait_until(lambda: not left_over(launcher.mark))
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+    assert "launcher of this run is gone" in launcher.output.read_text()
+
+
+def test_ranks_that_wait_in_a_library_do_not_outlive_a_launcher_that_was_killed(tmp_path):
+    launcher = Launcher("meets", tmp_path)
+    launcher.signal(signal.SIGKILL)
+    os.waitpid(launcher.pid, 0)
+    wait_until(lambda: not left_over(launcher.mark))
     assert "launcher of this run is gone" in launcher.output.read_text()

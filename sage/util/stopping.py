@@ -165,6 +165,9 @@ def _watch(pipe: int) -> None:
     _orphaned = True
     if _farewell:
         tell("the launcher of this run is gone: its ranks end as after SIGTERM")
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(PATIENCE)
+    if _deferred:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+    # This thread ends the rank itself. The main thread handles no signal while it waits in a library, such as
+    # gloo, which waits long for a rank that has ended before the two have met.
     end(128 + signal.SIGTERM)
