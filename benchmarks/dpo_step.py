@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 
-from sage.launch import ENVIRONMENT
 from sage.order import Shuffled
 from sage.util import ranks
+from sage.util.processes import ENVIRONMENT
 
 REPO = Path(__file__).resolve().parent.parent
 PAIRS = REPO / "sage" / "assets" / "gsm8k_demo" / "train.jsonl"

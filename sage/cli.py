@@ -42,6 +42,7 @@ sage: align reasoning models with preference pairs, and spend gradients only on 
 usage: sage COMMAND [arguments]
 
 commands
+  doctor            what is on this machine, and whether sage works here: devices, engines, generation
   train             align a policy: sage train +experiment=demo [key=value ...]; -m runs a sweep
   build-pairs       sample responses to problems, verify them, make preference pairs
   score-dataset     score every pair with forward passes only, and write the best rows

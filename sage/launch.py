@@ -17,6 +17,7 @@ from sage.answering.problems import read_problems
 from sage.config import (
     BuildPairsConfig,
     CommandConfig,
+    DoctorConfig,
     EvalConfig,
     InspectConfig,
     ModelConfig,
@@ -30,22 +31,9 @@ from sage.model.folder import check_adapter, check_weights_files, lora_of
 from sage.training.tracking import check_tracking
 from sage.util.errors import UserError, named
 from sage.util.locks import locked
-from sage.util.processes import run_ranks
+from sage.util.processes import rank_environment, run_ranks
 from sage.util.progress import activity
 from sage.util.stopping import go_on
-
-# Environment variables of the ranks, unless the user has set them.
-ENVIRONMENT = {
-    # Otherwise glibc returns freed activations to the kernel and fetches the pages again: 1/7 of a CPU step.
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-    # One heap, so that the backward pass, which has its own thread, reuses the pages of the forward pass.
-    "MALLOC_ARENA_MAX": "1",
-    # oneDNN keeps a kernel of 0.6 MB for every text length. 256 are more than one micro-batch uses.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
-    # A rank imports nothing from the folder that it is started in, which may be a foreign one.
-    "PYTHONSAFEPATH": "1",
-}
 
 # What a rank reads from its environment, from what Slurm sets.
 SLURM_PLACE = "RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID"
@@ -132,6 +120,10 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
         from sage.commands.verify import verify
 
         return verify(cfg, run_dir)
+    if isinstance(cfg, DoctorConfig):
+        from sage.commands.doctor import doctor
+
+        return doctor(cfg)
     if isinstance(cfg, InspectConfig):
         from sage.commands.inspect import inspect  # here, because it loads torch and transformers
 
@@ -289,8 +281,6 @@ def start(world_size: int, run_dir: Path) -> None:
     Raises:
         SystemExit: a rank failed, and has said why; or a signal ended the run.
     """
-    environment = {**ENVIRONMENT, **os.environ}
-    if world_size > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world_size, 1)))
-    if status := run_ranks(world_size, ["-m", "sage.worker", str(run_dir)], environment, go_on(run_dir)):
+    command = ["-m", "sage.worker", str(run_dir)]
+    if status := run_ranks(world_size, command, rank_environment(world_size), go_on(run_dir)):
         raise SystemExit(status)

@@ -210,7 +210,7 @@ def test_caches_that_are_pickles(marker, tmp_path):
 def test_ranks_import_nothing_from_the_folder_they_start_in(marker, tmp_path):
     if sys.version_info < (3, 11):
         pytest.skip("Python 3.10 has no such switch")
-    from sage.launch import ENVIRONMENT
+    from sage.util.processes import ENVIRONMENT
 
     (tmp_path / "yaml.py").write_text(f"open({str(marker)!r}, 'w')\n")
     command = [sys.executable, "-c", "import yaml; print(yaml.__file__)"]

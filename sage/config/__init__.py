@@ -21,6 +21,7 @@ from sage.config.keys import groups, known_keys, nearest, refusal, unknown_keys
 from sage.config.schema import (
     SCHEMAS,
     BuildPairsConfig,
+    DoctorConfig,
     EvalConfig,
     InspectConfig,
     ScoreConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "ChatConfig",
     "CommandConfig",
     "DataConfig",
+    "DoctorConfig",
     "EngineConfig",
     "EvalConfig",
     "InspectConfig",

@@ -289,6 +289,14 @@ class VerifyConfig(CommandConfig):
             raise UserError("no file: `sage verify FILE` takes responses with their true answers")
 
 
+@dataclass
+class DoctorConfig(CommandConfig):
+    command: str = key("doctor", "the command that this config is for", choices=("doctor",))
+    name: str = key("doctor", "unused: no folder is made")
+    cache_dir: str = key("~/.cache/sage", "the cache_dir of your runs, whose disk is looked at")
+    json: str | None = key(None, "also write the table to this file")
+
+
 # Command word -> its schema. The command composes conf/WORD.yaml, which names WORD_schema (a dash becomes _).
 SCHEMAS: dict[str, type[CommandConfig]] = {
     "train": TrainConfig,
@@ -297,6 +305,7 @@ SCHEMAS: dict[str, type[CommandConfig]] = {
     "inspect": InspectConfig,
     "eval": EvalConfig,
     "verify": VerifyConfig,
+    "doctor": DoctorConfig,
 }
 
 
