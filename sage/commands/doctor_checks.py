@@ -92,11 +92,10 @@ def head_check(folder: Path, device: torch.device) -> str:
     simpler = "tiled" if chosen != "tiled" else "oracle"
 
     def of(backend: str) -> list[Tensor]:
-        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        logps = token_stats(*inputs, labels, backend=backend).logps
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps = token_stats(x, w, labels, backend=backend).logps
         assert logps is not None
-        logps.backward(upstream)
-        return [logps.detach(), *(x.grad for x in inputs if x.grad is not None)]
+        return [logps.detach(), *torch.autograd.grad(logps, [x, w], upstream)]
 
     (logps, *gradients), (expected, *slopes) = of(chosen), of(simpler)
     apart, slope = float((logps - expected).abs().max()), max(map(relative_difference, gradients, slopes))
