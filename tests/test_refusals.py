@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from sage import config
 from sage.config import LoraConfig, ModelConfig
-from sage.model import loading
+from sage.model import gguf, loading
 from sage.util import locks
 from sage.util.errors import UserError, refusal
 
@@ -195,13 +195,13 @@ def test_a_damaged_conversion_is_noticed(tiny_model, tmp_path):
     """A converted model is trained on as it is, so a changed byte in it would change the run."""
     folder = tmp_path / "converted"
     shutil.copytree(tiny_model, folder)
-    assert not loading.intact(folder)  # an earlier version wrote no checksums
-    (folder / loading.CHECKSUMS).write_text(json.dumps(loading.checksums(folder)))
-    assert loading.intact(folder)
+    assert not gguf.intact(folder)  # an earlier version wrote no checksums
+    (folder / gguf.CHECKSUMS).write_text(json.dumps(gguf.checksums(folder)))
+    assert gguf.intact(folder)
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    assert not loading.intact(folder)
+    assert not gguf.intact(folder)
 
 
 def test_a_broken_gguf_file(tmp_path):

@@ -124,3 +124,13 @@ def _why(file: Path, error: Exception) -> str:
     except OSError:
         pass
     return first_line(error)
+
+
+def reason(error: Exception) -> str:
+    """Why transformers cannot load something, with what to do where it needs code from the folder."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code that its folder ships. Read that code, and if you trust it, set "
+            "model.trust_remote_code=true"
+        )
+    return " ".join(str(error).split())[:400] or type(error).__name__

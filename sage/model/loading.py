@@ -1,13 +1,9 @@
-"""Load models and tokenizers from a folder, a GGUF file or the hub, with an adapter where the config asks
-for one."""
+"""Load models and tokenizers from a folder or the hub, with an adapter where the config asks for one."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +13,18 @@ from huggingface_hub import snapshot_download
 
 from sage.config import ModelConfig
 from sage.data.source import resolve_path
-from sage.model.folder import check_adapter, check_weights_files, read_object
+from sage.model.adapters import add_adapter
+from sage.model.folder import check_adapter, check_weights_files, read_object, reason
+from sage.model.gguf import convert_gguf
 from sage.model.kernels import has_triton
 from sage.model.kernels.recompute import bfloat16_in_hardware
 from sage.util import ranks
-from sage.util.errors import UserError, first_line, named
-from sage.util.files import sha256, temporary_name, write_json
+from sage.util.errors import UserError, first_line
+from sage.util.files import sha256
 from sage.util.hub import reach_hub
-from sage.util.locks import locked
 from sage.util.progress import console
 
 VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken")  # one of them is in every tokenizer
-CHECKSUMS = "checksums.json"  # of a converted model
 SHOWN = 8  # names of weights in an error message
 
 
@@ -66,57 +62,6 @@ def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
         ) from e
 
 
-def convert_gguf(path: str, cache_dir: str) -> str:
-    """Convert a GGUF file to a Hugging Face folder in float32, once; later calls find it in the cache."""
-    for module, package in (("gguf", "gguf"), ("accelerate", "accelerate")):
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"model.path={path} is a GGUF file: reading it needs `pip install {package}`")
-    source = Path(path)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-    target = Path(cache_dir).expanduser() / "models" / f"{source.stem}-{digest}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(Path(f"{target}.lock")):
-        if target.is_dir() and not intact(target):
-            console.print(f"{target} is damaged: {source.name} is converted again", markup=False)
-            shutil.rmtree(target)
-        if not target.is_dir():
-            where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-            try:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-                loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-            except Exception as e:  # a file that is cut short is reported with many types
-                raise UserError(f"model.path={path}: this GGUF file cannot be read: {reason(e)}") from e
-            # save_pretrained refuses while the GGUF quantization config is attached.
-            fields = loaded.config.to_dict()
-            fields.pop("quantization_config", None)
-            fields.pop("_name_or_path", None)
-            model = type(loaded)(type(loaded.config)(**fields))
-            model.load_state_dict(loaded.state_dict())
-            model.generation_config = loaded.generation_config
-            temporary = temporary_name(target)
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            write_json(temporary / CHECKSUMS, checksums(temporary))
-            if target.is_dir():  # by another machine, where the cache is shared and has no locks
-                shutil.rmtree(temporary)
-            else:
-                temporary.rename(target)
-    return str(target)
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a converted model."""
-    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != CHECKSUMS}
-
-
-def intact(converted: Path) -> bool:
-    """Whether a converted model is as it was written."""
-    try:
-        return json.loads((converted / CHECKSUMS).read_text()) == checksums(converted)
-    except (OSError, ValueError):
-        return False
-
-
 def load_tokenizer(folder: str, cfg: ModelConfig) -> transformers.PreTrainedTokenizerBase:
     """The model's tokenizer, with the chat template of its adapter if the adapter's folder has one.
 
@@ -145,16 +90,6 @@ def _read_tokenizer(
                 "that it was made from"
             ) from e
         raise UserError(f"{name}={value}: its tokenizer cannot be loaded: {reason(e)}") from e
-
-
-def reason(error: Exception) -> str:
-    """Why transformers cannot load something, with what to do where it needs code from the folder."""
-    if "trust_remote_code" in str(error):
-        return (
-            "it needs Python code that its folder ships. Read that code, and if you trust it, set "
-            "model.trust_remote_code=true"
-        )
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def compute_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
@@ -193,65 +128,7 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
             enable({"use_reentrant": False})
         except ValueError as e:
             raise UserError(f"model.gradient_checkpointing=true: {first_line(e)}") from e
-    if cfg.lora is None:
-        return model
-    try:
-        import peft
-    except ImportError as e:
-        raise UserError("model.lora needs peft: pip install 'sage-align[lora]'") from e
-    torch.manual_seed(seed)
-    if cfg.adapter_path:
-        return load_adapter(model, cfg)
-    targets = "all-linear" if cfg.lora.targets == ["all-linear"] else cfg.lora.targets
-    config = peft.LoraConfig(
-        r=cfg.lora.r,
-        lora_alpha=cfg.lora.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=cfg.lora.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as e:
-        raise UserError(f"model.lora.targets={cfg.lora.targets}: {first_line(e)}") from e
-
-
-def load_adapter(model: Any, cfg: ModelConfig) -> Any:
-    """The model with the adapter of `model.adapter_path`, all of whose weights have found their places.
-
-    Raises:
-        UserError: the adapter was made for another model.
-    """
-    import peft
-
-    check_adapter(cfg)
-    folder = resolve_path(str(cfg.adapter_path))
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-        saved = peft.load_peft_weights(folder, device="cpu")
-    except Exception as e:  # peft reports what does not fit with many types
-        raise UserError(
-            f"model.adapter_path={cfg.adapter_path} does not fit model.path={cfg.path}: {reason(e)}"
-        ) from e
-    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    for names, fault in (
-        (own.keys() - saved.keys(), "lacks weights for this model"),
-        (
-            {name for name in saved if "lora_" in name} - own.keys(),
-            "has weights for layers that this model lacks",
-        ),
-    ):
-        if names:
-            raise UserError(
-                f"model.adapter_path={cfg.adapter_path} {fault} (model.path={cfg.path}): "
-                f"{named(sorted(names))}. Give the model that it was trained on"
-            )
-    if getattr(adapted.active_peft_config, "layer_replication", None):
-        raise UserError(
-            f"model.adapter_path={cfg.adapter_path} repeats layers (layer_replication), and a model with "
-            "repeated layers cannot be exported"
-        )
-    return adapted
+    return model if cfg.lora is None else add_adapter(model, cfg, seed)
 
 
 def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
