@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 from sage.answering.prose import first_answer
+from sage.answering.spelling import CURRENCY
 from sage.util.thoughts import CLOSE, OPEN
 
 LONGEST = 4000  # characters; what is longer is no answer
@@ -31,7 +32,7 @@ PLACEHOLDER = re.compile(
     r"(?:\\text\s*\{)?\s*(?:(?:your |the |final )*answer(?: here)?|\.\.\.|\\l?dots|…|\\cdots)?\s*\}?", re.I
 )
 
-HASH = re.compile(r"(?<!#)####\s*([-+$€£−]*[\d.(\[\\½⅓⅔¼¾√].*|\(?[A-J]\)?\.?\s*$)", re.M)
+HASH = re.compile(rf"(?<!#)####\s*((?:[-+−]|{CURRENCY})*[\d.(\[\\½⅓⅔¼¾√].*|\(?[A-J]\)?\.?\s*$)", re.M)
 HEADING = re.compile(r"\(?(?:\d+|[a-h])[.)]\s+[A-Za-z*]")  # "#### 1. Find the cost" is Markdown, not GSM8K
 
 SUBJECT = r"(?:\s+(?:to|for|of)\b[^.\n:]{0,60}?)?"
@@ -47,7 +48,10 @@ DENIED = re.compile(
     r"(?:\bdoubt|(?:\bnot|\bnever|n['’]t)\s+(?:think|believe|say|mean))\s+(?:that\s+)?(?:the\s+)?$", re.I
 )
 PHRASE_START = re.compile(r"(?:[\s:*>]|\\\[|\$\$)*")
-PHRASE_END = re.compile(r"(?<!\.)[.!?](?=\s|$|\*)|\n|\*\*|</")
+ABBREVIATED = "".join(
+    rf"(?<!\b{word})" for word in ("Rs", "approx", "ca", "St", "Mt", "Dr", "Mr", "Mrs", "Ms")
+)
+PHRASE_END = re.compile(rf"(?:(?<!\.){ABBREVIATED}\.|[!?])(?=\s|$|\*)|\n|\*\*|</")
 
 
 class Found(NamedTuple):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 
+from sage.answering.spelling import CURRENCY
 from sage.answering.spoken import DATE, SCALES, TWO_UNITS, read_spoken, two_units
 
 # "$35 + $22" holds amounts, not a formula: a formula has a space inside both of its dollars or neither.
 FORMULA = re.compile(
     r"\$\$[^$]+\$\$|\$(?! )[^$\n]+(?<! )\$(?!\d)|\$ [^$\n]* \$(?!\d)|\\\(.*?\\\)|\\\[.*?\\\]", re.S
 )
-CURRENCY = r"[$€£]"
 THOUSANDS = (
     r"\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?:['’]\d{3})+(?!\d)|\d{1,3}(?:[ '’\u00a0\u202f\u2009]\d{3})+(?!\d)"
 )
@@ -56,8 +56,8 @@ STOPS = re.compile(
 )
 FILLER = re.compile(
     r"(?:therefore|thus|then|hence|simply|just|exactly|precisely|clearly|indeed|still|actually|now|definitely|probably"
-    r"|either|both|approximately|about|around|roughly|equal to|option|choice|letter|always|only|also"
-    r"|found to be|the (?:number|value|set|interval|pair)|going to be|given by"
+    r"|either|both|approximately|approx\.|ca\.|about|around|roughly|equal to|option|choice|letter|always|only"
+    r"|also|found to be|the (?:number|value|set|interval|pair)|going to be|given by"
     r"|[,:]|that|≈|=|\\approx)(?![A-Za-z])\s*",
     re.I,
 )
@@ -164,7 +164,7 @@ def _value(text: str, start: int) -> tuple[str, int] | None:
     scale = SCALED.match(text, start + len(run))
     assert scale
     run = half(run + scale[0])
-    if "=" in run and re.search(r"\d\s*[-+*/×÷]\s*[$€£]?\d", run.split("=")[0]):
+    if "=" in run and re.search(rf"\d\s*[-+*/×÷]\s*{CURRENCY}?\d", run.split("=")[0]):
         run = run.rsplit("=", 1)[1].strip()  # 9 * 2 = 18
     return (run, scale.end()) if run else None
 

@@ -132,6 +132,7 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\\gt(?![A-Za-z])", ">"),
         (r"\\(?:neq|ne)(?![A-Za-z])|!=", r"\\ne "),
         (r"\\(?:dots|cdots|dotsc|dotsb)(?![A-Za-z])", r"\\ldots "),
+        (r"\(?(?<![A-Za-z])\\?[pb]?mod(?![A-Za-z])\s*\{?\s*(\w+)\s*\}?\)?", r"\\pmod{\1}"),
         (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:mathbb|mathbf)\s*\{?R\}?|\ball real numbers\b", r"(-\\infty , \\infty )"),
         (
@@ -176,9 +177,13 @@ def _undollar(answer: str) -> str:
 
 # --- plain numbers
 
+CURRENCY = (
+    r"(?:(?:(?:US|CA|AU|NZ|HK|SG|[ACRS])?\$|[€£¥₹₩₱₽₺₫₦]"
+    r"|(?<![A-Za-z])(?:Rs\b\.?|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|JPY)\b)) ?)"
+)
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 FRACTION = re.compile(
-    r"^(?P<before>[-+]?[$€£]?(?P<whole>\d*) ?)"
+    rf"^(?P<before>[-+]?{CURRENCY}?(?P<whole>\d*) ?)"
     r"\\frac ?(?:\{ ?(?P<a>-?\d+) ?\} ?\{ ?(?P<b>-?\d+) ?\}|(?P<c>\d) ?(?P<d>\d)|(?P<e>\d) ?\{(?P<f>\d+)\})"
 )
 NO_WORD_UNIT = "sqrt|sin|cos|tan|cot|sec|csc|log|exp|mod|and|or|than|not|if|" + "|".join(SCALES)
@@ -191,11 +196,12 @@ UNIT = rf"(?:sq\.? |cu\.? )?(?:{WORD_UNIT}|{SHORT_UNIT})(?: ?\^ ?\{{? ?-?\d ?\}}
 TOUCHING_UNIT = r"(?: ?(?:[mck]m|kg|ft|mph|lbs?)(?![A-Za-z])(?: ?\^ ?\{? ?-?\d ?\}?)?)?"
 UNITS = rf"{TOUCHING_UNIT}(?: {UNIT})*(?: ?/ ?{UNIT})?(?: per {UNIT})?"
 NUMBER = re.compile(
-    rf"[$€£]? ?(?P<sign>[-+]?) ?[$€£]? ?"
+    rf"{CURRENCY}?(?P<sign>[-+]?) ?{CURRENCY}?"
     rf"(?:(?P<whole>\d+) (?:and )?(?P<over>\d+) ?/ ?(?P<by>\d+)|(?P<number>{DIGITS})"
     r"(?: ?/ ?(?P<under>-?\d+)|e(?P<e>[-+]?\d{1,3})"
     r"| ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?\{? ?(?P<ten>[-+]?\d{1,3}) ?\}?)?)"
-    rf"(?P<scales>(?: ?(?:{'|'.join(SCALES)}))*)(?: (?:US|USD|EUR|GBP))?(?P<percent> ?%| percent\b)?{UNITS}",
+    rf"(?P<scales>(?: ?(?:{'|'.join(SCALES)}))*)(?: ?{CURRENCY}|(?: US)\b)?"
+    rf"(?P<percent> ?%| percent\b)?{UNITS}",
     re.I,
 )
 
