@@ -1,6 +1,7 @@
 """Compare methods of choosing pairs, by the commands that a user runs. It resumes wherever it was stopped.
 
     python benchmarks/study.py run arithmetic FOLDER [METHOD ...] [--seeds 20] [--steps 50]
+    python benchmarks/study.py run flipped FOLDER [METHOD ...]     arithmetic with a fifth of the labels wrong
     python benchmarks/study.py run words FOLDER [METHOD ...]       after scripts/make_words.py DATA FOLDER
     python benchmarks/study.py list arithmetic FOLDER              the commands that are left
     python benchmarks/study.py table arithmetic FOLDER             the tables of docs/evidence.md
@@ -15,7 +16,9 @@ threads a run takes.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import random
 import shlex
 import subprocess
 import sys
@@ -26,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sage.data.source import resolve_path
 from sage.reporting.groups import Group, Interval, best, final, interval, mean_curve, paired
 from sage.reporting.runs import Run, find
 
@@ -34,6 +38,7 @@ METHODS: dict[str, list[str]] = {
     "dpo": [PLAIN],
     "dpo+nll": [PLAIN, NLL],
     "dpo_norm": [PLAIN, "loss=dpo_norm"],
+    "omni-dpo": [PLAIN, "loss=omni_dpo"],
     "score": ["curriculum=none"],
     "curriculum": ["scorer=uniform"],
     "sage": [],
@@ -41,6 +46,7 @@ METHODS: dict[str, list[str]] = {
     "sage, 3 candidates": ["scorer.candidates_per_pair=3"],
     "score, 3 candidates": ["curriculum=none", "scorer.candidates_per_pair=3"],
     "score, 6 candidates": ["curriculum=none", "scorer.candidates_per_pair=6"],
+    "score, drop_negative": ["curriculum=none", "scorer.drop_negative=0.25", "scorer.warmup_steps=5"],
     "loss": [PLAIN, "scorer=loss"],
     "smallest reward gap": [PLAIN, "scorer=small_gap"],
     "easiest fifth": [PLAIN, "curriculum=static_filter", "curriculum.low=0", "curriculum.high=0.2"],
@@ -52,8 +58,10 @@ METHODS: dict[str, list[str]] = {
         "curriculum.high=0.67",
     ],
 }
-PER_TOKEN = 25  # dpo_norm's beta is DPO's times about the length of a response
+PER_TOKEN = 25  # times DPO's beta, about the length of a response: beta of the losses per token
+PER_TOKEN_METHODS = ("dpo_norm", "omni-dpo")
 TUNING_SEED = 100
+FLIPPED = 0.2  # the share of wrong labels in the task of that name
 
 
 class Task(NamedTuple):
@@ -83,6 +91,20 @@ def arithmetic(folder: Path) -> Task:
         every=10,
         prepare={},
     )
+
+
+def flipped(folder: Path) -> Task:
+    """Arithmetic, with chosen and rejected exchanged in a seeded draw of the training pairs."""
+    file = folder / "flipped.jsonl"
+    if not file.exists():
+        pairs = resolve_path("pkg://sage.assets/arithmetic/pairs_train.jsonl")
+        rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+        for i in random.Random(0).sample(range(len(rows)), round(FLIPPED * len(rows))):
+            rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = arithmetic(folder)
+    return task._replace(common=[*task.common, f"data.path={file}"])
 
 
 def words(folder: Path) -> Task:
@@ -115,14 +137,15 @@ def words(folder: Path) -> Task:
     )
 
 
-TASKS = {"arithmetic": arithmetic, "words": words}
+TASKS = {"arithmetic": arithmetic, "flipped": flipped, "words": words}
 
 
 def train(task: Task, method: str, lr: float, beta: float, split: str, seed: int, steps: int) -> list[str]:
-    scale = PER_TOKEN if method == "dpo_norm" else 1
+    scale = PER_TOKEN if method in PER_TOKEN_METHODS else 1
+    every = max(task.every, steps // 10)
     return [
         *["train", *task.common, *task.problems[split], "benchmark_limit=null", f"steps={steps}"],
-        *[f"eval_every={task.every}", f"seed={seed}", *METHODS[method]],
+        *[f"eval_every={every}", f"seed={seed}", *METHODS[method]],
         *[f"optimizer.lr={lr:g}", "optimizer.schedule=constant", f"loss.beta={beta * scale:g}"],
     ]
 

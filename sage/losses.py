@@ -85,6 +85,30 @@ class NormalizedDPO(DPO):
 
 
 @dataclass
+class OmniDPO(NormalizedDPO):
+    """Omni-DPO, later Uni-DPO (arXiv 2506.10054): every pair gets a weight, less if the policy has it right.
+
+    -(1 - sigmoid(beta * policy_mean - policy_margin))^focus * log sigmoid(u), with policy_mean and u per
+    token. For chosen responses that became less likely than under the reference, it adds calibrated_nll *
+    -log pi(chosen) / |chosen|. The gradient passes through the weight, and the defaults are those for
+    Qwen2.5-Math, both as in the authors' code. Their second weight grades how much better the chosen
+    response is. It would be the same for all verified pairs, and is left out.
+    """
+
+    beta: float = 2.0
+    policy_margin: float = 2.0
+    focus: float = 3.0
+    calibrated_nll: float = 0.2
+
+    def preference(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        chosen = policy.chosen / policy.chosen_tokens
+        margin = self.beta * (chosen - policy.rejected / policy.rejected_tokens)
+        weight = torch.sigmoid(self.policy_margin - margin) ** self.focus
+        fallen = policy.chosen < reference.chosen
+        return weight * super().preference(policy, reference) - self.calibrated_nll * (fallen * chosen)
+
+
+@dataclass
 class CDPO(Loss):
     """Conservative DPO: cross-entropy against labels flipped with probability label_smoothing.
 

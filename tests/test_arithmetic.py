@@ -81,7 +81,7 @@ def test_a_few_steps_raise_the_accuracy(tmp_path):
     assert inside == outside
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "words"])
+@pytest.mark.parametrize("task", ["arithmetic", "flipped", "words"])
 def test_the_study_is_made_of_commands_that_compose(task, tmp_path):
     """Protects benchmarks/study.py from keys and options that were renamed: no test runs the study itself."""
     spec = spec_from_file_location("study", REPO / "benchmarks" / "study.py")

@@ -120,7 +120,8 @@ def test_a_frozen_config_that_sage_did_not_write_is_refused(tmp_path):
 def test_help(sage):
     status, out, _ = sage("train", "--help")
     assert status == 0
-    assert "loss: cdpo, dpo, dpo_norm, dpop, hinge, ipo, robust, simpo" in out and "micro_batch_tokens" in out
+    assert "loss: cdpo, dpo, dpo_norm, dpop, hinge, ipo, omni_dpo, robust, simpo" in out
+    assert "micro_batch_tokens" in out
     assert sage("--help")[0] == 0 and "resume RUN_DIR" in sage("--help")[1]
     assert sage()[0] == 2
 

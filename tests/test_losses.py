@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sage import losses
-from sage.losses import CDPO, DPO, DPOP, IPO, Hinge, NormalizedDPO, RobustDPO, SimPO
+from sage.losses import CDPO, DPO, DPOP, IPO, Hinge, NormalizedDPO, OmniDPO, RobustDPO, SimPO
 from sage.model.logps import PairLogps
 from sage.training.setup import build
 from sage.util.errors import UserError
@@ -62,6 +62,12 @@ def simpo(beta, pc, pr, rc, rr, nc, nr, gamma=0.7):
     return -log_sigmoid(beta * (pc / nc - pr / nr) - gamma)
 
 
+def omni_dpo(beta, pc, pr, rc, rr, nc, nr):
+    weight = (1 - 1 / (1 + math.exp(-(beta * (pc / nc - pr / nr) - 0.4)))) ** 1.5
+    nll = -pc / nc if rc > pc else 0.0
+    return weight * dpo_norm(beta, pc, pr, rc, rr, nc, nr) + 0.3 * nll
+
+
 CASES = [
     (DPO(beta=0.3), dpo),
     (NormalizedDPO(beta=3.0), dpo_norm),
@@ -70,6 +76,7 @@ CASES = [
     (IPO(beta=0.3), ipo),
     (Hinge(beta=0.3), hinge),
     (DPOP(beta=0.3, penalty=5.0), dpop),
+    (OmniDPO(beta=2.5, policy_margin=0.4, focus=1.5, calibrated_nll=0.3), omni_dpo),
     (SimPO(beta=2.5, target_margin=0.7), simpo),
 ]
 each = pytest.mark.parametrize("loss, naive", CASES, ids=[type(c[0]).__name__ for c in CASES])
