@@ -253,8 +253,8 @@ def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
     assert curve is not None
     target = float(curve[1].max())
     print(f"\nTarget: the best of DPO's mean curve, {target:.3f}. Differences in points, paired by seed.\n")
-    print("| method | seeds | best | end | end - DPO's | end - (DPO + NLL)'s | pairs | cost | whole cost |")
-    print(f"|{'---|' * 9}")
+    columns = "best | end | end - DPO's | end - (DPO + NLL)'s | end - the score's | pairs | cost | whole cost"
+    print(f"| method | seeds | {columns} |\n|{'---|' * 10}")
     for method, group in groups.items():
         row = [method, str(len(group.runs))]
         for value_of in (
@@ -262,7 +262,7 @@ def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
             lambda run: final(run.metrics[metric]),
         ):
             row.append(cell(interval([value_of(run) for run in group.runs])))
-        for other in ("dpo", "dpo+nll"):
+        for other in ("dpo", "dpo+nll", "score"):
             known = other in groups and other != method
             points = lambda run: 100 * final(run.metrics[metric])  # noqa: E731
             row.append(cell(paired(groups[other], group, points), "+.1f") if known else "")

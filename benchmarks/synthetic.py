@@ -1,6 +1,6 @@
 """A task with known truth: does the method find the pairs that it claims to find, and does finding them help?
 
-    python benchmarks/synthetic.py [--methods NAME ...] [--out FILE.json]
+    python benchmarks/synthetic.py [--methods NAME ...] [--shares 0.72 0.25 0.03 0] [--out FILE.json]
 
 A pair is a vector x in R^160. The policy is the linear Bradley-Terry model. It writes one of two one-token
 answers, and log pi(chosen) - log pi(rejected) = theta . x. The truth is w. The reference theta_0 is w with
@@ -11,6 +11,8 @@ w . x > 0. It is then drawn by its margin under the reference, in units of that 
     boundary 20%         within 0.3 of 0     the reference does not know
     error 20%            below -1            the reference is surely wrong
     flipped 20%          any of the above, in their proportions, turned around: a wrong label
+
+`--shares` gives other shares of the four.
 
 Held-out accuracy is the share of clean pairs, in the proportions of the first three kinds, with
 theta . x > 0. Difficulty is 1 - the share of 8 answers that theta_0 gets right by the label, which may be
@@ -82,6 +84,8 @@ METHODS: dict[str, list[str]] = {
     "static_filter": ["curriculum=static_filter"],
     "curriculum=sage": ["curriculum=sage"],
     "sage (defaults)": ["scorer=sage"],
+    "sage (defaults), curriculum=sage": ["scorer=sage", "curriculum=sage"],
+    "sage (defaults), 3 candidates": ["scorer=sage", "scorer.candidates_per_pair=3"],
     "sage": NOISY,
     "sage, implicit_reward": [*NOISY, "scorer.margin=implicit_reward"],
     "sage, mixed": [*NOISY, "scorer.margin=mixed"],
@@ -107,15 +111,15 @@ METHODS: dict[str, list[str]] = {
 class Task:
     """The pairs of one seed, their kinds, and the policy with its gradient."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, shares: tuple[float, ...]):
         rng = np.random.default_rng(seed)
         scale = MARGIN_STD / np.sqrt(np.r_[np.full(KNOWN, KNOWN), np.full(WRONG, WRONG)])
         self.truth = scale * rng.normal(size=KNOWN + WRONG)
         sign = np.r_[np.ones(KNOWN), -np.ones(WRONG)]
         noise = NOISE * scale * rng.normal(size=KNOWN + WRONG)
         self.start = torch.tensor(sign * self.truth + noise, dtype=torch.float32)
-        self.x, self.kind = self.draw(rng, PAIRS, SHARES)
-        clean = np.array(SHARES[:FLIPPED]) / sum(SHARES[:FLIPPED])
+        self.x, self.kind = self.draw(rng, PAIRS, shares)
+        clean = np.array(shares[:FLIPPED]) / sum(shares[:FLIPPED])
         self.held_out, self.held_out_kind = self.draw(rng, HELD_OUT, (*clean, 0.0))
         right = torch.sigmoid(self.x @ self.start).numpy()
         self.pass_rates = rng.binomial(ANSWERS, right) / ANSWERS
@@ -124,7 +128,7 @@ class Task:
     def draw(self, rng: np.random.Generator, n: int, shares: tuple[float, ...]) -> tuple[Tensor, np.ndarray]:
         """n vectors [n, DIMENSIONS] and their kinds [n], in random order."""
         kind = rng.choice(4, n, p=shares)
-        base = np.where(kind == FLIPPED, rng.choice(3, n, p=np.array(SHARES[:3]) / sum(SHARES[:3])), kind)
+        base = np.where(kind == FLIPPED, rng.choice(3, n, p=np.array(shares[:3]) / sum(shares[:3])), kind)
         bounds = {MASTERED: (1, np.inf), BOUNDARY: (-0.3, 0.3), ERROR: (-np.inf, -1)}
         x = np.empty((n, KNOWN + WRONG))
         for k, (low, high) in bounds.items():
@@ -182,9 +186,11 @@ def composed(*overrides: str) -> Any:
         return compose("train", ["+baseline=dpo", "data.path=none", f"loss.beta={BETA}", *overrides])
 
 
-def run(overrides: list[str], seed: int, steps: int, lr: float) -> dict[str, list[float]]:
+def run(
+    overrides: list[str], seed: int, steps: int, lr: float, shares: tuple[float, ...]
+) -> dict[str, list[float]]:
     """Per step: held-out accuracy, shares of errors and flipped labels in the batch, and the cost so far."""
-    cfg, task = composed(*overrides), copy.copy(new_task(seed))
+    cfg, task = composed(*overrides), copy.copy(new_task(seed, shares))
     scorer = build("scorer", cfg.scorer)
     setting = Setting(task.pass_rates, np.ones(PAIRS, np.int64), steps, *scorer.draws(BATCH), 1, seed)
     curriculum = build("curriculum", cfg.curriculum, setting=setting)
@@ -210,10 +216,12 @@ def steps_of(name: str) -> int:
     return 2 * HALF if name.endswith("twice the steps") else HALF
 
 
-def tune(name: str) -> float:
+def tune(name: str, shares: tuple[float, ...]) -> float:
     """The learning rate that ends best on seeds that the table does not use."""
     ends = {
-        lr: np.mean([run(METHODS[name], seed, steps_of(name), lr)["accuracy"][-1] for seed in TUNING_SEEDS])
+        lr: np.mean(
+            [run(METHODS[name], seed, steps_of(name), lr, shares)["accuracy"][-1] for seed in TUNING_SEEDS]
+        )
         for lr in LEARNING_RATES
     }
     return max(ends, key=lambda lr: ends[lr])
@@ -246,8 +254,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--shares", nargs=4, type=float, default=SHARES, metavar="SHARE")
     parser.add_argument("--out", type=Path, help="write every run's history as JSON")
     args = parser.parse_args()
+    shares = tuple(args.shares)
     histories: dict[str, list[dict[str, list[float]]]] = {}
     goals: list[float] = []
     print(
@@ -256,8 +266,8 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for name in dict.fromkeys([next(iter(METHODS)), *args.methods]):
-        lr = tune(name)
-        histories[name] = [run(METHODS[name], seed, steps_of(name), lr) for seed in SEEDS]
+        lr = tune(name, shares)
+        histories[name] = [run(METHODS[name], seed, steps_of(name), lr, shares) for seed in SEEDS]
         goals = goals or [h["accuracy"][-1] for h in histories[name]]
         rows = [summary(h, goal) for h, goal in zip(histories[name], goals, strict=True)]
         cells = [interval([row[k] for row in rows]) for k in ("final", "pairs", "cost", "errors", "flipped")]
