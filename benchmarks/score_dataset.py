@@ -25,7 +25,7 @@ import torch
 from sage.commands.score_dataset import run_models
 from sage.config import ModelConfig
 from sage.data.chat import ChatFormat
-from sage.data.pairs import load_pairs
+from sage.data.pairs import read_pair_set
 from sage.data.tokens import tokenize_pairs
 from sage.model import loading
 from sage.model.engine import Frozen, init_distributed
@@ -55,7 +55,7 @@ def main() -> None:
     folder = loading.resolve_model(cfg, CACHE)
     dtype = loading.compute_dtype(cfg, device)
     pairs = tokenize_pairs(
-        load_pairs(PAIRS, limit=args.pairs),
+        read_pair_set(PAIRS, limit=args.pairs),
         loading.load_tokenizer(folder, cfg),
         chat=ChatFormat(),
         max_length=args.max_length,

@@ -47,7 +47,7 @@ def main() -> None:
     scorer = Sage(drop_negative=0.3, drop_curvature=0.1, temperature=0.1, margin="mixed")
     setting = Setting(rng.random(n), np.ones(n, np.int64), args.steps, *scorer.draws(args.batch), 1, 0)
     names = np.array([str(i) for i in range(n)], dtype=object)
-    pairs: Any = SimpleNamespace(pair_ids=lambda: names)
+    pairs: Any = SimpleNamespace(pair_ids=lambda indices=slice(None): names[indices])
     model: Any = SimpleNamespace(lookup=rows, all_stats=lambda pairs, indices, logit: (rows(indices), None))
     curriculum = SageCurriculum(setting)
     seen = torch.zeros(len(PER_PAIR), args.batch)

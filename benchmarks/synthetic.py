@@ -149,8 +149,8 @@ class Task:
 
     # What Selection asks of the pairs, the reference and the forward.
 
-    def pair_ids(self) -> np.ndarray:
-        return np.array([str(i) for i in range(PAIRS)], dtype=object)
+    def pair_ids(self, indices: Any = slice(None)) -> np.ndarray:
+        return np.array([str(i) for i in range(PAIRS)], dtype=object)[indices]
 
     def lookup(self, indices: np.ndarray) -> PairLogps:
         return self.logps(self.start, indices)

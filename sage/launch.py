@@ -47,9 +47,9 @@ def read_inputs(cfg: RunConfig) -> None:
 
 @read_inputs.register
 def _(cfg: TrainConfig) -> None:
-    load_data(cfg.data)
+    load_data(cfg.data, cfg.cache_dir)
     if cfg.data.eval_path:
-        load_data(cfg.data, held_out=True)
+        load_data(cfg.data, cfg.cache_dir, held_out=True)
     for benchmark in cfg.benchmark.values():
         read_problems(benchmark)
     if cfg.command == "train":

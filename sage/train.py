@@ -49,7 +49,7 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
             # A step that is not finite changes nothing. The engine refuses such gradients by itself.
             grad_norm = engine.step(lr) if seen[LOSS].isfinite().all() else math.nan
             if not math.isfinite(grad_norm):
-                names = run.pairs.pair_ids()[choice.indices].tolist()
+                names = run.pairs.pair_ids(choice.indices).tolist()
                 raise not_finite(state.step + 1, names, seen[LOSS], grad_norm)
             run.selection.observe(choice.indices, seen)
             state.step += 1

@@ -23,7 +23,7 @@ from sage.data.chat import (
     tokenizer_fingerprint,
 )
 from sage.data.encoding import Encoder
-from sage.data.pairs import load_pairs
+from sage.data.pairs import read_pair_set
 from sage.data.placement import place
 from sage.data.tokens import tokenize_pairs
 from sage.util.errors import UserError
@@ -436,7 +436,7 @@ def test_shared_cases(file, name, tmp_path):
     path = SHARED_DATA.parent / "cases" / "data" / f"{file}.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here")
-    tokenizer, pairs = family(name), load_pairs(str(path))
+    tokenizer, pairs = family(name), read_pair_set(str(path))
     try:
         found = tokenize_pairs(
             pairs, tokenizer, chat=ChatFormat(), max_length=2048, num_proc=1, cache_dir=str(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import REPO
 
-from sage.answering.check import check_answers, without
+from sage.answering.check import check_answers
 from sage.data.pairs import load_pairs, read_pair_set, turns_of
 from sage.util.errors import UserError
 
@@ -604,8 +604,8 @@ def test_answers_of_both_sides_are_checked(tmp_path):
         {"prompt": [user("?"), says("1.")], **sides(" 2", " 3"), "answer": "4"},
         {"prompt": "?", "chosen": "8", "rejected": "9"},
     ]
-    pairs = load(tmp_path, *rows).pairs
-    check = check_answers(pairs)
+    source = load(tmp_path, *rows)
+    check = check_answers(source.pairs)
     assert check.checked == 4
     assert [(found.pair_id, found.reason, found.answer) for found in check.findings] == [
         ("2", "wrong_chosen", "4.0"),
@@ -613,7 +613,9 @@ def test_answers_of_both_sides_are_checked(tmp_path):
         ("3", "right_rejected", "4"),
         ("4", "wrong_chosen", "4"),
     ]
-    assert without(pairs, check.findings)["pair_id"][:] == ["1", "5", "6"]
+    left = source.without({found.pair_id for found in check.findings})
+    assert left.pairs["pair_id"][:] == ["1", "5", "6"] and left.count == 3
+    assert left.content != source.content
     assert "2 chosen are wrong, 2 rejected are right; these 3 pairs are dropped" in check.summary(True)
 
 

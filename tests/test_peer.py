@@ -20,7 +20,7 @@ import pytest
 
 from sage.curriculum import Shuffled
 from sage.data.chat import ChatFormat
-from sage.data.pairs import load_pairs
+from sage.data.pairs import read_pair_set
 from sage.data.tokens import tokenize_pairs
 from sage.training.metrics import PER_PAIR
 
@@ -102,7 +102,7 @@ def test_the_same_tokens(trl_run, tiny_model, pair_file, tmp_path):
     from transformers import AutoTokenizer
 
     pairs = tokenize_pairs(
-        load_pairs(str(pair_file)),
+        read_pair_set(str(pair_file)),
         AutoTokenizer.from_pretrained(tiny_model),
         chat=ChatFormat(False),
         max_length=256,

@@ -21,7 +21,7 @@ from conftest import make_pairs, write_jsonl
 from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_difference, metrics
 
 from sage.data.chat import ChatFormat
-from sage.data.pairs import load_pairs
+from sage.data.pairs import load_pairs, read_pair_set
 from sage.data.source import write_rows
 from sage.data.tokens import tokenize_pairs
 from sage.util.errors import UserError
@@ -74,7 +74,7 @@ def pairs(common, tiny_model):
     from transformers import AutoTokenizer
 
     return tokenize_pairs(
-        load_pairs(common[2].split("=")[1]),
+        read_pair_set(common[2].split("=")[1]),
         AutoTokenizer.from_pretrained(tiny_model),
         chat=ChatFormat(),
         max_length=200,

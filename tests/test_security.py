@@ -185,7 +185,7 @@ def test_pair_files_that_are_pickles(suffix, marker, tmp_path):
     file = tmp_path / f"pairs.{suffix}"
     file.write_bytes(pickle.dumps(Payload(marker)))
     with pytest.raises(UserError, match="pairs"):
-        load_data(DataConfig(path=str(file)))
+        load_data(DataConfig(path=str(file)), None)
 
 
 def test_a_dataset_folder_with_a_script(marker, tmp_path):
@@ -194,7 +194,7 @@ def test_a_dataset_folder_with_a_script(marker, tmp_path):
     (folder / "rows.py").write_text(f"open({str(marker)!r}, 'w')\n")
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pairs(4)))
     try:
-        assert len(load_data(DataConfig(path=str(folder))).pairs) == 4
+        assert len(load_data(DataConfig(path=str(folder)), None).pairs) == 4
     except UserError as e:
         assert str(folder) in str(e)
 

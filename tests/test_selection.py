@@ -418,7 +418,8 @@ class FakeRun:
                 None,
             )
         )
-        self.scorer, self.tmp_path, self.pairs = scorer, tmp_path, SimpleNamespace(pair_ids=lambda: ids)
+        self.scorer, self.tmp_path = scorer, tmp_path
+        self.pairs = SimpleNamespace(pair_ids=lambda indices=slice(None): ids[indices])
         curriculum = curriculum or Curriculum(setting_of(scorer, 12))
         log = PairLog(tmp_path, expected=1, limit=rows, main=True)
         self.selection = Selection(scorer, curriculum, DPO(), self.pairs, forward, reference, log, 2, 0)  # pyright: ignore

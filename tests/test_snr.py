@@ -14,7 +14,7 @@ from many_runs import ERROR_FILE, column, execute, freeze, largest_difference
 
 from sage.curriculum import Shuffled
 from sage.data.chat import ChatFormat
-from sage.data.pairs import load_pairs
+from sage.data.pairs import read_pair_set
 from sage.data.tokens import tokenize_pairs
 from sage.scorers import PairStats, Scorer
 from sage.training import snr
@@ -194,7 +194,7 @@ def test_equals_per_pair_gradients(runs, common, tiny_model):
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     pairs = tokenize_pairs(
-        load_pairs(common[2].split("=")[1]),
+        read_pair_set(common[2].split("=")[1]),
         AutoTokenizer.from_pretrained(tiny_model),
         chat=ChatFormat(),
         max_length=130,

@@ -194,7 +194,8 @@ def test_bad_row_is_refused_with_file_and_row_or_dropped(row, reason, write):
     assert reason in str(error.value) and f"{path}:2: " in str(error.value)
     with pytest.raises(UserError, match="1 of 2 rows are bad"):
         load_pairs(path, max_bad=0.49)
-    pairs, dropped, _ = read_pair_set(path, max_bad=0.5)
+    found = read_pair_set(path, max_bad=0.5)
+    pairs, dropped = found.pairs, found.dropped
     assert pairs["pair_id"][:] == ["a"]
     assert [(gone.row, gone.reason) for gone in dropped] == [(2, "bad_row")] and reason in dropped[0].detail
 
@@ -203,7 +204,8 @@ def test_bad_row_is_refused_with_file_and_row_or_dropped(row, reason, write):
 def test_pairs_that_teach_nothing_are_dropped_and_counted(row, reason, write):
     """Protects a large set from one equal or empty pair, as public sets have: dropped, never silently."""
     path = write(PLAIN, {**row, "pair_id": "x"})
-    pairs, dropped, _ = read_pair_set(path)
+    found = read_pair_set(path)
+    pairs, dropped = found.pairs, found.dropped
     assert len(pairs) == 1
     assert [(gone.row, gone.pair_id, gone.reason) for gone in dropped] == [(2, "x", reason)]
     with pytest.raises(UserError, match=f"no pair is left of 1 rows; dropped: 1 {reason}"):

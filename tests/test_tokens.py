@@ -9,10 +9,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from sage.data import picked, store
 from sage.data import tokens as tokenized
 from sage.data.chat import ChatFormat
 from sage.data.columns import to_column, to_lists
-from sage.data.pairs import load_pairs
+from sage.data.pairs import read_pair_set
 from sage.data.tokens import TokenizedPairs, tokenize_pairs
 from sage.util.errors import UserError
 
@@ -101,7 +102,7 @@ def test_columns_of_ids_keep_every_row():
 
 def test_chat_ids_are_the_templates_own(tokenizer, write, tokenise):
     """Protects the prompt, up to the assistant's turn, and the response, to its end token."""
-    pair = tokenise(load_pairs(write(PLAIN)), tokenizer)[0]
+    pair = tokenise(read_pair_set(write(PLAIN)), tokenizer)[0]
     assert (
         tokenizer.decode(pair.prompt_ids)
         == f"<|im_start|>user\n{PLAIN['prompt']}<|im_end|>\n<|im_start|>assistant\n"
@@ -119,7 +120,7 @@ def test_tokens_never_merge_across_the_boundary(tokenizer, write, tokenise):
 
     assert len(ids("foobar")) < len(ids("foo")) + len(ids("bar")), "the tokenizer no longer sets the trap"
     path = write({"prompt": "foo", "chosen": "bar", "rejected": "foo"})
-    pair = tokenise(load_pairs(path), tokenizer, chat_template=False)[0]
+    pair = tokenise(read_pair_set(path), tokenizer, chat_template=False)[0]
     eos = [tokenizer.eos_token_id]
     assert pair[2:] == (ids("foo"), ids("bar") + eos, ids("foo") + eos)
 
@@ -138,7 +139,7 @@ def test_a_response_ends_in_exactly_one_end_token(case, pad, write, tokenise):
     """Protects trap 3, whatever a template writes after the text and whether or not pad is eos."""
     template, expected = TEMPLATES[case]
     tokenizer = make_tokenizer(template, pad=pad)
-    pair = tokenise(load_pairs(write({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})), tokenizer)[0]
+    pair = tokenise(read_pair_set(write({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})), tokenizer)[0]
     assert tokenizer.decode(pair.chosen_ids) == expected
 
 
@@ -146,7 +147,7 @@ def test_a_response_ends_in_exactly_one_end_token(case, pad, write, tokenise):
 def test_end_tokens_inside_the_text(chat_template, tokenizer, write, tokenise):
     """Protects the text after a special token in a response, and data that already ends in eos."""
     path = write({"prompt": "q", "chosen": "a<|im_start|>b", "rejected": "c<|im_end|>"})
-    pair = tokenise(load_pairs(path), tokenizer, chat_template)[0]
+    pair = tokenise(read_pair_set(path), tokenizer, chat_template)[0]
     assert tokenizer.decode(pair.chosen_ids) == "a<|im_start|>b<|im_end|>"
     assert tokenizer.decode(pair.rejected_ids) == "c<|im_end|>"
 
@@ -154,7 +155,7 @@ def test_end_tokens_inside_the_text(chat_template, tokenizer, write, tokenise):
 def test_plain_prompt_keeps_begin_and_loses_end(write, tokenise):
     """Protects plain text from tokenizers that close every text: an eos between prompt and response."""
     tokenizer = make_tokenizer(template=None, bos=True)
-    pair = tokenise(load_pairs(write(PLAIN)), tokenizer, chat_template=False)[0]
+    pair = tokenise(read_pair_set(write(PLAIN)), tokenizer, chat_template=False)[0]
     assert tokenizer.decode(pair.prompt_ids) == "<|bos|>" + PLAIN["prompt"]
     assert tokenizer.decode(pair.chosen_ids) == PLAIN["chosen"] + "<|im_end|>"
 
@@ -163,33 +164,33 @@ def test_mismatch_of_data_and_template(tokenizer, write, tokenise):
     """Protects from a chat flattened to text, and from a template that is missing,
     refuses or cannot end."""
     with pytest.raises(UserError, match=r"pair 1: .*data\.chat_template=true"):
-        tokenise(load_pairs(write(CONVERSATION)), tokenizer, chat_template=False)
+        tokenise(read_pair_set(write(CONVERSATION)), tokenizer, chat_template=False)
     with pytest.raises(UserError, match=r"data\.chat_template=false"):
-        tokenise(load_pairs(write(PLAIN)), make_tokenizer(template=None))
+        tokenise(read_pair_set(write(PLAIN)), make_tokenizer(template=None))
     with pytest.raises(UserError, match=r"row 1 \(pair 1\): .*no system"):
-        tokenise(load_pairs(write(PLAIN)), make_tokenizer("{{ raise_exception('no system') }}"))
+        tokenise(read_pair_set(write(PLAIN)), make_tokenizer("{{ raise_exception('no system') }}"))
     endless = make_tokenizer()
     endless.eos_token = None
     with pytest.raises(UserError, match="no end token"):
-        tokenise(load_pairs(write(PLAIN)), endless)
+        tokenise(read_pair_set(write(PLAIN)), endless)
 
 
 def test_dropped_pairs_are_counted_never_cut(tokenizer, write, tokenise):
     """Protects trap 2, and the counts that the run reports."""
     rows = [PLAIN, {**PLAIN, "rejected": "5 " * 100}, {**PLAIN, "chosen": "4", "rejected": "4<|im_end|>"}]
-    data = load_pairs(write(*rows))
+    data = read_pair_set(write(*rows))
     whole = tokenise(data, tokenizer)
     assert whole.dropped == {"too_long": [], "same_tokens": ["3"]} and len(whole) == 2
     exact = int(whole.lengths()[0, 0] + whole.lengths()[0, 1:].max())
     fits = tokenise(data, tokenizer, max_length=exact)
     assert fits.dropped == {"too_long": ["2"], "same_tokens": ["3"]} and fits[0] == whole[0]
     with pytest.raises(UserError, match=rf"no pair is left of 3.*data\.max_length={exact - 20}"):
-        tokenise(data.select([0, 1, 1]), tokenizer, max_length=exact - 20)
+        tokenise(read_pair_set(write(*rows[:2], rows[1])), tokenizer, max_length=exact - 20)
 
 
 def test_lengths(tokenizer, write, tokenise):
     """Protects the packer's only view of the data."""
-    data = tokenise(load_pairs(write(PLAIN, {**PLAIN, "rejected": "No idea"})), tokenizer)
+    data = tokenise(read_pair_set(write(PLAIN, {**PLAIN, "rejected": "No idea"})), tokenizer)
     assert np.array_equal(data.lengths(), [[len(ids) for ids in data[i][2:]] for i in range(len(data))])
     assert data.lengths().dtype == np.int64
 
@@ -198,7 +199,7 @@ def test_lengths(tokenizer, write, tokenise):
 def test_common_prefix(heads, monkeypatch):
     """The longest common beginning that leaves every prompt a token of its own, and none that
     is too short to pay."""
-    monkeypatch.setattr("sage.data.tokens.PREFIX_ROWS", 2)
+    monkeypatch.setattr("sage.data.picked.PREFIX_ROWS", 2)
     ids = list(range(100, 130))
     prompts = [ids[: heads[i % 2]] + [i, i, i] for i in range(5)]
     prompts.append(ids)  # one that is all prefix
@@ -214,16 +215,16 @@ def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tm
     calls = []
     encode = tokenized.Encoder.__call__
     monkeypatch.setattr(tokenized.Encoder, "__call__", lambda *args: calls.append(1) or encode(*args))
-    data, tokenizer = load_pairs(write(PLAIN)), make_tokenizer()
+    data, tokenizer = read_pair_set(write(PLAIN)), make_tokenizer()
     first = tokenise(data, tokenizer)
     tokenizer(["a", "b b b"], padding=True, truncation=True, max_length=2)
-    again = tokenise(load_pairs(write(PLAIN)), tokenizer)
+    again = tokenise(read_pair_set(write(PLAIN)), tokenizer)
     assert len(calls) == 1 and again.fingerprint == first.fingerprint and again[0] == first[0]
     assert again.dropped == first.dropped
     prints = {first.fingerprint}
     for changed in (
-        tokenise(load_pairs(write({**PLAIN, "chosen": "Four"})), tokenizer),
-        tokenise(load_pairs(write({**PLAIN, "pass_rate": 0.5})), tokenizer),
+        tokenise(read_pair_set(write({**PLAIN, "chosen": "Four"})), tokenizer),
+        tokenise(read_pair_set(write({**PLAIN, "pass_rate": 0.5})), tokenizer),
         tokenise(data, make_tokenizer(CHATML + " ")),
         tokenise(data, tokenizer, chat_template=False),
         tokenise(data, tokenizer, max_length=511),
@@ -235,11 +236,13 @@ def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tm
 
 def test_parallel_and_serial_give_the_same(tokenizer, tokenise, write, monkeypatch, tmp_path):
     """Protects order, ids and fingerprint from the number of processes and chunks."""
-    data = load_pairs(write(*({**PLAIN, "chosen": f"It is {i}"} for i in range(40))))
+    data = read_pair_set(write(*({**PLAIN, "chosen": f"It is {i}"} for i in range(40))))
     serial = tokenise(data, tokenizer)
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
-    monkeypatch.setattr(tokenized, "PARALLEL_FROM", 10)
+    monkeypatch.setattr(picked, "PARALLEL_FROM", 10)
+    monkeypatch.setattr(picked, "BATCH", 7)
+    monkeypatch.setattr(store, "BATCH_BYTES", 2000)
     parallel = tokenise(data, tokenizer, num_proc=2)
     assert parallel.fingerprint == serial.fingerprint
     assert parallel.data[:] == serial.data[:]
@@ -251,7 +254,7 @@ def test_parallel_and_serial_give_the_same(tokenizer, tokenise, write, monkeypat
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
 def test_a_damaged_cache_is_made_again(damage, write, tokenise, tmp_path, capsys):
     """Protects from ids that a full disk or a bad sector left behind: one line, and the right ids."""
-    data, tokenizer = load_pairs(write(PLAIN)), make_tokenizer()
+    data, tokenizer = read_pair_set(write(PLAIN)), make_tokenizer()
     first = tokenise(data, tokenizer)[0]
     (file,) = (tmp_path / "cache").glob("pairs-*.arrow")
     content = file.read_bytes()
@@ -277,13 +280,13 @@ def test_tokens_without_an_embedding_are_refused(write, tokenise, tmp_path):
     count = len(tokenizer)
     tokenizer.add_tokens([AddedToken("<|new2|>", special=True)])
     tokenizer = with_config(tokenizer, tmp_path / "model", model_type="llama", vocab_size=count)
-    assert len(tokenise(load_pairs(write(PLAIN)), tokenizer)) == 1
+    assert len(tokenise(read_pair_set(write(PLAIN)), tokenizer)) == 1
     path = write(PLAIN, {"prompt": "Say <|new2|>", "chosen": "4 <|new2|> a", "rejected": "5"})
     for _ in range(2):  # from the cache, too
         with pytest.raises(
             UserError, match=rf"row 2 \(pair 2\).*'<\|new2\|>' with id {count},.*below {count}"
         ):
-            tokenise(load_pairs(path), tokenizer)
+            tokenise(read_pair_set(path), tokenizer)
 
 
 @pytest.mark.parametrize("family", [{"model_type": "gpt2", "n_positions": 64}, {"model_type": "llama"}])
@@ -292,10 +295,10 @@ def test_pairs_beyond_the_models_positions_are_dropped(family, write, tokenise, 
     keys = {"max_position_embeddings": 64} if family["model_type"] == "llama" else {}
     tokenizer = with_config(make_tokenizer(), tmp_path / "model", vocab_size=400, **family, **keys)
     long = {"prompt": "word " * 60, "chosen": "a b c", "rejected": "d e f"}
-    pairs = tokenise(load_pairs(write(PLAIN, long)), tokenizer)
+    pairs = tokenise(read_pair_set(write(PLAIN, long)), tokenizer)
     assert len(pairs) == 1 and pairs.dropped["beyond_positions"] == ["2"] and not pairs.dropped["too_long"]
     with pytest.raises(UserError, match=r"no pair is left of 1.*max_length=512.*64 positions"):
-        tokenise(load_pairs(write(long)), tokenizer)
+        tokenise(read_pair_set(write(long)), tokenizer)
 
 
 def test_scaled_positions_count(tmp_path):
@@ -312,7 +315,7 @@ def test_scaled_positions_count(tmp_path):
 def test_a_share_of_bad_pairs_may_be_dropped(write, tmp_path):
     """Protects large public sets from one row that the template refuses, and small ones from losing many."""
     refuses = CHATML + "{% if 'no' in messages[0].content %}{{ raise_exception('not this') }}{% endif %}"
-    data = load_pairs(write(*[{**PLAIN, "prompt": f"q {i}"} for i in range(9)], {**PLAIN, "prompt": "no"}))
+    data = read_pair_set(write(*[{**PLAIN, "prompt": f"q {i}"} for i in range(9)], {**PLAIN, "prompt": "no"}))
     options = {"chat": ChatFormat(), "max_length": 512, "num_proc": 1, "cache_dir": str(tmp_path)}
     pairs = tokenize_pairs(data, make_tokenizer(refuses), max_bad=0.1, **options)
     assert (

@@ -21,7 +21,7 @@ from sage.config import OptimizerConfig
 from sage.curriculum import Shuffled
 from sage.data.chat import ChatFormat
 from sage.data.packing import plan
-from sage.data.pairs import load_pairs
+from sage.data.pairs import read_pair_set
 from sage.data.tokens import tokenize_pairs
 from sage.train import learning_rate
 from sage.training.hooks import Hook
@@ -74,7 +74,7 @@ def tokenized(common):
 
     path, model, cache = (common[i].split("=", 1)[1] for i in (2, 1, 8))
     return tokenize_pairs(
-        load_pairs(path),
+        read_pair_set(path),
         AutoTokenizer.from_pretrained(model),
         chat=ChatFormat(),
         max_length=130,

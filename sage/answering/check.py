@@ -60,12 +60,6 @@ def check_answers(pairs: datasets.Dataset) -> AnswerCheck:
     return AnswerCheck(len(rows), findings)
 
 
-def without(pairs: datasets.Dataset, findings: list[Finding]) -> datasets.Dataset:
-    """The pairs that no finding names."""
-    named = {finding.pair_id for finding in findings}
-    return pairs.select([index for index, pair_id in enumerate(pairs["pair_id"]) if pair_id not in named])
-
-
 def _true_answer(text: str) -> str:
     if re.search(r"^\s*####", text, re.M):
         return hashed(text) or text

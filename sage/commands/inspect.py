@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ import numpy as np
 import pyarrow.compute as pc
 from rich.table import Table
 
-from sage.answering.check import Finding, check_answers, without
+from sage.answering.check import Finding, check_answers
 from sage.config import DataConfig, InspectConfig, ModelConfig
 from sage.data.chat import ChatFormat, Renderer, response_ends
-from sage.data.columns import to_lists
+from sage.data.columns import IDS, to_lists
 from sage.data.display import COLOURS, MARKUP, WARNINGS, foreign_markup, shown, texts_of, warnings_of
 from sage.data.pairs import Dropped, PairSet, load_data
 from sage.data.source import resolve_path
-from sage.data.tokens import IDS, Pair, TokenizedPairs, tokenize_pairs
+from sage.data.tokens import Pair, TokenizedPairs, tokenize_pairs
 from sage.model import loading
 from sage.util.errors import UserError
 from sage.util.files import write_whole
@@ -38,11 +39,11 @@ def inspect(cfg: InspectConfig) -> None:
     Raises:
         UserError: the same as `sage train` would, for its data and tokenizer.
     """
-    source, wrong = with_answers_checked(load_data(cfg.data), cfg.data)
+    source, wrong = with_answers_checked(load_data(cfg.data, cfg.cache_dir), cfg.data)
     tokenizer = loading.load_tokenizer(tokenizer_folder(cfg.model, cfg.cache_dir), cfg.model)
     chat = ChatFormat.of(cfg.data)
     pairs = tokenize_pairs(
-        source.pairs,
+        source,
         tokenizer,
         chat=chat,
         max_length=cfg.data.max_length,
@@ -75,7 +76,7 @@ def with_answers_checked(source: PairSet, data: DataConfig) -> tuple[PairSet, li
         return source, []
     drop = data.answers == "drop"
     check = check_answers(source.pairs)
-    source = source._replace(notes=[*source.notes, check.summary(drop)])
+    source = replace(source, notes=[*source.notes, check.summary(drop)])
     if not drop:
         return source, check.findings
     first = {finding.pair_id: finding for finding in reversed(check.findings)}
@@ -89,10 +90,10 @@ def with_answers_checked(source: PairSet, data: DataConfig) -> tuple[PairSet, li
         )
         for pair_id, finding in first.items()
     ]
-    pairs = without(source.pairs, check.findings).flatten_indices()
-    if not len(pairs):
+    left = source.without(first)
+    if not left.count:
         raise UserError(f"{data.path}: data.answers=drop leaves no pair; data.answers=check lists them")
-    return source._replace(pairs=pairs, dropped=[*source.dropped, *dropped]), []
+    return replace(left, dropped=[*source.dropped, *dropped]), []
 
 
 def tokenizer_folder(cfg: ModelConfig, cache_dir: str) -> str:

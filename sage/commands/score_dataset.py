@@ -132,7 +132,7 @@ def run_models(
     missing = [number for number in range(len(shards)) if not shard_file(folder, number).exists()]
     missing = forward.engine.gather(missing)[0]  # rank 0 writes the files, so it decides
     counts = [len(shards[number]) for number in missing]
-    pair_ids, pass_rates, lengths = pairs.pair_ids(), pairs.pass_rates(), pairs.lengths().astype(np.int32)
+    pass_rates, lengths = pairs.pass_rates(), pairs.lengths().astype(np.int32)
     for number in track(missing, "pairs", sum(counts), lambda number: len(shards[number])):
         indices = shards[number]
         logps, logit = forward.all_stats(pairs, indices, logit=True)
@@ -141,7 +141,7 @@ def run_models(
         if forward.engine.rank == 0:
             prompt_tokens, chosen_tokens, rejected_tokens = lengths[indices].T
             columns = {
-                "pair_id": pair_ids[indices],
+                "pair_id": pairs.pair_ids(indices),
                 "pass_rate": pass_rates[indices],
                 "prompt_tokens": prompt_tokens,
                 "chosen_tokens": chosen_tokens,
@@ -252,7 +252,7 @@ def write_top(cfg: ScoreConfig, run_dir: Path, pair_ids: list[str]) -> Path:
     """Write the rows of these pairs, unchanged, to RUN_DIR/top."""
     data, wanted = cfg.data, set(pair_ids)
     assert data.path is not None
-    source = load_data(data).pairs
+    source = load_data(data, cfg.cache_dir).pairs
     rows = [row for row, pair_id in zip(source["row"], source["pair_id"], strict=True) if pair_id in wanted]
     return write_rows(data.path, rows, run_dir / "top", split=data.split)
 

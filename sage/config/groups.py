@@ -206,7 +206,7 @@ class DataConfig(ChatConfig):
     max_length: int = key(
         2048, "pairs whose prompt + longer response have more tokens are dropped and counted", low=2
     )
-    num_proc: int = key(1, "processes that tokenise", low=1)
+    num_proc: int | None = key(None, "processes that tokenise; null = one per CPU core", low=1)
     packing: str = key(
         "auto",
         "shared: no padding, and text that prompts have in common is computed once; unshared: no padding; "

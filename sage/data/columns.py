@@ -7,6 +7,15 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def lengths_of(table: pa.Table | pa.RecordBatch) -> np.ndarray:
+    """int64 [rows, 3]: how many ids of prompt, chosen and rejected each row has; 0 for null."""
+    columns = [pc.list_value_length(table[name]).fill_null(0).to_numpy() for name in IDS]  # pyright: ignore
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
 def to_column(rows: Sequence[list[int] | None]) -> pa.ListArray:

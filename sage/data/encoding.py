@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from sage.data.chat import Renderer, encode_heads, encode_texts, tokenizer_fingerprint
+from sage.data.columns import IDS
 from sage.data.fields import Refused
 from sage.data.placement import Placed, place
 from sage.util.errors import UserError
 
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SIDES = ("chosen", "rejected")
 # Texts that may stand before a response in place of its prompt, to encode it as no text's beginning.
 CONTEXTS = ("\n", ".", "a", "1")

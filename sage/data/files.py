@@ -3,12 +3,13 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sage.util.errors import UserError
@@ -41,13 +42,14 @@ def kind_of(file: Path) -> str | None:
 def read_file(name: str, file: Path, split: str) -> Iterator[tuple[int, Any]]:
     """(1-based number, record) of each row; a UserError in place of one that cannot be read."""
     kind = kind_of(file)
-    if kind in ("parquet", "arrow"):
-        data = read_parquet(name, file) if kind == "parquet" else _arrow(name, file)
-        yield from enumerate(read_records(data), 1)
+    if kind == "arrow":
+        yield from enumerate(read_records(_arrow(name, file)), 1)
         return
     try:
         if kind == "csv":
             yield from _read_csv(name, file)
+        elif kind == "parquet":
+            yield from enumerate(_stored(_parquet_batches(name, file)), 1)
         elif (document := read_document(name, file, split)) is not None:
             yield from enumerate(document, 1)
         else:
@@ -211,6 +213,13 @@ def read_parquet(name: str, file: Path) -> datasets.Dataset:
         raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
 
 
+def _parquet_batches(name: str, file: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from pq.ParquetFile(file).iter_batches(BATCH)
+    except Exception as error:
+        raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
+
+
 def _arrow(name: str, file: Path) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_file(str(file))
@@ -220,8 +229,12 @@ def _arrow(name: str, file: Path) -> datasets.Dataset:
 
 def read_records(data: datasets.Dataset) -> Iterator[dict[str, Any]]:
     """Rows as they are stored: an image stays its bytes."""
-    for batch in data.with_format("arrow").iter(BATCH):
-        for record in batch.to_pylist():  # pyright: ignore
+    return _stored(data.with_format("arrow").iter(BATCH))
+
+
+def _stored(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for record in batch.to_pylist():
             yield {column: _without_nulls(value) for column, value in record.items()}
 
 

@@ -8,41 +8,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import tokenizers
 import transformers
 
-from sage.data import chat as chat_module
-from sage.data import encoding, fields, placement
+from sage.data import store
 from sage.data.chat import ChatFormat, Renderer
-from sage.data.columns import to_column
-from sage.data.encoding import IDS, Encoder
+from sage.data.columns import lengths_of
+from sage.data.encoding import Encoder
+from sage.data.pairs import PairSet
+from sage.data.picked import KEPT, Limits, Picked, Prefix, encoded
 from sage.data.source import first_five
-from sage.util import thoughts
+from sage.util import ranks, thoughts
 from sage.util.errors import UserError
-from sage.util.files import write_whole
-from sage.util.progress import console, track
+from sage.util.files import source_digest
 
-PARALLEL_FROM = 2000  # rows; below this, starting worker processes costs more than it saves
-BATCH = 1000  # rows encoded at a time
 SHORTEST_PREFIX = 8  # tokens; the keys and values of a shorter common prefix are not worth copying
-PREFIX_ROWS = 4096  # prompts compared at a time: all of a large set at once would take gigabytes
-RULES = placement.RULES | {
-    "other_tokenizer": "the sampled token ids belong to another tokenizer, so the texts are encoded instead"
-}
-ENCODED = pa.schema(
-    [("pair_id", pa.string()), ("pass_rate", pa.float64())]
-    + [(name, pa.list_(pa.int32())) for name in IDS]
-    + [("rules", pa.list_(pa.string())), ("reason", pa.string()), ("detail", pa.string())]
-)
 
 
 class Pair(NamedTuple):
@@ -57,11 +43,12 @@ class Pair(NamedTuple):
 class TokenizedPairs:
     """Pairs ready for training.
 
-    data: a dataset with Pair's columns.
+    data: a dataset with Pair's columns, mapped from a file of which only what is asked for is read.
     dropped: reason -> pair_ids.
     fingerprint: names these very ids.
     notes: what the user should know about how the pairs were encoded, one sentence each.
     details: pair_id -> why it was dropped, for pairs whose reason alone does not say it.
+    shared: how many tokens all prompts share at their start, if it is known.
     """
 
     data: datasets.Dataset
@@ -69,6 +56,7 @@ class TokenizedPairs:
     fingerprint: str
     notes: list[str] = dataclasses.field(default_factory=list)
     details: dict[str, str] = dataclasses.field(default_factory=dict)
+    shared: int | None = None
 
     def __len__(self) -> int:
         return len(self.data)
@@ -76,47 +64,44 @@ class TokenizedPairs:
     def __getitem__(self, index: int) -> Pair:
         return Pair(**self.data[index])
 
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        lengths = lengths_of(self.data.data.table)
+        lengths.setflags(write=False)
+        return lengths
+
     def lengths(self) -> np.ndarray:
         """int64 [pairs, 3]: tokens of prompt, chosen and rejected."""
-        return _lengths(self.data.data.table)
+        return self._lengths
 
-    def pair_ids(self) -> np.ndarray:
-        """str objects [pairs]."""
-        return np.array(self.data.data.table["pair_id"].to_pylist(), dtype=object)
+    def pair_ids(self, indices: np.ndarray | None = None) -> np.ndarray:
+        """str objects: of all pairs, or of those at `indices`."""
+        column = self.data.data.table["pair_id"]
+        names = column.to_pylist() if indices is None else [column[int(index)].as_py() for index in indices]
+        return np.array(names, dtype=object)
 
     @cached_property
     def common_prefix(self) -> int:
         """How many tokens all prompts share at their start, at least one short of each; 0 if few."""
-        table = self.data.data.table
-        common = int(self.lengths()[:, 0].min()) - 1
-        first = np.array(table["prompt_ids"][0].as_py()[:common])
-        for chunk in table["prompt_ids"].chunks:
-            ids, starts = chunk.values.to_numpy(), chunk.offsets.to_numpy()[:-1]
-            for row in range(0, len(starts), PREFIX_ROWS):
-                heads = ids[starts[row : row + PREFIX_ROWS, None] + np.arange(common)]
-                differs = np.flatnonzero((heads != first[:common]).any(0))
-                common = int(differs[0]) if len(differs) else common
-        return common if common >= SHORTEST_PREFIX else 0
+        prefix = Prefix()
+        if self.shared is None:
+            for chunk in self.data.data.table["prompt_ids"].chunks:
+                prefix.see(chunk)
+        shared = prefix.length or 0 if self.shared is None else self.shared
+        return shared if shared >= SHORTEST_PREFIX else 0
 
     def pass_rates(self) -> np.ndarray:
         """float64 [pairs], NaN where unknown."""
         return self.data.data.table["pass_rate"].to_numpy().astype(np.float64)
 
 
-class Limits(NamedTuple):
-    """What a model can take: ids below `vocabulary`, texts of up to `positions` tokens; None = no limit."""
-
-    vocabulary: int | None = None
-    positions: int | None = None
-
-
 def tokenize_pairs(
-    pairs: datasets.Dataset,
+    source: PairSet,
     tokenizer: Any,
     *,
     chat: ChatFormat,
     max_length: int,
-    num_proc: int,
+    num_proc: int | None,
     cache_dir: str,
     max_bad: float = 0.0,
 ) -> TokenizedPairs:
@@ -126,8 +111,10 @@ def tokenize_pairs(
     the longer response exceed `max_length`, "beyond_positions" where they exceed the model's positions,
     "same_tokens" where both responses have the same ids, and those of `sage.data.placement`.
 
+    The first rank of a machine calls this before the others, and checks that the cache is intact.
+
     Args:
-        pairs: the columns that `sage.data.pairs` documents.
+        num_proc: processes that tokenise; None = one per CPU core.
         max_bad: the largest share of pairs that may be impossible to encode.
 
     Raises:
@@ -138,16 +125,23 @@ def tokenize_pairs(
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), so a response could not end")
     limits = model_limits(str(tokenizer.name_or_path or ""))
-    key = _cache_key(pairs, renderer, max_length, limits)
+    key = _cache_key(source.content, renderer, max_length, limits)
     file = Path(cache_dir, f"pairs-{key}.arrow").expanduser()
-    if not file.exists() or (found := _read(file, key)) is None:
-        table = _encode_all(pairs, Encoder(renderer), num_proc)
-        _write(file, *_select(table, max_length, limits), key)
-        found = _read(file, key)
-        assert found is not None
-    data, notes = found
-    _check(data, notes, pairs, max_length, max_bad, limits, tokenizer)
-    return TokenizedPairs(data, notes["dropped"], notes["fingerprint"], notes["notes"], notes["details"])
+    what = "the pairs are tokenised again"
+
+    def make() -> None:
+        picked = Picked(key, max_length, limits)
+        batches = map(picked.pick, encoded(source.pairs, Encoder(renderer), num_proc))
+        store.write_table(file, KEPT, batches, picked.notes)
+
+    notes = store.made_once(file, make, what)
+    if ranks.local_rank() == 0:
+        data = store.open_intact(file, make, what)
+    else:
+        data = store.open_table(file)
+    _check(data, notes, source, max_length, max_bad, limits, tokenizer)
+    said = ("dropped", "fingerprint", "notes", "details", "shared")
+    return TokenizedPairs(data, *(notes[name] for name in said))
 
 
 def model_limits(folder: str) -> Limits:
@@ -168,7 +162,7 @@ def model_limits(folder: str) -> Limits:
     return Limits(getattr(config, "vocab_size", None), positions)
 
 
-def _cache_key(pairs: datasets.Dataset, renderer: Renderer, max_length: int, limits: Limits) -> str:
+def _cache_key(content: str, renderer: Renderer, max_length: int, limits: Limits) -> str:
     """A hash of all that decides the ids. datasets' own hash of a function misses a tokenizer's state."""
     tokenizer = renderer.tokenizer
     if backend := getattr(tokenizer, "backend_tokenizer", None):
@@ -186,113 +180,28 @@ def _cache_key(pairs: datasets.Dataset, renderer: Renderer, max_length: int, lim
         tokenizers.__version__,
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for module in (chat_module, encoding, fields, placement, thoughts):
-        # An earlier version of sage may have had other rules.
-        digest.update(Path(str(module.__file__)).read_bytes())
-    digest.update(Path(__file__).read_bytes())
-    for start in range(0, len(pairs), BATCH):
-        digest.update(json.dumps(pairs[start : start + BATCH]).encode())
+    # An earlier version of sage may have had other rules.
+    digest.update(Path(str(thoughts.__file__)).read_bytes())
+    digest.update(f"{source_digest('data')} {content}".encode())
     return digest.hexdigest()[:32]
-
-
-def _encode_all(pairs: datasets.Dataset, encode: Encoder, num_proc: int) -> pa.Table:
-    many = len(pairs) > PARALLEL_FROM
-    if num_proc == 1 or not many:
-        starts = range(0, max(len(pairs), 1), BATCH)
-        title = "tokenising pairs" if many else None
-        tracked = track(starts, title, len(pairs), lambda start: min(BATCH, len(pairs) - start))
-        return pa.concat_tables([_as_table(pairs[start : start + BATCH], encode) for start in tracked])
-    mapped = pairs.map(
-        _as_table,
-        fn_kwargs={"encode": encode},
-        batched=True,
-        batch_size=BATCH,
-        num_proc=num_proc,
-        remove_columns=pairs.column_names,
-        features=datasets.Features.from_arrow_schema(ENCODED),
-        new_fingerprint="tokenised",  # unused: our own cache is keyed by content
-        keep_in_memory=True,
-        desc="Tokenising pairs",
-    )
-    return mapped.data.table.cast(ENCODED)
-
-
-def _as_table(batch: dict[str, list], encode: Encoder) -> pa.Table:
-    columns = encode(batch)
-    arrays = [
-        to_column(columns[name]) if name in IDS else pa.array(columns[name], ENCODED.field(name).type)
-        for name in ENCODED.names
-    ]
-    return pa.table(arrays, schema=ENCODED)
-
-
-def _select(table: pa.Table, max_length: int, limits: Limits) -> tuple[pa.Table, dict[str, Any]]:
-    """The pairs to keep, and what the user should know about all of them."""
-    lengths = _lengths(table)
-    totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    reasons = np.array(table["reason"].to_pylist(), dtype=object)
-    encoded = ~table["reason"].is_valid().to_numpy()
-    for index in np.flatnonzero((lengths[:, 1] == lengths[:, 2]) & encoded).tolist():
-        if table["chosen_ids"][index].equals(table["rejected_ids"][index]):
-            reasons[index] = "same_tokens"
-    if limits.positions:
-        reasons[encoded & (totals > limits.positions)] = "beyond_positions"
-    reasons[encoded & (totals > max_length)] = "too_long"
-    kept = np.array([reason is None for reason in reasons], dtype=bool)
-    rules = Counter(pc.list_flatten(table["rules"].filter(pa.array(kept))).to_pylist())  # pyright: ignore
-    ids, details = table["pair_id"].to_pylist(), table["detail"].to_pylist()
-    dropped: dict[str, list[str]] = {"too_long": [], "same_tokens": []}
-    for index in np.flatnonzero(~kept).tolist():
-        dropped.setdefault(str(reasons[index]), []).append(ids[index])
-    notes = {
-        "dropped": dropped,
-        "notes": [f"{rules[rule]} pairs: {sentence}" for rule, sentence in RULES.items() if rules[rule]],
-        "details": {pair_id: detail for pair_id, detail in zip(ids, details, strict=True) if detail},
-        "shortest": int(totals[encoded].min(initial=np.iinfo(np.int64).max)),
-    }
-    return table.filter(pa.array(kept)).select(list(Pair._fields)), notes
-
-
-def _write(file: Path, table: pa.Table, notes: dict[str, Any], key: str) -> None:
-    notes["fingerprint"] = _fingerprint(table, key)
-    table = table.replace_schema_metadata({"sage": json.dumps(notes)})
-
-    def write(path: Path) -> None:
-        with pa.ipc.new_stream(str(path), table.schema) as writer:
-            writer.write_table(table)
-
-    write_whole(file, write)
-
-
-def _read(file: Path, key: str) -> tuple[datasets.Dataset, dict[str, Any]] | None:
-    """The cached pairs and their notes; None, and one line, where the file is damaged."""
-    try:
-        with pa.memory_map(str(file)) as source:
-            notes = json.loads(pa.ipc.open_stream(source).schema.metadata[b"sage"])
-        data = datasets.Dataset.from_file(str(file))
-        if notes["fingerprint"] != _fingerprint(data.data.table, key):
-            raise ValueError("its content has changed")
-    except Exception as error:  # each layer that reads it has errors of its own
-        console.print(f"{file} is damaged, so the pairs are tokenised again: {error}")
-        return None
-    return data, notes
 
 
 def _check(
     data: datasets.Dataset,
     notes: dict[str, Any],
-    pairs: datasets.Dataset,
+    source: PairSet,
     max_length: int,
     max_bad: float,
     limits: Limits,
     tokenizer: Any,
 ) -> None:
     """Refuse pairs that could not be encoded, an empty set, and a token without an embedding."""
-    rows = dict(zip(*(pairs.data.table[name].to_pylist() for name in ("pair_id", "row")), strict=True))
-    refused = [f"row {rows[pair_id]} (pair {pair_id}): {why}" for pair_id, why in notes["details"].items()]
-    if len(refused) / len(pairs) > max_bad:
+    refused = [
+        f"row {notes['rows'][pair_id]} (pair {pair_id}): {why}" for pair_id, why in notes["details"].items()
+    ]
+    if len(refused) / source.count > max_bad:
         head = (
-            f"{len(refused)} of {len(pairs)} pairs cannot be trained on as they are; "
+            f"{len(refused)} of {source.count} pairs cannot be trained on as they are; "
             f"a share of data.max_bad={max_bad} may be dropped"
         )
         raise UserError(first_five(head, refused))
@@ -302,29 +211,14 @@ def _check(
         if limits.positions:
             limit += f" or the model's {limits.positions} positions"
         raise UserError(
-            f"no pair is left of {len(pairs)}: {counts}. The shortest pair has {notes['shortest']} tokens; "
+            f"no pair is left of {source.count}: {counts}. The shortest pair has {notes['shortest']} tokens; "
             f"pairs longer than {limit} are dropped"
         )
-    for name in IDS if limits.vocabulary else ():
-        largest = pc.max(pc.list_flatten(data.data.table[name])).as_py()  # pyright: ignore
-        if largest >= limits.vocabulary:
-            row = next(row for row, ids in enumerate(data.data.table[name]) if largest in ids.as_py())
-            pair_id = data.data.table["pair_id"][row].as_py()
+    for largest, row, pair_id in notes["largest"].values():
+        if limits.vocabulary and largest >= limits.vocabulary:
             raise UserError(
-                f"row {rows[pair_id]} (pair {pair_id}) has the token "
+                f"row {row} (pair {pair_id}) has the token "
                 f"{tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}, but the model has "
                 f"embeddings only for ids below {limits.vocabulary}: add embeddings to the model, or take "
                 "the token out of the data"
             )
-
-
-def _fingerprint(table: pa.Table, key: str) -> str:
-    digest = hashlib.sha256(key.encode() + _lengths(table).tobytes())
-    for name in IDS:
-        digest.update(pc.list_flatten(table[name]).to_numpy().tobytes())  # pyright: ignore
-    return digest.hexdigest()[:32]
-
-
-def _lengths(table: pa.Table) -> np.ndarray:
-    columns = [pc.list_value_length(table[name]).fill_null(0).to_numpy() for name in IDS]  # pyright: ignore
-    return np.stack(columns, axis=1).astype(np.int64)

@@ -132,7 +132,7 @@ def check_finite(logps: PairLogps, pairs: TokenizedPairs) -> None:
     """
     broken = ~(logps.chosen + logps.rejected).isfinite()
     if broken.any():
-        examples = named(pairs.pair_ids()[broken.cpu().numpy()].tolist())
+        examples = named(pairs.pair_ids(broken.cpu().numpy().nonzero()[0]).tolist())
         raise UserError(
             f"the model itself gives log-probabilities that are not finite for {int(broken.sum())} of "
             f"{len(pairs)} pairs, before any training: {examples}. Use model.dtype=float32 or another model, "

@@ -55,7 +55,7 @@ class Selection:
         seed: int,
     ):
         self.scorer, self.curriculum, self.loss, self.log = scorer, curriculum, loss, log
-        self.pairs, self.pair_ids, self.forward, self.reference = pairs, pairs.pair_ids(), forward, reference
+        self.pairs, self.forward, self.reference = pairs, forward, reference
         self.batch_size, self.seed, self.step = batch_size, seed, 0
         self.latest = Choice(np.empty(0, np.int64), loss, np.empty(0, np.int64))
         self.queue = self.latest.indices  # chosen, and not yet trained on
@@ -64,7 +64,7 @@ class Selection:
         self.other_margin = None
         if scorer.margins_from is not None:
             file = scorer.margins_from
-            self.other_margin = ranks.main_only(lambda: read_margins(file, self.pair_ids))
+            self.other_margin = ranks.main_only(lambda: read_margins(file, pairs.pair_ids()))
 
     def choose(self, step: int) -> Choice:
         """The pairs of this step. Called once for every step, in order."""
@@ -158,7 +158,7 @@ class Selection:
         if not len(broken):
             return
         self.dropped += len(broken)
-        names = ", ".join(self.pair_ids[broken[:5]])
+        names = ", ".join(self.pairs.pair_ids(broken[:5]))
         message = (
             f"step {self.step}: {len(broken)} of {candidates} candidates have no finite score, "
             f"for example {names}"
@@ -184,7 +184,7 @@ class Selection:
         )
         self.log.add(
             self.step + 1,
-            pair_id=self.pair_ids[indices],
+            pair_id=self.pairs.pair_ids(indices),
             stratum=self.curriculum.strata_of(indices),
             margin=u.numpy(),
             policy_mean=policy_mean.numpy(),

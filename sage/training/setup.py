@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sage.answering.check import check_answers, without
+from sage.answering.check import check_answers
 from sage.config import TrainConfig, build, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat, response_ends
@@ -134,22 +134,20 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
     """The config's pairs, or its held-out ones, tokenised; says how many there are, and what was dropped."""
     data = cfg.data
     path = data.eval_path if held_out else data.path
-    with activity(f"reading {path}"):
-        source = ranks.machine_first(lambda: load_data(data, held_out))
-    rows = source.pairs
+    source = ranks.machine_first(lambda: load_data(data, cfg.cache_dir, held_out))
     notes = list(source.notes)
     if data.answers:
         drop = data.answers == "drop"
         with activity("verifying answers"):
-            check = ranks.main_only(lambda: check_answers(rows))
+            check = ranks.main_only(lambda: check_answers(source.pairs))
         notes.append(check.summary(drop))
         list_rows(run_dir / "answers.jsonl", path, [found._asdict() for found in check.findings], held_out)
-        rows = without(rows, check.findings) if drop else rows
-        if not len(rows):
+        source = source.without({found.pair_id for found in check.findings}) if drop else source
+        if not source.count:
             raise UserError(f"{path}: data.answers=drop leaves no pair; data.answers=check lists them")
     pairs = ranks.machine_first(
         lambda: tokenize_pairs(
-            rows,
+            source,
             tokenizer,
             chat=ChatFormat.of(data),
             max_length=data.max_length,

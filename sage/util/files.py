@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `file`, flush it to disk, and rename it.
@@ -21,15 +23,26 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(file)
-    write(temporary)
-    fsync(temporary)
-    os.replace(temporary, file)
+    try:
+        write(temporary)
+        fsync(temporary)
+        os.replace(temporary, file)
+    except BaseException:  # a full disk gets its room back
+        temporary.unlink(missing_ok=True)
+        raise
     fsync(file.parent)
 
 
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other process uses, of this machine or another one."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
+def sweep(file: Path) -> None:
+    """Delete temporary files of `file` that processes of this machine left behind when they were killed."""
+    for left in file.parent.glob(f".{file.name}.{platform.node()}.*.tmp"):
+        if not psutil.pid_exists(int(left.name.split(".")[-2])):
+            left.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
