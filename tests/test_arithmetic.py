@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import REPO
@@ -81,13 +82,18 @@ def test_a_few_steps_raise_the_accuracy(tmp_path):
     assert inside == outside
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "flipped", "words"])
-def test_the_study_is_made_of_commands_that_compose(task, tmp_path):
-    """Protects benchmarks/study.py from keys and options that were renamed: no test runs the study itself."""
+def load_study() -> ModuleType:
     spec = spec_from_file_location("study", REPO / "benchmarks" / "study.py")
     assert spec and spec.loader
     study = module_from_spec(spec)
     spec.loader.exec_module(study)
+    return study
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "flipped", "words"])
+def test_the_study_is_made_of_commands_that_compose(task, tmp_path):
+    """Protects benchmarks/study.py from keys and options that were renamed: no test runs the study itself."""
+    study = load_study()
     found = study.TASKS[task](tmp_path)
     lines = [("build-pairs", words[1:]) for words in found.prepare.values()]
     lines += [("train", study.train(found, method, 1e-5, 0.1, "test", 0, 10)[1:]) for method in study.METHODS]
@@ -95,3 +101,19 @@ def test_the_study_is_made_of_commands_that_compose(task, tmp_path):
     with initialize_config_module("sage.conf", version_base="1.3"):
         for command, words in lines:
             config.load(compose(command.replace("-", "_"), words))
+
+
+def test_flipped_labels_are_a_seeded_fifth(tmp_path):
+    """Protects the noise study: the wrong labels are the stated share, and the same in every folder."""
+    study = load_study()
+    for folder in ("a", "b"):
+        study.flipped(tmp_path / folder)
+    files = [tmp_path / folder / "flipped.jsonl" for folder in ("a", "b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    exchanged = 0
+    for row, pair in zip(rows, read("pairs_train"), strict=True):
+        turned = {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
+        assert row in (pair, turned)
+        exchanged += row == turned
+    assert exchanged == round(0.2 * len(rows))
