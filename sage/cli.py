@@ -49,7 +49,7 @@ commands
   inspect           show pairs exactly as they will be trained; needs the tokenizer only
   eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
   verify FILE       verdicts on responses that are already there; verify RUN_DIR: on those of a finished eval
-  resume RUN_DIR    continue an interrupted run exactly; resume RUN_DIR steps=N: to more steps
+  resume RUN_DIR    continue an interrupted run exactly; steps=N: to more steps; world_size=N: on N ranks
   report RUN...     what runs did, and how they compare: on the terminal, as one HTML page, as CSV
 
 sage COMMAND --help             every config group and key
@@ -100,21 +100,22 @@ def execute(word: str, composed: DictConfig, hydra_config: Any, run_dir: Path) -
 
 
 def resume() -> None:
-    match sys.argv[1:]:
-        case [folder] if not folder.startswith("-"):
-            steps = None
-        case [folder, more] if re.fullmatch("steps=[1-9][0-9]*", more):
-            steps = int(more.removeprefix("steps="))
-        case arguments:
-            print(
-                "usage: sage resume RUN_DIR [steps=N]\n\nContinue an interrupted run exactly, from its "
-                "newest intact checkpoint. steps=N gives a training run more steps, also a finished one, "
-                "if its learning rate is constant."
-            )
-            raise SystemExit(0 if arguments in (["--help"], ["-h"]) else 2)
+    folder, *given = sys.argv[1:] or ["--help"]
+    form = "(steps|world_size)=[1-9][0-9]*|start=(true|false)"
+    if folder.startswith("-") or not all(re.fullmatch(form, option) for option in given):
+        print(
+            "usage: sage resume RUN_DIR [steps=N] [world_size=N] [start=false]\n\n"
+            "Continue an interrupted run exactly, from its newest intact checkpoint.\n"
+            "steps=N       more steps, also for a finished training run, if its learning rate is constant\n"
+            "world_size=N  on another number of ranks\n"
+            "start=false   start nothing, but print the commands for torchrun, srun and deepspeed"
+        )
+        raise SystemExit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     from sage import launch
 
-    launch.resume(Path(folder), steps)
+    options = dict(option.split("=") for option in given)
+    numbers = {key: int(value) for key, value in options.items() if key != "start"}
+    launch.resume(Path(folder), **numbers, here=options.get("start") != "false")
 
 
 def evaluate() -> None:

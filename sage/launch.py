@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import tempfile
@@ -29,11 +28,11 @@ from sage.data.pairs import load_data
 from sage.data.source import resolve_path
 from sage.model.folder import check_adapter, check_weights_files, lora_of
 from sage.training.tracking import check_tracking
+from sage.util import stopping
 from sage.util.errors import UserError, named
-from sage.util.locks import locked
+from sage.util.locks import alive, locked
 from sage.util.processes import rank_environment, run_ranks
 from sage.util.progress import activity
-from sage.util.stopping import go_on
 
 # What a rank reads from its environment, from what Slurm sets.
 SLURM_PLACE = "RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID"
@@ -149,21 +148,22 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
 
 
 def requeued(cfg: RunConfig, run_dir: Path, here: bool) -> None:
-    """Go on with the run in `run_dir`, which the same command line began."""
-    if keys := config.differences(cfg, config.load(run_dir)):
+    """Go on with the run in `run_dir`, which the same command line began, perhaps on other machines."""
+    keys = [key for key in config.differences(cfg, config.load(run_dir)) if key != "world_size"]
+    if keys:
         raise UserError(
             f"{run_dir} was begun with another {named(keys)}: choose another hydra.run.dir for other settings"
         )
     if (run_dir / config.SUMMARY_FILE).exists():
         print(f"{run_dir}: this run is finished", flush=True)
-    elif here:
-        resume(run_dir)
     else:
-        print(start_lines(cfg.world_size, run_dir))
+        resume(run_dir, world_size=cfg.world_size, here=here)
 
 
-def resume(run_dir: Path, steps: int | None = None) -> None:
-    """Go on with a run from its newest checkpoint, to another number of steps if `steps` is given.
+def resume(run_dir: Path, steps: int | None = None, world_size: int | None = None, here: bool = True) -> None:
+    """Go on with a run from its newest checkpoint, or print the commands that do so, if not `here`.
+
+    `steps` gives it another number of steps, and `world_size` another number of ranks.
 
     Raises:
         UserError: there is no such run, it is finished, or more steps would change those that it has done.
@@ -171,16 +171,24 @@ def resume(run_dir: Path, steps: int | None = None) -> None:
     cfg = config.load(run_dir)
     if not isinstance(cfg, RunConfig):
         raise UserError(f"{run_dir}: `sage {cfg.command}` has no state to continue from: start it again")
+    before = cfg.world_size
+    cfg.world_size = world_size or before
     if steps is not None:
         give_steps(cfg, run_dir, steps)
     elif (run_dir / config.SUMMARY_FILE).exists():
         more = "; steps=N gives it more" if type(cfg) is TrainConfig else ""
         raise UserError(f"{run_dir}: this run is finished; its summary.json holds the results{more}")
-    preflight(cfg)
-    if steps is not None:
+    config.check(cfg)
+    preflight(cfg, here)
+    if steps is not None or cfg.world_size != before:
+        if alive(run_dir):
+            raise UserError(f"a rank of {run_dir} still runs: wait for it, or kill it")
         config.write(cfg, run_dir)
         (run_dir / config.SUMMARY_FILE).unlink(missing_ok=True)
-    start(cfg.world_size, run_dir)
+    if here:
+        start(cfg.world_size, run_dir)
+    else:
+        print(start_lines(cfg.world_size, run_dir))
 
 
 def give_steps(cfg: RunConfig, run_dir: Path, steps: int) -> None:
@@ -194,13 +202,13 @@ def give_steps(cfg: RunConfig, run_dir: Path, steps: int) -> None:
     done = int(saved[-1].name.removeprefix("step_")) if saved else 0
     if steps <= done:
         raise UserError(f"steps={steps}: {run_dir} has done {done} already")
-    planned = cfg.steps
-    if planned is None and (run_dir / config.SUMMARY_FILE).exists():
-        planned = json.loads((run_dir / config.SUMMARY_FILE).read_text())["steps"]
-    same = planned is not None and all(
-        learning_rate(step, planned, cfg.optimizer) == learning_rate(step, steps, cfg.optimizer)
-        for step in range(done)
-    )
+    # How many steps some epochs are is only known once the pairs are tokenised.
+    same = cfg.optimizer.schedule == "constant" and cfg.optimizer.warmup_ratio == 0
+    if cfg.steps is not None:
+        same = all(
+            learning_rate(step, cfg.steps, cfg.optimizer) == learning_rate(step, steps, cfg.optimizer)
+            for step in range(done)
+        )
     if done and not same:
         raise UserError(
             f"steps={steps}: {run_dir} has done {done} steps, and their learning rates depend on the number "
@@ -239,9 +247,10 @@ def built_pairs(cfg: TrainConfig) -> Path:
                     "`sage build-pairs` and give data.path=FILE"
                 )
             print(f"building the pairs of this run first: {folder}", flush=True)
-            if not (folder / config.CONFIG_FILE).exists():
-                config.freeze(plan, folder)
-            start(cfg.world_size, folder)
+            config.write(plan, folder)  # over one that was interrupted, perhaps with other ranks
+            start(
+                cfg.world_size, folder, "run the same command again, which keeps the responses that are done"
+            )
     check_built(cfg, folder)
     return folder / PAIRS_FILE
 
@@ -275,12 +284,15 @@ def start_lines(world_size: int, run_dir: Path) -> str:
     )
 
 
-def start(world_size: int, run_dir: Path) -> None:
+def start(world_size: int, run_dir: Path, go_on: str | None = None) -> None:
     """Run `sage.worker` once per rank, and wait for all of them.
+
+    `go_on` says how to continue if the ranks are interrupted; by default with `sage resume`.
 
     Raises:
         SystemExit: a rank failed, and has said why; or a signal ended the run.
     """
-    command = ["-m", "sage.worker", str(run_dir)]
-    if status := run_ranks(world_size, command, rank_environment(world_size), go_on(run_dir)):
+    go_on = go_on or stopping.go_on(run_dir)
+    environment = {**rank_environment(world_size), stopping.GO_ON: go_on}
+    if status := run_ranks(world_size, ["-m", "sage.worker", str(run_dir)], environment, go_on):
         raise SystemExit(status)

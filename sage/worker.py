@@ -56,7 +56,8 @@ def check_world(run_dir: Path, asked: int) -> None:
     if ranks.world_size() != asked:
         raise UserError(
             f"{run_dir} is a run of world_size={asked}, and {ranks.world_size()} ranks were started. A "
-            "launcher must set RANK, WORLD_SIZE and LOCAL_RANK: see docs/clusters.md"
+            "launcher must set RANK, WORLD_SIZE and LOCAL_RANK: see docs/clusters.md. To continue the run on "
+            f"another number of ranks: sage resume {run_dir} world_size={ranks.world_size()} start=false"
         )
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -220,14 +221,19 @@ def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path,
 @pytest.mark.slow
 def test_train_builds_its_missing_pairs_once(words, tmp_path):
     """data.build=never refuses; else pairs are built into the cache, trained on, and found again by the next
-    run; two ranks that build them make the same ones."""
+    run; two ranks that build them make the same ones. A build that a signal ended goes on with the next run,
+    also on another number of ranks."""
     training = ["steps=1", "batch_size=4", "data.max_length=256", "micro_batch_tokens=1024"]
     with initialize_config_module("sage.conf", version_base="1.3"):
         plan = config.load(compose("train", [*words, *training]))
     assert isinstance(plan, config.TrainConfig)
     with pytest.raises(UserError, match=r"data.build=never.*sage build-pairs"):
         launch.built_pairs(dataclasses.replace(plan, data=dataclasses.replace(plan.data, build="never")))
-    out = sage("train", *words, *training, f"hydra.run.dir={tmp_path / 'a'}")
+    train = ["train", *words, *training, f"hydra.run.dir={tmp_path / 'a'}"]
+    err = kill_after(tmp_path / "cache" / "built", [SAGE, *train, "world_size=2"], 1, signal.SIGTERM)
+    assert "SIGTERM ended the run: run the same command again" in err and "sage resume" not in err
+    assert list((tmp_path / "cache" / "built").glob("*/progress/chunk_*.jsonl"))
+    out = sage(*train)
     assert "building the pairs" in out
     cfg = config.load(tmp_path / "a")
     assert isinstance(cfg, config.TrainConfig) and cfg.data.path is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,17 @@ import pytest
 import torch
 from conftest import make_pairs, write_jsonl
 from filelock import FileLock
-from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, interrupted, metrics, weights
+from many_runs import (
+    ENVIRONMENT,
+    ERROR_FILE,
+    column,
+    execute,
+    freeze,
+    interrupted,
+    largest_difference,
+    metrics,
+    weights,
+)
 
 from sage.util.checksums import CHECKSUMS_FILE, seal
 
@@ -102,6 +113,65 @@ def test_resume_on_one_rank(one, name):
 @pytest.mark.parametrize("name", TWO)
 def test_resume_on_two_ranks(two, name):
     assert_same(two / "whole" / name, two / "resumed" / name)
+
+
+def on_ranks(run_dir: Path, world_size: int) -> Path:
+    config = run_dir / "config.yaml"
+    text, found = re.subn("(?m)^world_size: .*", f"world_size: {world_size}", config.read_text())
+    assert found == 1
+    config.write_text(text)
+    return run_dir
+
+
+def reset_moments(checkpoint: Path) -> None:
+    import sage.model.engine  # noqa: F401  lets torch load DeepSpeed's classes
+
+    (file,) = checkpoint.rglob("*optim_states.pt")
+    shard = torch.load(file, weights_only=True)
+    shard["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg"].zero_()
+    torch.save(shard, file)
+    seal(checkpoint)
+
+
+UP = ("zero0", "zero2", "zero3", "lora3", "bf16_0")
+
+
+@pytest.fixture(scope="session")
+def moved(one, two, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Runs that began on some ranks, stopped after step 4 and ended on others, with the undisturbed run."""
+    root = tmp_path_factory.mktemp("moved")
+    found = {}
+
+    def stopped(ranks: str, name: str, run_dir: Path, whole: Path, step: int = 4) -> Path:
+        run = on_ranks(interrupted(run_dir, step, root / ranks / name), int(ranks[-1]))
+        found[f"{ranks}, {name}"] = run, whole / "whole" / name.split()[0]
+        return run
+
+    up = {name: stopped("1 to 2", name, one / "whole" / name, one) for name in UP}
+    for run in up.values():  # so that the new ranks write a checkpoint before the end
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("save_every: 4", "save_every: 2"))
+    mutant = stopped("1 to 2", "zero2 mutant", one / "whole" / "zero2", one)
+    reset_moments(mutant / "checkpoints" / "step_4")
+    execute(2, [*up.values(), mutant])
+    down = [stopped("2 to 1", name, two / "whole" / name, two) for name in TWO]
+    back = [stopped("1 to 2 to 1", name, up[name], one, step=6) for name in ("zero2", "zero3")]
+    execute(1, [*down, *back])
+    execute(4, [stopped("2 to 4", name, two / "whole" / name, two) for name in ("zero2", "zero3")])
+    assert not list(root.rglob(ERROR_FILE))
+    return found
+
+
+def test_resume_on_another_number_of_ranks(moved):
+    """Stages 0 to 3, LoRA and bfloat16. The run without Adam's moments shows that the losses notice."""
+    for name, (run, whole) in moved.items():
+        lines = map(json.loads, (run / "metrics.superseded.jsonl").read_text().splitlines())
+        again = [line["step"] for line in lines if "loss" in line]
+        assert again == [5, 6, 7, 8] + ([7, 8] if "1 to 2 to 1" in name else []), name
+        assert column(run, "step") == list(range(1, 9)), name
+        differs = largest_difference(column(run, "loss"), column(whole, "loss"))
+        assert (differs < 1e-5) == ("mutant" not in name), (name, differs)
+        assert json.loads((run / "summary.json").read_text())["world_size"] == int(name.split(",")[0][-1])
 
 
 def zero_a_hole(file: Path) -> None:
@@ -212,9 +282,10 @@ class Payload:
 
 
 def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
-    """Other data, another number of ranks, and checkpoints that would run code when unpickled."""
+    """Other data, a shard that is missing, and checkpoints that would run code when unpickled."""
     whole = one / "whole" / "zero0"
-    data, ranks = (interrupted(whole, 4, tmp_path / n) for n in ("data", "ranks"))
+    data = interrupted(whole, 4, tmp_path / "data")
+    ranks = interrupted(one / "whole" / "zero2", 4, tmp_path / "ranks")
     other = write_jsonl(tmp_path / "other.jsonl", make_pairs(21)[1:])
     text = (data / "config.yaml").read_text()
     path = next(c for c in common if c.startswith("data.path=")).split("=", 1)[1]
@@ -263,7 +334,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
     before = {run: (run / "metrics.jsonl").read_text() for run in (data, ranks, *versions, *evil.values())}
     execute(1, list(before))
     assert "data.path no longer holds the pairs that" in (data / ERROR_FILE).read_text()
-    assert "world_size=4" in (ranks / ERROR_FILE).read_text()
+    assert "the optimizer's state of rank 1 is not there" in (ranks / ERROR_FILE).read_text()
     for run, reason in versions.items():
         error = (run / ERROR_FILE).read_text()
         assert f"{run}/checkpoints/step_4 " in error and reason in error

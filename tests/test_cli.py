@@ -137,6 +137,8 @@ def test_resume_usage(sage, tmp_path):
     status, out, _ = sage("resume")
     assert status == 2 and "usage: sage resume RUN_DIR" in out
     assert sage("resume", "--help")[0] == 0
+    for option in ("ranks=2", "steps=0", "world_size=two", "start=no"):
+        assert sage("resume", str(tmp_path), option)[0] == 2
     refused(sage("resume", str(tmp_path)), str(tmp_path), "config.yaml")
 
 

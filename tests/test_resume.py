@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from many_runs import column, execute, freeze, weights
 
 from sage import config, launch
@@ -93,6 +94,45 @@ def test_more_steps_are_refused_where_they_would_change_what_is_done(
     with pytest.raises(UserError, match=reason):
         launch.resume(run, steps)
     assert not started and config.load(run).steps == 4
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_run_of_epochs_can_be_given_steps(schedule, common, tmp_path, started):
+    """If nothing depends on how many steps its epochs are, which only the tokenised pairs decide."""
+    words = ["optimizer.warmup_ratio=0", f"optimizer.schedule={schedule}"]
+    run = freeze(tmp_path / "run", *common, "epochs=2", *words)
+    (run / "checkpoints" / "step_3").mkdir(parents=True)
+    if schedule == "linear":
+        with pytest.raises(UserError, match="learning rates depend"):
+            launch.resume(run, 8)
+        return
+    launch.resume(run, 8)
+    cfg = config.load(run)
+    assert isinstance(cfg, config.TrainConfig) and (cfg.steps, cfg.epochs) == (8, None) and started == [run]
+
+
+def test_another_number_of_ranks(common, tmp_path, started, capsys):
+    """The frozen config says it, unless a rank still runs. A requeued job may have another number, too."""
+    run = freeze(tmp_path / "run", *common, "steps=4")
+    (run / "metrics.jsonl").write_text("{}\n")
+    with FileLock(run / ".rank0.lock"), pytest.raises(UserError, match="still runs"):
+        launch.resume(run, world_size=2)
+    with pytest.raises(UserError, match=r"batch_size=4 pairs cannot feed world_size=8 ranks"):
+        launch.resume(run, world_size=8)
+    assert config.load(run).world_size == 1 and not started
+    launch.resume(run, world_size=2)
+    assert config.load(run).world_size == 2 and started == [run]
+    launch.resume(run, world_size=3, here=False)
+    assert config.load(run).world_size == 3 and started == [run]
+    assert "--nproc-per-node=3" in capsys.readouterr().out
+    launch.resume(run)
+    assert config.load(run).world_size == 3 and started == [run, run]
+    cfg = config.load(freeze(tmp_path / "typed", *common, "resume=auto", "steps=4", "world_size=4"))
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("resume: never", "resume: auto")
+    )
+    launch.run(cfg, run)
+    assert config.load(run).world_size == 4 and started == [run, run, run]
 
 
 @pytest.mark.slow

@@ -62,6 +62,24 @@ def test_deepspeed():
     } <= DeepSpeedBF16Config.model_fields.keys()
 
 
+def test_deepspeeds_names_of_what_a_shard_holds():
+    from deepspeed.checkpoint import constants
+
+    from sage.model import resharding
+
+    assert constants.SINGLE_PARTITION_OF_FP32_GROUPS == resharding.WEIGHTS_12
+    assert constants.BASE_OPTIMIZER_STATE == resharding.INNER_12
+    assert constants.FP32_FLAT_GROUPS == resharding.WEIGHTS_3
+    assert constants.OPTIMIZER_STATE_DICT == resharding.INNER_3
+
+
+def test_deepspeeds_stage_3_is_made_ready_for_a_checkpoint():
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    assert callable(DeepSpeedZeroOptimizer_Stage3.checkpoint_event_prologue)  # model/engine
+    assert callable(DeepSpeedZeroOptimizer_Stage3.checkpoint_event_epilogue)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -33,13 +33,20 @@ def files(run_dir: Path) -> dict[str, bytes]:
     }
 
 
-def kill_after(run_dir: Path, command: list[str], chunks: int) -> None:
-    """Start, and SIGKILL the whole process group once so many chunks are on disk."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL)
-    while len(list(run_dir.glob("**/progress/chunk_*.jsonl"))) < chunks and process.poll() is None:
+def kill_after(folder: Path, command: list[str], chunks: int, signum: int = signal.SIGKILL) -> str:
+    """Start, signal the whole process group once this many chunks are in `folder`, and return the errors."""
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list(folder.glob("**/progress/chunk_*.jsonl"))) < chunks and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, signum)
+    return process.communicate()[1]
 
 
 def left_over(mark: str) -> list[int]:

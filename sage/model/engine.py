@@ -30,6 +30,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from sage.config import EngineConfig, OptimizerConfig
+from sage.model.resharding import reshard_groups, reshard_parameters
 from sage.util import ranks
 from sage.util.errors import UserError, first_line
 from sage.util.progress import console
@@ -195,6 +196,8 @@ class Engine(Ranks):
         self.unwrapped = trainable if engine.zero_stage == 0 and dtype == torch.float32 else None
         adam = build_optimizer(trainable, optimizer, engine.offload)
         self.optimizer_class = type(adam).__name__
+        # The elements of each parameter, per optimizer group. A sharded one has them elsewhere.
+        self.numels = [[getattr(p, "ds_numel", p.numel()) for p in g["params"]] for g in adam.param_groups]
         self.optimizer: Any  # DeepSpeed's wrapper around it
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use, whatever the log level
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
@@ -253,12 +256,43 @@ class Engine(Ranks):
         )
         hook.remove()
 
-    def load(self, folder: Path) -> None:
-        loaded, _ = self.deepspeed.load_checkpoint(
-            str(folder), tag="engine", load_module_strict=not self.partly_frozen
-        )
+    def load(self, folder: Path, world_size: int) -> None:
+        """Read what `save` wrote, on `world_size` ranks."""
+        if world_size == self.world_size or self.unwrapped:  # else nothing is sharded
+            self._load(folder)
+            return
+        files = [self._shard_file(folder, rank) for rank in range(world_size)]
+        shards = [
+            torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]
+            for file in files
+        ]
+        if self.deepspeed.zero_optimization_partition_weights():
+            numels = [n for group in self.numels for n in group]
+            now = self.optimizer.state_dict()
+            shard = reshard_parameters(shards, numels, now, self.rank, self.world_size)
+            self.optimizer.checkpoint_event_prologue()  # as load_checkpoint does
+            self.optimizer.load_state_dict([shard] * self.world_size)
+            self.optimizer.checkpoint_event_epilogue()
+            return
+        self._load(folder, load_optimizer_states=False)  # the weights, which each rank holds whole
+        sizes = [group["params"][0].numel() for group in self.optimizer.param_groups]
+        shard = reshard_groups(shards, [sum(group) for group in self.numels], sizes, self.rank)
+        with redirect_stdout(io.StringIO()):
+            self.optimizer.load_state_dict([shard] * self.world_size, load_from_fp32_weights=True)
+
+    def _load(self, folder: Path, **options: bool) -> None:
+        with redirect_stdout(io.StringIO()):
+            loaded, _ = self.deepspeed.load_checkpoint(
+                str(folder), tag="engine", load_module_strict=not self.partly_frozen, **options
+            )
         if loaded is None:
             raise UserError(f"{folder}: the engine's state cannot be loaded")
+
+    def _shard_file(self, folder: Path, rank: int) -> Path:
+        found = list((folder / "engine").glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+        if len(found) != 1:
+            raise UserError(f"{folder}: the optimizer's state of rank {rank} is not there")
+        return found[0]
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """All weights of the policy on the CPU, gathered from shards; None on ranks other than 0."""

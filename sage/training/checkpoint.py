@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,14 +157,9 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     """Load a checkpoint into the engine and the generators, and return its TrainState.
 
     Raises:
-        UserError: the checkpoint belongs to other pairs, another initial model, another optimizer or another
-            number of ranks.
+        UserError: the checkpoint belongs to other pairs, another initial model or another optimizer.
     """
     saved = TrainState(**torch.load(folder / SIDECAR, weights_only=True))
-    if saved.world_size != state.world_size:
-        raise UserError(
-            f"{folder} was written by world_size={saved.world_size} ranks, this run has {state.world_size}"
-        )
     if saved.data_fingerprint != state.data_fingerprint:
         raise UserError(f"{folder}: data.path no longer holds the pairs that this run began with")
     if saved.model and saved.model != state.model:
@@ -183,10 +178,10 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
             f"{state.computation}, so the run would not go on as it began: resume it on a machine like the "
             "first one, or start a new run"
         )
-    saved.model, saved.optimizer, saved.computation = state.model, state.optimizer, state.computation
-    engine.load(folder)
-    set_rng_state(saved.rng[engine.rank])
-    return saved
+    engine.load(folder, saved.world_size)
+    set_rng_state(saved.rng[engine.rank % len(saved.rng)])
+    ours = ("world_size", "model", "optimizer", "computation")
+    return replace(saved, **{name: getattr(state, name) for name in ours})
 
 
 def restore_best(state: TrainState, run_dir: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TOGETHER = 1.0  # seconds
 WATCH = "SAGE_LAUNCHER_PIPE"  # environment variable: a pipe that ends when the launcher does
+GO_ON = "SAGE_GO_ON"  # environment variable of a rank: how to continue, as its launcher says it
 PATIENCE = 600.0  # seconds after the launcher's death, at most, for the step and its checkpoint
 SHOW_CURSOR = b"\r\x1b[?25h"  # a progress bar may have hidden it
 
@@ -58,7 +59,8 @@ _farewell = ""
 
 
 def go_on(run_dir: Path) -> str:
-    return f"go on with `sage resume {run_dir}`"
+    """How to continue a run that was interrupted."""
+    return os.environ.get(GO_ON, f"go on with `sage resume {run_dir}`")
 
 
 def install(run_dir: Path, rank: int) -> None:
