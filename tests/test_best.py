@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
 import shutil
-import signal
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_pairs, write_jsonl
+from forks import kill_often
 from hydra.utils import get_method
 from many_runs import ERROR_FILE, column, execute, freeze, interrupted, weights
 from whole_runs import files
@@ -224,34 +221,9 @@ def test_resume_has_the_best_of_its_checkpoint(runs, tmp_path):
 def test_kills_while_the_best_is_written(common, tmp_path):
     """Five kills of a run that improves in every step, and so is nearly always writing best/."""
     given = [*common, *scripted(*range(STEPS + 1)), "select=extra/score", "save_every=2"]
-    get_method(JOBS["train"])  # imports before the fork
-
-    def start(run_dir: Path) -> int:
-        if (pid := os.fork()) == 0:
-            status = 1
-            try:
-                os.setsid()
-                get_method(JOBS["train"])(run_dir)
-                status = 0
-            finally:
-                os._exit(status)
-        return pid
-
-    began = time.monotonic()
-    assert os.waitpid(start(freeze(tmp_path / "whole", *given)), 0)[1] == 0
-    whole, seconds = files(tmp_path / "whole"), time.monotonic() - began
-    rng, kills, run = random.Random(0), 0, 0
-    while kills < 5:
-        run_dir, status = freeze(tmp_path / f"killed{run}", *given), None
-        while status != 0:
-            pid = start(run_dir)
-            if kills < 5:
-                time.sleep(rng.uniform(0.5, 1.0) * seconds)
-                os.killpg(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
-            assert status in (0, signal.SIGKILL)
-            kills += status == signal.SIGKILL
-        after = files(run_dir)
+    job = get_method(JOBS["train"])  # imported before the fork
+    whole, killed = kill_often(job, lambda name: freeze(tmp_path / name, *given), 5, (0.5, 1.0))
+    expected = files(whole)
+    for after in map(files, killed):
         for name in ("best/model.safetensors", "best/config.json", "final/model.safetensors"):
-            assert after[name] == whole[name]
-        run += 1
+            assert after[name] == expected[name]

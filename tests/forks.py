@@ -1,0 +1,175 @@
+"""Processes forked from one that has imported torch, because the import takes most of the time of a tiny run.
+
+A fork has the locks of its parent's threads without the threads, so it may wait for one for ever. Whoever
+forks here must have no threads of its own that hold locks; torture.py, which forks most, has none at all.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from sage import cli, worker
+from sage.util import processes, stopping
+
+
+class Forked:
+    """A forked process that does `job` in a session of its own, and otherwise is as `Popen` would start it.
+
+    SIGABRT makes it write its stack to standard error, and ends it.
+    """
+
+    returncode: int | None = None
+
+    def __init__(
+        self, job: Callable[[], object], env: Mapping[str, str] = os.environ, keep: Sequence[int] = ()
+    ):
+        reading, writing = os.pipe()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
+        self.pid = os.fork()
+        if self.pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(writing)
+            os.read(reading, 1)  # it has its session now, and can be killed with all that it starts
+            os.close(reading)
+            return
+        status: object = 1
+        try:
+            os.setsid()
+            for signum in stopping.SIGNALS:  # no exception of a handler may lead back to the parent's code
+                signal.signal(signum, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            environment = dict(env)  # it may be os.environ itself
+            os.environ.clear()
+            os.environ.update(environment)
+            os.write(writing, b"!")
+            for number in os.listdir("/proc/self/fd"):  # as `exec` would
+                if int(number) > 2 and int(number) not in keep:
+                    with suppress(OSError):
+                        os.close(int(number))
+            faulthandler.enable(sys.__stderr__)
+            job()
+            status = 0
+        except SystemExit as e:
+            status = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(status if isinstance(status, int) else 1)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> int:
+        while (status := self.poll()) is None:
+            time.sleep(0.01)
+        return status
+
+
+def kill_often(
+    job: Callable[[Path], object],
+    new_run: Callable[[str], Path],
+    kills: int,
+    share: tuple[float, float],
+) -> tuple[Path, list[Path]]:
+    """Do `job` once undisturbed, and then in runs that are killed and started again, `kills` times in all.
+
+    Args:
+        new_run: makes the folder of a run by its name.
+        share: a kill comes after between these shares of the undisturbed run's time.
+
+    Returns:
+        The folder of the undisturbed run, and those of the others.
+    """
+    began = time.monotonic()
+    whole = new_run("whole")
+    assert Forked(partial(job, whole)).wait() == 0
+    seconds, rng, done, runs = time.monotonic() - began, random.Random(0), 0, []
+    while done < kills:
+        runs.append(new_run(f"killed_{len(runs)}"))
+        status = None
+        while status != 0:
+            process = Forked(partial(job, runs[-1]))
+            if done < kills:
+                time.sleep(rng.uniform(*share) * seconds)
+                os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+            assert status in (0, -signal.SIGKILL)
+            done += status == -signal.SIGKILL
+    return whole, runs
+
+
+class ForkedCommand(Forked):
+    """A `sage` command line in a forked process that works in `place`. Its ranks are forked, too.
+
+    The ranks wait in forks made before the command begins: it soon has threads, of the store that ranks meet
+    at.
+    """
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str], place: Path, output: Path, ranks: int):
+        self.words, self.place, self.output, self.ranks = words, place, output, ranks
+        super().__init__(self.command, env)
+
+    def command(self) -> None:
+        os.chdir(self.place)
+        output = os.open(self.output, os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_WRONLY, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        with stopping.blocked():
+            waiting = [WaitingRank() for _ in range(self.ranks)]
+
+        def start(
+            command: list[str], env: Mapping[str, str], start_new_session: bool, pass_fds: Sequence[int]
+        ):
+            assert start_new_session
+            rank = waiting.pop(0)
+            rank.begin(command, env, pass_fds)
+            return rank
+
+        processes.subprocess = type("Module", (), {"Popen": start})  # pyright: ignore
+        sys.argv = ["sage", *self.words]
+        cli.main()
+
+
+class WaitingRank(Forked):
+    """A forked process that becomes a rank once it gets a command line. It ends with its parent."""
+
+    def __init__(self):
+        self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        super().__init__(partial(self.serve, theirs), keep=[theirs.fileno()])
+        theirs.close()
+
+    def begin(self, command: list[str], env: Mapping[str, str], pass_fds: Sequence[int]) -> None:
+        """Do what `sage.util.processes` starts with `Popen`."""
+        with suppress(OSError):  # killed meanwhile
+            socket.send_fds(self.ours, [json.dumps([command, dict(env)]).encode()], [*pass_fds])
+        self.ours.close()
+
+    @staticmethod
+    def serve(channel: socket.socket) -> None:
+        message, fds, _, _ = socket.recv_fds(channel, 1 << 20, 1)
+        if not message:
+            return
+        command, environment = json.loads(message)
+        module, *words = command[2:]  # after `python -m`
+        assert module == "sage.worker"
+        os.environ.clear()
+        os.environ.update(environment, **{stopping.WATCH: str(fds[0])})
+        sys.argv = [module, *words]
+        worker.main()
