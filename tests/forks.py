@@ -58,7 +58,8 @@ class Forked:
                 if int(number) > 2 and int(number) not in keep:
                     with suppress(OSError):
                         os.close(int(number))
-            faulthandler.enable(sys.__stderr__)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest's have just been closed
+            faulthandler.enable()
             job()
             status = 0
         except SystemExit as e:
@@ -66,8 +67,9 @@ class Forked:
         except BaseException:
             traceback.print_exc()
         finally:
-            with suppress(OSError):
-                sys.stdout.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):
+                    stream.flush()
             os._exit(status if isinstance(status, int) else 1)
 
     def poll(self) -> int | None:

@@ -1,4 +1,4 @@
-"""After signals, twenty kills, or a full disk, a run ends with the files of an undisturbed one."""
+"""After signals, ten kills, or a full disk, a run ends with the files of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WORDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", WORDS)
-def test_twenty_kills(command, tiny_model, problem_file, tmp_path):
+def test_ten_kills(command, tiny_model, problem_file, tmp_path):
     overrides = [
         "model=hf",
         f"model.path={tiny_model}",
@@ -53,7 +53,7 @@ def test_twenty_kills(command, tiny_model, problem_file, tmp_path):
         config.freeze(cfg, tmp_path / name)
         return tmp_path / name
 
-    whole, killed = kill_often(get_method(JOBS[command]), new_run, 20, (0.1, 0.6))
+    whole, killed = kill_often(get_method(JOBS[command]), new_run, 10, (0.1, 0.8))
     for run_dir in killed:
         assert files(run_dir) == files(whole)
 

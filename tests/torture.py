@@ -5,8 +5,8 @@
 Each trial starts the same command line again until it ends: what it leaves must be what an undisturbed run
 leaves, byte for byte, and no process may be left. Finished trials are kept in FOLDER/trials.jsonl, so the
 suite itself can be killed and started again. --table prints the table of docs/reliability.md. --short is for
-CI: ten trials, each disturbed once, whose processes are forked from this one because importing torch takes
-most of the time of a tiny run.
+CI: ten trials, each disturbed once. All processes are forked from this one, because importing torch takes most
+of the time of a tiny run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import psutil
 from forks import ForkedCommand
 from hydra.utils import get_method
 from many_runs import ENVIRONMENT, column
-from whole_runs import SAGE, files, left_over
+from whole_runs import files
 
 from sage import worker
 
@@ -91,32 +91,29 @@ SHORT = [
     (("train", "zero0", 1), CACHED),
 ]
 OWN_MOUNTS = "SAGE_TORTURE_MOUNTS"  # environment variable: this process sees file systems that no other does
-MARK = "SAGE_TORTURE"  # environment variable: the folder of the trial
 TIMELESS = ("seconds", "pairs_per_second", "peak_memory_gb")
 # Where each command keeps what it has done so far.
 PROGRESS = ("checkpoints/step_*[0-9]", "**/progress", "forward")
 RESULTS = ("final", "summary.json")  # what ends a run
+MOMENTS = (0.1, 0.9)  # when a run is disturbed, as shares of an undisturbed one's time
 LIMIT = 300.0  # seconds for one run on a busy machine
 PATIENCE = 60.0  # seconds for ranks that outlive their launcher, which may end their step
 
 
 class Suite:
     def __init__(self, folder: Path, seed: int, short: bool = False):
-        self.folder, self.seed, self.short = folder, seed, short
+        self.folder, self.seed = folder, seed
         self.plan = SHORT if short else LONG
         self.times = 1 if short else 2  # that a run is disturbed
-        # When, as a share of an undisturbed run. Imports, which a forked one lacks, are a third of a run.
-        self.moments = (0.2, 0.8) if short else (0.3, 1.0)
         self.model = folder / "model" / "tiny"
         self.pairs, self.problems = folder / "pairs" / "pairs.jsonl", folder / "problems" / "problems.jsonl"
         if not self.problems.exists():
             place = type("Places", (), {"mktemp": lambda _, name: make(folder / name)})()
             for fixture in (conftest.tiny_model, conftest.pair_file, conftest.problem_file):
                 fixture._get_wrapped_function()(place)
-        if short:
-            for job in worker.JOBS.values():  # imports before the fork
-                get_method(job)
-            assert threading.active_count() == 1
+        for job in worker.JOBS.values():  # imports before the fork
+            get_method(job)
+        assert threading.active_count() == 1
         self.kept = folder / "trials.jsonl"
 
     def words(self, run: tuple[str, str, int], run_dir: Path, cache: Path) -> list[str]:
@@ -129,21 +126,9 @@ class Suite:
             *("resume=auto", f"hydra.run.dir={run_dir}"),
         ]
 
-    def start(self, run: tuple[str, str, int], run_dir: Path, cache: Path, place: Path) -> Process:
+    def start(self, run: tuple[str, str, int], run_dir: Path, cache: Path, place: Path) -> ForkedCommand:
         words = self.words(run, run_dir, cache)
-        # SIGABRT shows where a process is.
-        environment = {**ENVIRONMENT, MARK: str(make(place)), "PYTHONFAULTHANDLER": "1"}
-        if self.short:
-            return ForkedCommand(words, environment, place, place / "output", run[2])
-        with (place / "output").open("wb") as output:
-            return subprocess.Popen(
-                [SAGE, *words],
-                env=environment,
-                cwd=place,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        return ForkedCommand(words, ENVIRONMENT, make(place), place / "output", ranks=run[2])
 
     def undisturbed(self, run: tuple[str, str, int]) -> tuple[dict[str, Any], float]:
         """What the run leaves, and how long it takes."""
@@ -171,7 +156,7 @@ class Suite:
             for attempt in range(self.times + 1):
                 process = self.start(run, run_dir, cache, folder)
                 if attempt < self.times:
-                    time.sleep(rng.uniform(*self.moments) * seconds)
+                    time.sleep(rng.uniform(*MOMENTS) * seconds)
                     while flips and process.poll() is None and not flippable(situation, run_dir, cache):
                         time.sleep(0.01)
                     result["times"] += disturb(situation, process, folder, rng)
@@ -192,9 +177,6 @@ class Suite:
                 differing = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
                 result["lost"] = f"differs: {', '.join(differing[:3])}"
         return result
-
-
-Process = subprocess.Popen[bytes] | ForkedCommand
 
 
 def make(folder: Path) -> Path:
@@ -239,13 +221,13 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 
 def present(place: Path) -> list[int]:
-    """Live processes of a trial, by the environment that they were started with, or by where they work."""
-    found = set(left_over(f"{MARK}={place}"))
+    """Live processes of a trial, by where they work, whatever their parent, group or session."""
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(place):
-                found.add(process.pid)
-    return sorted(found)
+                found.append(process.pid)
+    return found
 
 
 def handles_signals(pid: int) -> bool:
@@ -256,7 +238,7 @@ def handles_signals(pid: int) -> bool:
     return False
 
 
-def disturb(situation: str, process: Process, place: Path, rng: random.Random) -> bool:
+def disturb(situation: str, process: ForkedCommand, place: Path, rng: random.Random) -> bool:
     """Do what the situation says, and return whether a live process got a signal, or the disk is full."""
     while process.poll() is None and not handles_signals(process.pid):
         time.sleep(0.01)
@@ -316,13 +298,13 @@ def flip(situation: str, run_dir: Path, cache: Path, rng: random.Random) -> bool
     return bool(found)
 
 
-def wait_until_gone(process: Process, place: Path) -> list[str]:
+def wait_until_gone(process: ForkedCommand, place: Path) -> list[str]:
     """Wait until no process of a run is left. Those that do not end write their stacks, and are killed.
 
     Ranks whose launcher was killed may end their step.
 
     Returns:
-        The command lines of the processes that had to be killed.
+        The command lines of the processes that had to be killed. Forked ones all have that of this process.
     """
     deadline = time.monotonic() + LIMIT
     while process.poll() is None and time.monotonic() < deadline:
