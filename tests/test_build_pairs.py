@@ -204,7 +204,9 @@ def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path,
     kill_after(run_dir, [SAGE, "build-pairs", *words, f"hydra.run.dir={run_dir}"], 1)
     made = list(run_dir.glob("progress/chunk_*.jsonl"))
     assert 0 < len(made) < 6 and not (run_dir / "manifest.json").exists()
-    sage("resume", str(run_dir))
+    text = made[0].read_text()
+    made[0].write_text(text.replace("How", "Now", 1))  # damage that is still JSON
+    assert f"{made[0]} is damaged, so it is made again" in sage("resume", str(run_dir))
     assert files(run_dir) == whole
 
     manifest = json.loads(whole["manifest.json"])

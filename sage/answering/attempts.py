@@ -1,7 +1,7 @@
 """Verified responses to problems, for build-pairs, eval and train. They are saved in chunks, so a run can
 resume.
 
-    folder/progress/chunk_N.jsonl   during the work; written whole or not at all
+    folder/progress/chunk_N.jsonl   during the work; written whole or not at all, with a checksum beside it
     folder/generations.jsonl        one attempt a line, in the problems' order; written after the last chunk
 
 A chunk holds whole problems and is generated from an empty batch, so a resumed run makes the same chunks as
@@ -29,6 +29,7 @@ from sage.config import ModelConfig, SamplingConfig
 from sage.data.chat import ChatFormat, encode_prompts, response_ends
 from sage.model import loading
 from sage.util import ranks, stopping
+from sage.util.checksums import intact, seal_file
 from sage.util.files import write_text
 from sage.util.progress import Activity, activity, console
 
@@ -122,7 +123,7 @@ class Sampler:
             missing = [
                 (finished / f"chunk_{number}.jsonl", chunk)
                 for number, chunk in enumerate(chunks)
-                if number % self.world_size == self.rank and not (finished / f"chunk_{number}.jsonl").exists()
+                if number % self.world_size == self.rank and not intact(finished / f"chunk_{number}.jsonl")
             ]
             if missing:
                 if self.generator is None:
@@ -136,6 +137,7 @@ class Sampler:
                         break
                     work = [(problems[i], prompts[i], ids[i]) for i in chunk]
                     write_lines(file, self.chunk(work, samples, progress))
+                    seal_file(file)
             if any(ranks.gather(stopping.asked())):
                 raise stopping.Stopped(f"while it answered {name}, at step")
             if self.rank == 0:

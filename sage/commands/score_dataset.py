@@ -36,6 +36,7 @@ from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, sign
 from sage.training.base import open_model
 from sage.training.selection import read_margins
 from sage.training.setup import read_pairs
+from sage.util.checksums import intact, seal_file
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
 from sage.util.progress import console, track
@@ -129,8 +130,8 @@ def run_models(
     shards = [
         np.arange(start, min(start + shard_pairs, len(pairs))) for start in range(0, len(pairs), shard_pairs)
     ]
-    missing = [number for number in range(len(shards)) if not shard_file(folder, number).exists()]
-    missing = forward.engine.gather(missing)[0]  # rank 0 writes the files, so it decides
+    # Rank 0 writes the files, so it decides.
+    missing = main_only(lambda: [n for n in range(len(shards)) if not intact(shard_file(folder, n))])
     counts = [len(shards[number]) for number in missing]
     pass_rates, lengths = pairs.pass_rates(), pairs.lengths().astype(np.int32)
     for number in track(missing, "pairs", sum(counts), lambda number: len(shards[number])):
@@ -153,6 +154,7 @@ def run_models(
                 **{f"logit_{name}": values for name, values in logit._asdict().items()},
             }
             write_whole(shard_file(folder, number), partial(pq.write_table, to_table(columns)))
+            seal_file(shard_file(folder, number))
     return sum(counts)
 
 

@@ -1,6 +1,7 @@
-"""A checksum for every file of a folder, so that damage is noticed before anything is read from it.
+"""Checksums of what a run goes on from, so that damage is noticed before anything is read from it.
 
-Ranks share the work, and every rank calls these functions.
+`seal` and `damaged` are for whole folders: ranks share the work, and every rank calls them. `seal_file` and
+`intact` are for single files.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import json
 from pathlib import Path
 
 from sage.util import ranks
-from sage.util.files import crc32, write_json
+from sage.util.files import crc32, write_json, write_text
+from sage.util.progress import console
 
 CHECKSUMS_FILE = "checksums.json"
 
@@ -38,6 +40,25 @@ def damaged(folder: Path) -> list[str]:
         for name, digest in part.items()
     }
     return [name for name, digest in sorted(sealed.items()) if found[name] != digest]
+
+
+def seal_file(file: Path) -> None:
+    """Write the checksum of a file that is complete to another file beside it."""
+    write_text(_beside(file), crc32(file))
+
+
+def intact(file: Path) -> bool:
+    """Whether `seal_file` has seen this file, and it is what it was. One line says if it is damaged."""
+    if not file.exists() or not _beside(file).exists():
+        return False
+    if _digest(file) != _beside(file).read_text(encoding="utf-8", errors="replace"):
+        console.print(f"{file} is damaged, so it is made again", markup=False)
+        return False
+    return True
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f"{file.name}.crc32")
 
 
 def _digests(folder: Path, files: list[str]) -> dict[str, str]:
