@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -263,6 +265,38 @@ def test_a_template_cannot_hang_a_run(template, monkeypatch):
         with pytest.raises(UserError, match="does not end"):
             renderer.render([{"role": "user", "content": "a"}])
     assert time.monotonic() - started < 10
+
+
+GREEDY = [
+    "{{ 'a' * 10**10 }}",
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% for i in range(99999) %}{{ 'a' * 10**8 }}{% endfor %}",
+    "{{ range(99999) | list * 10**6 }}",
+    "{{ '%9999999999d' % 1 }}",
+]
+
+
+@pytest.mark.parametrize("template", GREEDY)
+def test_a_template_cannot_take_all_memory(template):
+    """The refusal comes before the memory is taken, and the process has what it had before."""
+    limit, peak = resource.getrlimit(resource.RLIMIT_AS), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="takes over 1 GB of memory"):
+        Renderer(tokenizer, ChatFormat()).render([{"role": "user", "content": "a"}])
+    assert resource.getrlimit(resource.RLIMIT_AS) == limit
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1.3 * 2**20  # KB
+
+
+def test_a_call_into_c_that_does_not_end_ends_the_process():
+    """No handler of Python's runs during such a call. The launcher says what the signal means."""
+    code = (
+        "from sage.util.limits import cpu_limit\na, b = [1], [1]\n"
+        "for _ in range(60): a, b = [a, a], [b, b]\n"
+        "with cpu_limit(0.05): [a] == [b]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60)
+    assert done.returncode == -signal.SIGPROF
 
 
 def test_a_big_range_is_refused():

@@ -20,11 +20,12 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from sage.data.templates import ChatFormat, choose_templates
 from sage.util.errors import UserError
-from sage.util.limits import TooLong, cpu_limit
+from sage.util.limits import TooLong, cpu_limit, memory_limit
 from sage.util.thoughts import OPENED
 
 PROBE = "sage-probe-5f2e"  # stands for a text in a rendering, to find what the template writes around it
 LIMIT = 5.0  # seconds of CPU time for one conversation; a usual template takes less than a millisecond
+MEMORY = 1 << 30  # bytes for one conversation, besides what the process has
 HEADS = 4096  # rendered prompts to keep
 MARK = re.compile(r"[<\[][^\s<>\[\]]+[>\]]")  # <|im_end|>, </s>, [/INST]: ordinary text has nothing like it
 
@@ -43,7 +44,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.heads: dict[str, str] = {}  # rendered prompts, which many pairs share
         self.templates = choose_templates(tokenizer, chat)
-        self.endless = ""  # the message about a template that does not end
+        self.excess = ""  # the message about a template that took too much time or memory
 
     @property
     def plain(self) -> bool:
@@ -68,14 +69,15 @@ class Renderer:
         Raises:
             UserError: the template refuses the conversation, in its own words.
         """
-        if self.endless:
-            raise UserError(self.endless)
+        if self.excess:
+            raise UserError(self.excess)
         try:
-            with cpu_limit(LIMIT):
+            with cpu_limit(LIMIT), memory_limit(MEMORY):
                 return self._render(messages, tools, answering)
-        except TooLong as error:  # remembered, so that a run does not wait for every pair
-            self.endless = f"the chat template does not end: {error} on one conversation"
-            raise UserError(self.endless) from error
+        except (TooLong, MemoryError) as error:  # remembered, so that a run does not wait for every pair
+            what = f"does not end: {error}" if isinstance(error, TooLong) else "takes over 1 GB of memory"
+            self.excess = f"the chat template {what} on one conversation"
+            raise UserError(self.excess) from error
         except Exception as error:  # a template is a program: whatever it raises, it refuses
             raise UserError(f"the chat template refuses the conversation: {error}") from error
 

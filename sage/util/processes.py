@@ -173,5 +173,7 @@ def explain(rank: Rank, world_size: int, go_on: str) -> int:
     cause = f" ({peak})"
     if -status == signal.SIGKILL and world_size * rank.peak_gb > total / 2:
         cause = f": probably out of memory ({peak}); lower micro_batch_tokens"
+    if -status == signal.SIGPROF:  # see sage.util.limits
+        cause = ": the model's chat template computes without end; choose another with data.chat_template"
     stopping.tell(f"error: rank {rank.number} was killed by signal {-status}{cause}; then {go_on}")
     return 128 - status
