@@ -2,6 +2,7 @@
 
     python benchmarks/study.py run arithmetic FOLDER [METHOD ...] [--seeds 20] [--steps 50]
     python benchmarks/study.py run flipped FOLDER [METHOD ...]     arithmetic with a fifth of the labels wrong
+    python benchmarks/study.py run rare FOLDER [METHOD ...]        arithmetic on problems mostly solved
     python benchmarks/study.py run words FOLDER [METHOD ...]       after scripts/make_words.py DATA FOLDER
     python benchmarks/study.py list arithmetic FOLDER              the commands that are left
     python benchmarks/study.py table arithmetic FOLDER             the tables of docs/evidence.md
@@ -22,7 +23,7 @@ import random
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,7 @@ PER_TOKEN = 25  # times DPO's beta, about the length of a response: beta of the 
 PER_TOKEN_METHODS = ("dpo_norm", "omni-dpo")
 TUNING_SEED = 100
 FLIPPED = 0.2  # the share of wrong labels in the task of that name
+RARE = 0.625  # the lowest pass rate in the task of that name
 
 
 class Task(NamedTuple):
@@ -93,18 +95,32 @@ def arithmetic(folder: Path) -> Task:
     )
 
 
-def flipped(folder: Path) -> Task:
-    """Arithmetic, with chosen and rejected exchanged in a seeded draw of the training pairs."""
-    file = folder / "flipped.jsonl"
+def on_other_pairs(folder: Path, name: str, change: Callable[[list[dict]], list[dict]]) -> Task:
+    """Arithmetic on the training pairs as `change` returns them, written once to FOLDER/NAME.jsonl."""
+    file = folder / f"{name}.jsonl"
     if not file.exists():
-        pairs = resolve_path("pkg://sage.assets/arithmetic/pairs_train.jsonl")
-        rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
-        for i in random.Random(0).sample(range(len(rows)), round(FLIPPED * len(rows))):
-            rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
+        pairs = Path(resolve_path("pkg://sage.assets/arithmetic/pairs_train.jsonl"))
+        rows = change([json.loads(line) for line in pairs.read_text().splitlines()])
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = arithmetic(folder)
     return task._replace(common=[*task.common, f"data.path={file}"])
+
+
+def flipped(folder: Path) -> Task:
+    """Arithmetic, with chosen and rejected exchanged in a seeded draw of the training pairs."""
+
+    def change(rows: list[dict]) -> list[dict]:
+        for i in random.Random(0).sample(range(len(rows)), round(FLIPPED * len(rows))):
+            rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
+        return rows
+
+    return on_other_pairs(folder, "flipped", change)
+
+
+def rare(folder: Path) -> Task:
+    """Arithmetic on pairs of problems that the model mostly gets right: a tenth of them are errors."""
+    return on_other_pairs(folder, "rare", lambda rows: [r for r in rows if r["pass_rate"] >= RARE])
 
 
 def words(folder: Path) -> Task:
@@ -137,7 +153,7 @@ def words(folder: Path) -> Task:
     )
 
 
-TASKS = {"arithmetic": arithmetic, "flipped": flipped, "words": words}
+TASKS = {"arithmetic": arithmetic, "flipped": flipped, "rare": rare, "words": words}
 
 
 def train(task: Task, method: str, lr: float, beta: float, split: str, seed: int, steps: int) -> list[str]:

@@ -90,7 +90,7 @@ def load_study() -> ModuleType:
     return study
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "flipped", "words"])
+@pytest.mark.parametrize("task", ["arithmetic", "flipped", "rare", "words"])
 def test_the_study_is_made_of_commands_that_compose(task, tmp_path):
     """Protects benchmarks/study.py from keys and options that were renamed: no test runs the study itself."""
     study = load_study()
