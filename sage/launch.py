@@ -20,6 +20,7 @@ from sage.config import (
     EvalConfig,
     InspectConfig,
     ModelConfig,
+    PlanConfig,
     RunConfig,
     TrainConfig,
     VerifyConfig,
@@ -123,6 +124,10 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
         from sage.commands.doctor import doctor
 
         return doctor(cfg)
+    if isinstance(cfg, PlanConfig):
+        from sage.commands.plan import plan_run
+
+        return plan_run(cfg)
     if isinstance(cfg, InspectConfig):
         from sage.commands.inspect import inspect  # here, because it loads torch and transformers
 

@@ -115,7 +115,7 @@ def limits(metadata: typing.Mapping[str, typing.Any]) -> str:
 
 
 def options() -> Iterator[str]:
-    files = (OmegaConf.load(CONF / name) for name in ("plan.yaml", "train.yaml"))
+    files = (OmegaConf.load(CONF / name) for name in ("groups.yaml", "train.yaml"))
     defaults = [entry for file in files for entry in file["defaults"]]  # pyright: ignore
     taken = {(k, v) for entry in defaults if not isinstance(entry, str) for k, v in entry.items()}
     groups = sorted({file.parent for file in CONF.rglob("*.yaml")} - {CONF})

@@ -225,7 +225,7 @@ def test_what_an_experiment_sets_is_not_refused():
 
 @pytest.mark.parametrize("scorer", ["loss", "random_from_pool"])
 def test_an_experiment_may_choose_the_scorer_of_score_dataset(scorer, tmp_path):
-    """score_dataset.yaml chooses its scorer beside plan.yaml's groups; an override there would win."""
+    """score_dataset.yaml chooses its scorer beside groups.yaml's groups; an override there would win."""
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(
         f"# @package _global_\ndefaults:\n  - override /scorer: {scorer}\nname: mine\n"

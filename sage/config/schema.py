@@ -236,6 +236,18 @@ class InspectConfig(TrainConfig):
 
 
 @dataclass
+class PlanConfig(TrainConfig):
+    """`sage plan` takes all keys of `sage train`, so that an experiment means the same run in both."""
+
+    command: str = key("plan", "the command that this config is for", choices=("plan",))
+    name: str = key("plan", "unused: no folder is made")
+    gpu_gb: float | None = key(
+        None, "plan for GPUs of this many GB (10^9 bytes) each, instead of this machine", above=0
+    )
+    json: str | None = key(None, "also write the plan to this file")
+
+
+@dataclass
 class EvalConfig(RunConfig):
     command: str = key("eval", "the command that this config is for", choices=("eval",))
     name: str = key("eval", "names the run's folder")
@@ -306,6 +318,7 @@ SCHEMAS: dict[str, type[CommandConfig]] = {
     "eval": EvalConfig,
     "verify": VerifyConfig,
     "doctor": DoctorConfig,
+    "plan": PlanConfig,
 }
 
 

@@ -118,7 +118,11 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
     Raises:
         UserError: files are broken or lack weights, or the model cannot do what the config asks.
     """
-    model = load_base(folder, cfg, dtype)
+    return prepared(load_base(folder, cfg, dtype), cfg, seed)
+
+
+def prepared(model: Any, cfg: ModelConfig, seed: int) -> Any:
+    """A model with the checkpointing and the adapter that the config asks for."""
     if cfg.gradient_checkpointing:
         # transformers 5.24 renamed it.
         enable = (

@@ -1,0 +1,63 @@
+"""The memory that `sage plan` expects against what `sage train` takes, for six settings of the demo's model.
+
+    python benchmarks/plan.py RESULTS_FOLDER
+
+Runs that are finished in the folder are not repeated. Each trains two steps on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_module
+
+from sage import config
+from sage.commands.plan import GB, estimated, machine_of, micro_batch
+from sage.model import loading
+
+COMMON = [
+    *("+experiment=demo", "+baseline=dpo", "data.eval_path=null", "data.limit=40", "data.max_length=256"),
+    *("micro_batch_tokens=512", "batch_size=4", "steps=2"),
+]
+CHECKPOINTING, LORA, TWO = "model.gradient_checkpointing=true", "+model/lora=default", "world_size=2"
+SETTINGS = {
+    "full": [],
+    "full, checkpointing": [CHECKPOINTING],
+    "LoRA": [LORA],
+    "full, ZeRO 2, 2 ranks": ["engine=zero2", TWO],
+    "full, ZeRO 3, 2 ranks": ["engine=zero3", TWO],
+    "LoRA, ZeRO 2, 2 ranks, checkpointing": ["engine=zero2", TWO, LORA, CHECKPOINTING],
+}
+
+
+def expected(overrides: list[str]) -> float:
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        cfg = config.load(compose("plan", [*COMMON, *overrides]))
+    assert isinstance(cfg, config.PlanConfig)
+    folder, device = loading.resolve_model(cfg.model, cfg.cache_dir), torch.device("cpu")
+    dtype = loading.compute_dtype(cfg.model, device)
+    work = micro_batch(cfg, folder)
+    return estimated(cfg, cfg.model, machine_of(cfg, device), folder, dtype, work).peak() / GB
+
+
+def measured(run_dir: Path, overrides: list[str]) -> float:
+    if not (run_dir / "summary.json").exists():
+        command = [sys.executable, "-m", "sage.cli", "train", *COMMON, *overrides, f"hydra.run.dir={run_dir}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((run_dir / "summary.json").read_text())["peak_memory_gb"]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    print("| setting | expected GB | measured GB | error |\n|---|---|---|---|")
+    for number, (name, overrides) in enumerate(SETTINGS.items()):
+        guess, truth = expected(overrides), measured(folder / f"run_{number}", overrides)
+        print(f"| {name} | {guess:.2f} | {truth:.2f} | {guess / truth - 1:+.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""`sage plan`: bytes from the model's own code, without weights; what fits, and what to change."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import refused
+
+from sage.config import EngineConfig, LoraConfig, ModelConfig
+from sage.data.packing import collate
+from sage.data.tokens import Pair
+from sage.model import loading, memory
+from sage.model.footprint import footprint
+from sage.model.policy import Policy
+
+PAIRS = [Pair("a", None, [5] * 20, [6] * 30, [7] * 25), Pair("b", None, [5] * 9, [8] * 12, [9] * 40)]
+
+
+def saved_bytes(policy: Policy, batch) -> int:
+    """What autograd itself keeps for the backward pass, by its own hooks: a naive reference."""
+    known = {x.untyped_storage().data_ptr() for x in (*policy.parameters(), *policy.buffers())}
+    known |= {x.untyped_storage().data_ptr() for x in batch if isinstance(x, torch.Tensor)}
+    kept: dict[int, int] = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        logps = policy(batch)
+    assert logps.chosen.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["full", "lora"])
+def test_activations_on_the_meta_device_are_those_that_autograd_keeps(tiny_model, lora):
+    cfg = ModelConfig(path=str(tiny_model), lora=lora)
+    batch = collate(PAIRS, "shared")
+    loaded = loading.load_model(str(tiny_model), cfg, torch.float32, seed=0)
+    truth = saved_bytes(Policy(loaded, cfg.head), batch)
+    found = memory.micro_bytes(memory.shell(str(tiny_model), cfg, torch.float32), batch, cuda=False)
+    assert found.kept == pytest.approx(truth, rel=0.05)
+    assert found.peak > found.kept and found.head > 0
+
+
+def test_checkpointing_keeps_less_and_more_tokens_take_more(tiny_model):
+    def kept(pairs, **options):
+        cfg = ModelConfig(path=str(tiny_model), **options)
+        policy = memory.shell(str(tiny_model), cfg, torch.float32)
+        return memory.micro_bytes(policy, collate(pairs, "shared"), cuda=True)
+
+    plain, recomputed = kept(PAIRS), kept(PAIRS, gradient_checkpointing=True)
+    assert recomputed.kept < plain.kept / 3
+    assert kept(PAIRS * 2).kept == pytest.approx(2 * plain.kept, rel=0.02)
+
+
+def test_the_stand_ins_are_taken_back(tiny_model):
+    """A plan must not change how a later run in the same process computes."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from sage.model import attention
+
+    memory.micro_bytes(
+        memory.shell(str(tiny_model), ModelConfig(path=str(tiny_model)), torch.float32),
+        collate(PAIRS, "shared"),
+        cuda=True,
+    )
+    assert ALL_ATTENTION_FUNCTIONS[attention.IMPLEMENTATION] is attention.packed_attention
+
+
+def test_shards_add_up_to_the_whole():
+    """The paper's arithmetic (Rajbhandari et al., 2020): 16 bytes a parameter in bfloat16, by stage."""
+    millions = 100_000_000
+    one = footprint(millions, 0, 2, EngineConfig(0), 1, cuda=True)
+    assert one.kept() == (2 + 4 + 4 + 8) * millions
+    for stage, whole in ((1, 2 + 4), (2, 2), (3, 0)):
+        found = footprint(millions, 0, 2, EngineConfig(stage), 8, cuda=True)
+        assert found.kept() == whole * millions + (18 - whole) * millions / 8
+    offloaded = footprint(millions, 0, 2, EngineConfig(3, offload=True), 8, cuda=True)
+    assert offloaded.kept() == 0 and offloaded.host == 18 * millions / 8
+    adapter = footprint(1_000, millions, 2, EngineConfig(0), 1, cuda=True)
+    assert adapter.kept() == 2 * millions + 18 * 1_000
+
+
+def test_a_plan_says_what_fits_and_what_to_change(sage, tiny_model, pair_file, tmp_path):
+    file = tmp_path / "plan.json"
+    words = [
+        *("plan", "model=hf", f"model.path={tiny_model}", f"data.path={pair_file}", "steps=1"),
+        *("data.max_length=256", "micro_batch_tokens=1024", f"cache_dir={tmp_path}", f"json={file}"),
+    ]
+    status, out, err = sage(*words)
+    assert status == 0, err
+    found = json.loads(file.read_text())
+    assert found["fits"] and found["step_seconds"] > 0 and found["most_tokens"] > 1024
+    assert "weights" in out and "largest micro_batch_tokens that fits" in out
+
+    status, out, err = sage(*words, "gpu_gb=5", "batch_size=64", "world_size=2")
+    assert status == 0, err
+    assert json.loads(file.read_text())["step_seconds"] is None  # that GPU is not here
+
+    status, out, err = sage(*words, "gpu_gb=2.5")
+    found = json.loads(file.read_text())
+    assert status == 0 and not found["fits"] and "DOES NOT FIT" in out
+    refused(sage(*words, "data.max_length=2048"), "micro_batch_tokens=1024 cannot hold one pair")
