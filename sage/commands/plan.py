@@ -169,7 +169,7 @@ def micro_batch(cfg: PlanConfig, folder: str) -> Work:
         get = made.__getitem__
     else:
         data = tokenize_pairs(
-            load_data(cfg.data).pairs,
+            load_data(cfg.data, cfg.cache_dir),
             loading.load_tokenizer(folder, cfg.model),
             chat=ChatFormat.of(cfg.data),
             max_length=cfg.data.max_length,
