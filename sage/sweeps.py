@@ -25,14 +25,15 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from sage import config
+from sage.util import stopping
 from sage.util.errors import UserError, first_line, refusal, report
 from sage.util.files import write_json
 from sage.util.progress import console
-from sage.util.stopping import SIGNALS
 
 JOBS_FOLDER = ".jobs"  # in the sweep's folder: the outcomes of its jobs, while it runs
 SWEEP_FILE = "sweep.json"  # in the sweep's folder: all outcomes
-STOPPED = [128 + signum for signum in SIGNALS]  # exit statuses: whoever sent the signal means the sweep
+# Exit statuses: whoever sent the signal means the sweep.
+STOPPED = [128 + signum for signum in stopping.SIGNALS]
 
 
 class JobFailed(Exception):
@@ -108,6 +109,8 @@ def job_of(hydra: Any, run_dir: Path) -> Iterator[Outcome]:
     """
     outcome = Outcome(hydra.job.num, list(hydra.overrides.task), str(run_dir))
     status = 0
+    if Sweep.folder is None:  # a launcher such as joblib runs jobs in processes of its own
+        stopping.stay_with_parent()
     try:
         yield outcome
     except SystemExit as e:
@@ -124,6 +127,8 @@ def job_of(hydra: Any, run_dir: Path) -> Iterator[Outcome]:
             traceback.print_exception(e)
     finally:
         write_json(Path(hydra.sweep.dir) / JOBS_FOLDER / f"{outcome.job}.json", asdict(outcome))
+        if stopping.abandoned():
+            stopping.end(status)  # or the launcher's process would take the next job
     if status:
         raise JobFailed(f"job {outcome.job}: {outcome.error}", status)
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from whole_runs import left_over
 
-from sage.util import processes
+from sage.util import processes, stopping
 
 # A rank without torch. It says what it got, and ends as `mode` asks.
 RANK = """
@@ -24,9 +24,9 @@ mode, folder, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
 time.sleep(0.2)  # as for imports: a signal that comes now must wait, and not get lost
 stopping.install(folder, rank)
 subprocess.Popen(["sleep", "1000"])  # a helper that nobody ends
-(folder / f"rank{rank}").write_text(str(os.getpid()))
 if mode not in ("loads", "meets"):
     stopping.defer()
+(folder / f"rank{rank}").write_text(str(os.getpid()))  # from here on signals come
 if mode == "meets":  # as in gloo, which waits for another rank: no Python code runs meanwhile
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
     time.sleep(1000)
@@ -50,9 +50,9 @@ for _ in range(200):
 
 
 class Launcher:
-    """`run_ranks` in a process of its own."""
+    """`run_ranks` in a process of its own; with `job`, in a child of that process, as joblib runs jobs."""
 
-    def __init__(self, mode: str, folder: Path, world_size: int = 2, wait: bool = True):
+    def __init__(self, mode: str, folder: Path, world_size: int = 2, wait: bool = True, job: bool = False):
         self.folder, self.output = folder, folder / "output"
         self.mark = f"SAGE_TEST={folder}"
         script = folder / "rank.py"
@@ -61,6 +61,10 @@ class Launcher:
             status = 99
             try:
                 os.setsid()
+                if job:
+                    if os.fork():
+                        time.sleep(1000)
+                    stopping.stay_with_parent()
                 os.dup2(os.open(self.output, os.O_CREAT | os.O_WRONLY, 0o600), 2)
                 environment = {**os.environ, "SAGE_TEST": str(folder)}
                 processes.GRACE = 1.0 if mode == "late" else 10.0
@@ -175,3 +179,13 @@ def test_ranks_that_wait_in_a_library_do_not_outlive_a_launcher_that_was_killed(
     os.waitpid(launcher.pid, 0)
     wait_until(lambda: not left_over(launcher.mark))
     assert "launcher of this run is gone" in launcher.output.read_text()
+
+
+def test_jobs_do_not_outlive_a_sweep_that_was_killed(tmp_path):
+    """A job that a launcher such as joblib runs in another process would train on, unseen."""
+    launcher = Launcher("works", tmp_path, job=True)
+    launcher.signal(signal.SIGKILL)
+    os.waitpid(launcher.pid, 0)
+    wait_until(lambda: not left_over(launcher.mark))
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+    wait_until(lambda: "SIGTERM ended the run after its step 7" in launcher.output.read_text())

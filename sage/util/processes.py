@@ -134,6 +134,8 @@ def wait(ranks: Sequence[Rank], arrivals: Arrivals, go_on: str) -> int:
     """Wait for the ranks, pass a signal on to them, and decide how the run ended. Some may still run."""
     passed_on, alone_since = False, None
     while not all([rank.ended() for rank in ranks]):
+        if not arrivals.first and stopping.abandoned():
+            arrivals.add(signal.SIGTERM)
         if arrivals.first and not passed_on:
             passed_on = True
             for rank in ranks:

@@ -56,6 +56,7 @@ _arrivals = Arrivals()
 _deferred = False
 _orphaned = False
 _farewell = ""
+_parent = 0  # the process that this one must not outlive; 0 if there is none
 
 
 def go_on(run_dir: Path) -> str:
@@ -95,6 +96,17 @@ def asked() -> bool:
 def status() -> int:
     """The exit status that the signal asks for; 0 if none has come."""
     return _arrivals.status
+
+
+def stay_with_parent() -> None:
+    """Let the ranks that this process starts end when the process that started this one is gone."""
+    global _parent
+    _parent = os.getppid()
+
+
+def abandoned() -> bool:
+    """Whether the process that `stay_with_parent` saw is gone."""
+    return bool(_parent) and os.getppid() != _parent
 
 
 def tell(line: str) -> None:
