@@ -7,7 +7,7 @@ LOWEST := .venv-lowest/bin
 # Two processes share the test files. A file stays in one process, because its runs are shared by its tests.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test quick peer lowest torture lint docs clean
+.PHONY: help demo test quick peer lowest gpu torture lint docs clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -26,6 +26,9 @@ peer: .venv/stamp-dev .venv/stamp-peer ## the comparison with TRL, which it inst
 
 lowest: .venv-lowest/stamp ## the quick tests, with every dependency at its lower bound
 	OMP_NUM_THREADS=1 $(LOWEST)/pytest -m 'not slow and not peer'
+
+gpu: .venv/stamp-dev ## the first numbers of a GPU: doctor, kernels, a DPO step; goes on where it was stopped
+	$(BIN)/python benchmarks/gpu.py runs/gpu
 
 torture: .venv/stamp-dev ## hours of kills and damage, for nights; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py runs/torture

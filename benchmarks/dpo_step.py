@@ -361,6 +361,8 @@ def main() -> None:
         for micro in args.trl_micro_batches:
             contenders[f"TRL, {micro} pairs"] = (run_worker, "trl", {**job, "micro": micro})
         contenders["textbook loop"] = (run_worker, "textbook", {**job, "micro": args.textbook_micro_batch})
+        if unknown := set(args.only or ()) - contenders.keys():
+            parser.error(f"--only: no contender {sorted(unknown)}; there are {sorted(contenders)}")
         contenders = {k: v for k, v in contenders.items() if not args.only or k in args.only}
         seconds: dict[str, list[float]] = {label: [] for label in contenders}
         memory: dict[str, float] = {}

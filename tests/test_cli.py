@@ -94,10 +94,7 @@ def test_every_command_has_its_config_and_a_job_in_the_ranks():
     """A command word is one key in three tables and the name of a YAML; here they cannot drift apart."""
     assert set(config.SCHEMAS) == set(cli.COMMANDS) - {"resume", "report"}
     in_ranks = {word for word, schema in config.SCHEMAS.items() if issubclass(schema, config.RunConfig)}
-    assert set(worker.JOBS) == in_ranks - {
-        "inspect",
-        "plan",
-    }  # they take the keys of training, and need no rank
+    assert set(worker.JOBS) == in_ranks - {"inspect", "plan"}  # these need no rank
     for job in worker.JOBS.values():
         assert callable(get_method(job))
     for word in config.SCHEMAS:

@@ -1,0 +1,95 @@
+"""The first numbers of a GPU, in one command: does sage work there, are its kernels right, how fast is it?
+
+    make gpu                                  # or: python benchmarks/gpu.py runs/gpu
+    python benchmarks/gpu.py runs/gpu --again # measures everything anew
+
+Each part runs in a process of its own for four minutes at most, and leaves FOLDER/PART.log. FOLDER/gpu.json
+holds what came of each part. A second call repeats only the parts that failed. Without a GPU this says so,
+runs the kernels' tests in Triton's interpreter if Triton is there, and ends with status 0 if they pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from sage.util.files import write_json
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 240  # seconds of a part
+SAGE, TRL = ["sage", "sage, all logits"], ["TRL, 4 pairs", "TRL, 16 pairs"]
+
+
+def parts(folder: Path, gpu: bool) -> dict[str, list[str]]:
+    """The command of each part, by its name."""
+    python = sys.executable
+    tests = [python, "-m", "pytest", "-q", str(HERE.parent / "tests" / "test_kernels.py")]
+    if not gpu:
+        return {"kernel tests, in the interpreter": tests} if find_spec("triton") else {}
+    contenders = SAGE + (TRL if find_spec("trl") else [])
+    step = [python, str(HERE / "dpo_step.py"), "--dtype", "bfloat16", "--max-length", "512", "--rounds", "1"]
+    kernel = [python, str(HERE / "kernel.py"), "--device", "cuda", "--dtype", "bfloat16"]
+    return {
+        "doctor": [python, "-m", "sage.cli", "doctor", f"json={folder / 'doctor.json'}"],
+        "kernel tests": tests,
+        "kernel": [*kernel, "--json", str(folder / "kernel.json")],
+        "a DPO step": [
+            *(*step, "--trl-micro-batches", "4", "16", "--only", *contenders),
+            *("--output", str(folder / "dpo_step.json")),
+        ],
+    }
+
+
+def run(command: list[str], log: Path) -> tuple[str, float]:
+    """What came of a part, and its seconds."""
+    started = time.monotonic()
+    with log.open("w") as out:
+        try:
+            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=LIMIT)
+            outcome = "ok" if done.returncode == 0 else f"failed, status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            outcome = f"failed, not done in {LIMIT} s"
+    return outcome, time.monotonic() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--again", action="store_true", help="repeat the parts that are done, too")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else "no GPU"
+    print(device if gpu else "there is no GPU here: nothing is measured", flush=True)
+    results = args.folder / "gpu.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
+    if args.again or found.get("device") != device:  # the numbers of another machine are of no use here
+        found = {"device": device, "torch": torch.__version__, "parts": {}}
+    wanted = parts(args.folder, gpu)
+    if not wanted:
+        print("Triton is not installed, so its interpreter has nothing to run either")
+    for name, command in wanted.items():
+        if found["parts"].get(name, {}).get("outcome") != "ok":
+            log = args.folder / f"{name.replace(',', '').replace(' ', '_')}.log"
+            outcome, seconds = run(command, log)
+            found["parts"][name] = {"outcome": outcome, "seconds": round(seconds, 1), "log": str(log)}
+            write_json(results, found)  # so that a run that is killed here goes on with the next part
+        part = found["parts"][name]
+        print(f"{name:36} {part['outcome']:28} {part['seconds']:6.1f} s  {part['log']}", flush=True)
+    write_json(results, found)
+    print(f"all of it: {results}")
+    if any(found["parts"][name]["outcome"] != "ok" for name in wanted):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
