@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from many_runs import column, execute, freeze
 
-from sage.model import loading
+from sage.model import loading, reference
 from sage.model.logps import PairLogps
-from sage.model.reference import read_logps, write_logps
+from sage.model.reference import compute, read_logps, write_logps
 from sage.util.files import sha256, write_json
 
 
@@ -47,6 +49,57 @@ def test_a_damaged_file_is_not_believed(logps, tmp_path, fault, capsys):
     assert read_logps(file, 8 if fault == "other pairs" else 7) is None
     out = capsys.readouterr().out
     assert out.count("is damaged") == 1 and len(out.splitlines()) == 1
+
+
+class Forward:
+    """Gives each pair its index, and dies when it is asked for a pair from `dies` on."""
+
+    budget = 1
+
+    def __init__(self, dies: int | None = None):
+        self.engine, self.dies, self.asked = SimpleNamespace(rank=0, world_size=1), dies, []
+
+    def all_logps(self, pairs, indices):
+        if self.dies is not None and indices[-1] >= self.dies:
+            raise KeyboardInterrupt
+        self.asked += indices.tolist()
+        return PairLogps(*(torch.tensor(indices + 0.5 * k, dtype=torch.float32) for k in range(4)))
+
+
+class Pairs:
+    """`count` pairs of equal lengths."""
+
+    def __init__(self, count: int, lengths: list[int]):
+        self.table = np.tile(lengths, (count, 1))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def lengths(self) -> np.ndarray:
+        return self.table
+
+
+@pytest.mark.parametrize("damage", [None, "last", "first"])
+def test_a_killed_pass_goes_on_after_its_last_part(tmp_path, monkeypatch, damage):
+    """Protects the hours of a pass over a large set, and its order. A damaged part is computed again."""
+    monkeypatch.setattr(reference, "PART", 40)  # of one token each: parts of 4 pairs of 10 tokens
+    pairs = Pairs(18, [2, 4, 4])
+    with pytest.raises(KeyboardInterrupt):
+        compute(Forward(dies=13), pairs, tmp_path / "parts", "test")
+    parts = sorted((tmp_path / "parts").iterdir())
+    assert len(parts) == 3
+    if damage:
+        parts[0 if damage == "first" else -1].write_bytes(b"")
+    forward = Forward()
+    found = compute(forward, pairs, tmp_path / "parts", "test")
+    assert forward.asked[0] == {None: 12, "last": 8, "first": 0}[damage]
+    assert forward.asked == list(range(forward.asked[0], 18))
+    assert all(torch.equal(x, torch.arange(18) + 0.5 * k) for k, x in enumerate(found))
+
+
+def test_a_small_pass_writes_no_part(tmp_path):
+    assert len(compute(Forward(), Pairs(3, [1, 1, 1]), tmp_path / "parts", "test").chosen) == 3
+    assert not (tmp_path / "parts").exists()
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,7 @@ class TokenizedPairs:
 
     @cached_property
     def _lengths(self) -> np.ndarray:
-        lengths = lengths_of(self.data.data.table)
-        lengths.setflags(write=False)
-        return lengths
+        return lengths_of(self.data.data.table)
 
     def lengths(self) -> np.ndarray:
         """int64 [pairs, 3]: tokens of prompt, chosen and rejected."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,13 @@ from sage.model.logps import LogitStats, PairLogps
 from sage.util import ranks
 from sage.util.errors import UserError, named
 from sage.util.files import source_digest, write_whole
-from sage.util.progress import console
+from sage.util.progress import activity, console
 
 MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER = "manifest.json", "sage", "scores"  # of score-dataset
+
+
+# Micro-batches that each rank computes between two writes of a pass over all pairs.
+PART = 32
 
 
 class Reference(Protocol):
@@ -76,15 +81,15 @@ class Cached:
         ).hexdigest()
         file = Path(cache_dir).expanduser() / "reference" / f"{digest[:32]}.safetensors"
         known = cached = ranks.main_only(lambda: read_logps(file, len(pairs)))
+        parts = file.with_suffix(".parts")
         if known is None:
-            known = forward.all_logps(
-                pairs, np.arange(len(pairs)), f"reference log-probabilities of the {name} pairs"
-            )
-            known = PairLogps(*(values.cpu().contiguous() for values in known))
+            known = compute(forward, pairs, parts, f"reference log-probabilities of the {name} pairs")
             check_finite(known, pairs)
         # On each machine, because the run may be restarted with rank 0 on another one.
         if ranks.local_rank() == 0 and (cached is None or not file.exists()):
             write_logps(file, known)
+        if ranks.rank() == 0:
+            shutil.rmtree(parts, ignore_errors=True)
         self.logps = known
 
     def __call__(self, indices: np.ndarray, batch: MicroBatch) -> PairLogps:
@@ -92,6 +97,40 @@ class Cached:
 
     def lookup(self, indices: np.ndarray) -> PairLogps:
         return PairLogps(*(values[torch.from_numpy(indices)] for values in self.logps))
+
+
+def compute(forward: PairForward, pairs: TokenizedPairs, folder: Path, title: str) -> PairLogps:
+    """Log-probabilities of all pairs under the policy, on the CPU. Every rank calls this.
+
+    A large set is computed part by part, and rank 0 writes each part to `folder`. If the run is killed, the
+    next one continues after the last part.
+    """
+    parts = ranks.main_only(lambda: read_parts(folder))
+    done = sum(len(part.chosen) for part in parts)
+    tokens = float(pairs.lengths().sum()) / len(pairs)
+    size = max(int(PART * forward.budget * forward.engine.world_size / tokens), 1)  # pairs of a part
+    with activity(title, len(pairs), done) as shown:
+        for start in range(done, len(pairs), size):
+            end = min(start + size, len(pairs))
+            part = forward.all_logps(pairs, np.arange(start, end))
+            parts.append(PairLogps(*(values.cpu().contiguous() for values in part)))
+            if forward.engine.rank == 0 and end < len(pairs):
+                write_logps(folder / f"{start:010}-{end:010}.safetensors", parts[-1])
+            shown.advance(end - start)
+    return PairLogps(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def read_parts(folder: Path) -> list[PairLogps]:
+    """The parts that follow each other from the first pair on, and are intact."""
+    parts, done = [], 0
+    for file in sorted(folder.glob("*.safetensors")):
+        start, end = map(int, file.stem.split("-"))
+        part = read_logps(file, end - start) if start == done else None
+        if part is None:
+            break
+        parts.append(part)
+        done = end
+    return parts
 
 
 def write_logps(file: Path, logps: PairLogps) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sage.data.pairs import load_pairs
+from sage.data.pairs import load_pair_set
 from sage.reporting.runs import Run
 from sage.util.errors import UserError
 
@@ -129,14 +129,21 @@ def texts_of(run: Run, pair_ids: Sequence[str]) -> dict[str, tuple[str, str, str
     if not path:
         return {}
     wanted = set(pair_ids)
-    options: dict[str, Any] = {"split": run.config.get("data.split", "train")}
     columns = {
         key.removeprefix("data.columns."): value
         for key, value in run.config.items()
-        if key.startswith("data.columns.") and value
+        if key.startswith("data.columns.") and value is not None
     }
     try:
-        data = load_pairs(path, columns=columns, limit=run.config.get("data.limit"), **options)
+        data = load_pair_set(
+            path,
+            run.config.get("cache_dir"),
+            split=run.config.get("data.split", "train"),
+            columns=columns,
+            limit=run.config.get("data.limit"),
+            max_bad=run.config.get("data.max_bad", 0.0),
+            chat=run.config.get("data.chat_template", True) is not False,
+        ).pairs
     except (UserError, OSError):
         return {}
     rows = [i for i, pair_id in enumerate(data["pair_id"]) if pair_id in wanted]
