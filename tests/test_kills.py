@@ -93,7 +93,7 @@ class Training:
 
     def end(self) -> tuple[int, str]:
         output, _ = self.process.communicate(timeout=300)
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 60.0
         while left_over(f"SAGE_TEST={self.mark}"):  # the kernel takes a moment
             assert time.monotonic() < deadline
             time.sleep(0.05)
