@@ -45,6 +45,7 @@ commands
   doctor            what is on this machine, and whether sage works here: devices, engines, generation
   plan              what a run will take in memory, and the largest micro-batch that fits
   train             align a policy: sage train +experiment=demo [key=value ...]; -m runs a sweep
+  rounds            train, ask the new policy again, and train on its answers: sage rounds +experiment=gsm8k
   build-pairs       sample responses to problems, verify them, make preference pairs
   score-dataset     score every pair with forward passes only, and write the best rows
   inspect           show pairs exactly as they will be trained; needs the tokenizer only

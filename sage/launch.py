@@ -6,7 +6,7 @@ import os
 import shlex
 import tempfile
 from dataclasses import fields
-from functools import singledispatch
+from functools import partial, singledispatch
 from pathlib import Path
 
 from hydra.utils import get_class
@@ -21,6 +21,7 @@ from sage.config import (
     InspectConfig,
     ModelConfig,
     PlanConfig,
+    RoundsConfig,
     RunConfig,
     TrainConfig,
     VerifyConfig,
@@ -65,6 +66,16 @@ def _(cfg: BuildPairsConfig) -> None:
 
 
 @read_inputs.register
+def _(cfg: RoundsConfig) -> None:
+    assert cfg.data.problems.path is not None
+    read_problems(cfg.data.problems)
+    if cfg.data.eval_path:
+        load_data(cfg.pairs_of_a_round(None), cfg.cache_dir, held_out=True)
+    for benchmark in cfg.benchmark.values():
+        read_problems(benchmark)
+
+
+@read_inputs.register
 def _(cfg: EvalConfig) -> None:
     for benchmark in cfg.benchmark.values():
         read_problems(benchmark)
@@ -85,7 +96,8 @@ def preflight(cfg: RunConfig, here: bool = True) -> None:
         )
     check_writable(Path(cfg.cache_dir).expanduser(), "cache_dir")
     check_model(cfg.model)
-    if type(cfg) is TrainConfig:  # the other commands have its keys, and log nothing
+    # The other commands have the keys of `sage train`, and log nothing.
+    if isinstance(cfg, RoundsConfig) or type(cfg) is TrainConfig:
         check_tracking(cfg.tracking)
     with activity("checking the inputs"):
         read_inputs(cfg)
@@ -134,7 +146,8 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
         return inspect(cfg)
     assert isinstance(cfg, RunConfig)
     here, cfg.start = cfg.start, True  # what starts the ranks is no part of the run
-    if isinstance(cfg, TrainConfig) and not isinstance(cfg, BuildPairsConfig) and cfg.data.path is None:
+    builds_its_own = isinstance(cfg, BuildPairsConfig | RoundsConfig)
+    if isinstance(cfg, TrainConfig) and not builds_its_own and cfg.data.path is None:
         if not here:
             raise UserError(
                 "start=false needs finished pairs, in a file that all machines see: build them with `sage "
@@ -147,7 +160,7 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
     config.freeze(cfg, run_dir)
     print(f"run directory: {run_dir}", flush=True)
     if here:
-        start(cfg.world_size, run_dir)
+        work(cfg, run_dir)
     else:
         print(start_lines(cfg.world_size, run_dir))
 
@@ -191,9 +204,18 @@ def resume(run_dir: Path, steps: int | None = None, world_size: int | None = Non
         config.write(cfg, run_dir)
         (run_dir / config.SUMMARY_FILE).unlink(missing_ok=True)
     if here:
-        start(cfg.world_size, run_dir)
+        work(cfg, run_dir)
     else:
         print(start_lines(cfg.world_size, run_dir))
+
+
+def work(cfg: RunConfig, run_dir: Path) -> None:
+    """Do the frozen run in `run_dir`, or go on with it. Rounds are several runs, one after the other."""
+    if not isinstance(cfg, RoundsConfig):
+        return start(cfg.world_size, run_dir)
+    from sage.commands.rounds import rounds  # here, because it loads torch and transformers
+
+    rounds(run_dir, partial(start, go_on=stopping.go_on(run_dir)))
 
 
 def give_steps(cfg: RunConfig, run_dir: Path, steps: int) -> None:

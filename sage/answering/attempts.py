@@ -104,9 +104,10 @@ class Sampler:
     def attempts(
         self, problems: Sequence[Problem], samples: int, prompt: str, folder: Path, name: str
     ) -> list[Attempt]:
-        """`samples` attempts at each problem, in order. Ranks other than 0 get an empty list.
+        """Attempts at each problem, in order. Ranks other than 0 get an empty list.
 
         Args:
+            samples: attempts at each problem that does not say how many it wants.
             prompt: the text of a prompt, with {problem} in it.
             folder: where the attempts are kept. An interrupted run's attempts in it are used.
             name: a name for the progress bar.
@@ -119,7 +120,8 @@ class Sampler:
             finished.mkdir(parents=True, exist_ok=True)
             prompts = [prompt.replace("{problem}", problem.prompt) for problem in problems]
             ids = ranks.main_only(lambda: encode_prompts(self.tokenizer, prompts, self.chat))
-            chunks = self.chunks(ids, samples)
+            counts = [problem.samples or samples for problem in problems]
+            chunks = self.chunks(ids, counts)
             missing = [
                 (finished / f"chunk_{number}.jsonl", chunk)
                 for number, chunk in enumerate(chunks)
@@ -130,13 +132,14 @@ class Sampler:
                     self.generator = self.stack.enter_context(self.backend.open(self.source, self.sampling))
                 # On all prompts, so that a resumed run comes to the same decision.
                 self.generator.prepare(ids)
-            self.estimate([ids[i] for _, chunk in missing for i in chunk], samples, len(missing))
-            with activity(name, sum(len(chunk) for _, chunk in missing) * samples) as progress:
+            left = [i for _, chunk in missing for i in chunk]
+            self.estimate([ids[i] for i in left], sum(counts[i] for i in left), len(missing))
+            with activity(name, sum(counts[i] for i in left)) as progress:
                 for file, chunk in missing:
                     if stopping.asked():
                         break
-                    work = [(problems[i], prompts[i], ids[i]) for i in chunk]
-                    write_lines(file, self.chunk(work, samples, progress))
+                    work = [(problems[i], prompts[i], ids[i], n) for i in chunk for n in range(counts[i])]
+                    write_lines(file, self.chunk(work, progress))
                     seal_file(file)
             if any(ranks.gather(stopping.asked())):
                 raise stopping.Stopped(f"while it answered {name}, at step")
@@ -149,27 +152,35 @@ class Sampler:
         shutil.rmtree(finished, ignore_errors=True)
         return read_attempts(final)
 
-    def chunks(self, ids: Sequence[Sequence[int]], samples: int) -> list[list[int]]:
-        """Indices of problems in chunks of similar prompt length, the longest (most memory) first."""
-        by_length = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-        size = max(self.backend.chunk // samples, 1)
-        return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    def chunks(self, ids: Sequence[Sequence[int]], counts: Sequence[int]) -> list[list[int]]:
+        """Indices of problems in chunks of similar prompt length, the longest (most memory) first.
 
-    def chunk(
-        self, work: Sequence[tuple[Problem, str, list[int]]], samples: int, progress: Activity
-    ) -> list[Attempt]:
+        `counts` are the responses to each problem. A chunk has at most `backend.chunk` responses, or one
+        problem.
+        """
+        chunks: list[list[int]] = []
+        room = 0
+        for i in sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)):
+            if not chunks or counts[i] > room:
+                chunks.append([])
+                room = self.backend.chunk
+            chunks[-1].append(i)
+            room -= counts[i]
+        return chunks
+
+    def chunk(self, work: Sequence[tuple[Problem, str, list[int], int]], progress: Activity) -> list[Attempt]:
+        """One attempt for each (problem, prompt, its ids, sample)."""
         assert self.generator is not None
-        samples_of = [(*item, sample) for item in work for sample in range(samples)]
         requests = [
             Request(ids, seed_of(self.seed, problem.problem_id, sample), self.sampling.max_new_tokens)
-            for problem, _, ids, sample in samples_of
+            for problem, _, ids, sample in work
         ]
         found = {}
         for index, response in self.generator(requests):
             found[index] = response
             progress.advance()
         responses = [found[i] for i in range(len(requests))]
-        verdicts = self.verifier.verify([r.text for r in responses], [item[0].answer for item in samples_of])
+        verdicts = self.verifier.verify([r.text for r in responses], [item[0].answer for item in work])
         return [
             Attempt(
                 problem_id=problem.problem_id,
@@ -187,11 +198,11 @@ class Sampler:
                 response_ids=response.ids,
             )
             for (problem, prompt, ids, sample), response, verdict in zip(
-                samples_of, responses, verdicts, strict=True
+                work, responses, verdicts, strict=True
             )
         ]
 
-    def estimate(self, ids: Sequence[list[int]], samples: int, chunks: int) -> None:
+    def estimate(self, ids: Sequence[list[int]], responses: int, chunks: int) -> None:
         """Print the longest time that the work can take, estimated from a few tokens, if it has several
         chunks.
         """
@@ -206,9 +217,9 @@ class Sampler:
             seconds.append(time.perf_counter() - started)
         # On a busy machine the short probe may take longer than the long one.
         step = max(seconds[0] - seconds[1], seconds[0] / 4) / PROBE_TOKENS
-        longest = len(ids) * samples / len(probe) * (seconds[1] + step * (self.sampling.max_new_tokens - 1))
+        longest = responses / len(probe) * (seconds[1] + step * (self.sampling.max_new_tokens - 1))
         console.print(
-            f"at most {minutes(longest)} for {len(ids) * samples} responses of up to "
+            f"at most {minutes(longest)} for {responses} responses of up to "
             f"{self.sampling.max_new_tokens} tokens: a probe made {len(probe) / step:.0f} tokens/s"
         )
 

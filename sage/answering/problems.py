@@ -12,7 +12,7 @@ from sage.data.source import first_five, read_rows, refuse_bad_rows
 from sage.util.errors import UserError
 from sage.util.progress import console
 
-COLUMNS = ("problem_id", "prompt", "answer", "solution", "group")
+COLUMNS = ("problem_id", "prompt", "answer", "solution", "group", "samples")
 MAX_BAD = 0.01  # share of bad rows that are left out; public files have a few, and cannot be mended by hand
 ANSWERS: dict[str, Callable[[str], str | None]] = {"hash": hashed, "boxed": boxed, "plain": str}
 
@@ -24,6 +24,7 @@ class Problem:
     answer: str
     solution: str | None  # the source's own text, with the mark of its answer
     group: str | None  # level or subject, for a breakdown
+    samples: int | None = None  # responses to sample; None = as many as the command says
 
 
 def load_problems(
@@ -43,7 +44,7 @@ def load_problems(
 
     Args:
         columns: our names (COLUMNS) -> the source's. A prompt may join several columns ("Body+Question").
-            Without a problem_id, the row's number is the id.
+            Without a problem_id, the row's number is the id. `samples` is read only if it is mapped.
         answer_from: where the answer stands in its column: "hash" (after `####`), "boxed" (in the last box)
             or "plain". With the first two, the column is a solution, and becomes the problem's solution too.
         limit: rows to read.
@@ -106,7 +107,17 @@ def _problem(row: int, record: Any, columns: Mapping[str, str], answer_from: str
     problem_id, solution, group = (
         next(iter(_texts(record, name, columns)), None) for name in ("problem_id", "solution", "group")
     )
-    return Problem(problem_id or str(row), prompt, answer, solution, group)
+    return Problem(problem_id or str(row), prompt, answer, solution, group, _samples(record, columns))
+
+
+def _samples(record: dict[str, Any], columns: Mapping[str, str]) -> int | None:
+    """How many responses the source wants, if it has a column for that, which must be named."""
+    if "samples" not in columns:
+        return None
+    text = next(iter(_texts(record, "samples", columns)), "")
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"samples must be a whole number above 0, not {text or 'empty'}")
+    return int(text)
 
 
 def _texts(record: dict[str, Any], name: str, columns: Mapping[str, str]) -> list[str]:

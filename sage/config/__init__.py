@@ -18,8 +18,9 @@ from sage.config.groups import (
     key,
 )
 from sage.config.keys import groups, known_keys, nearest, refusal, unknown_keys
+from sage.config.registry import SCHEMAS
+from sage.config.rounds import RoundConfig, RoundsConfig
 from sage.config.schema import (
-    SCHEMAS,
     BuildPairsConfig,
     DoctorConfig,
     EvalConfig,
@@ -49,6 +50,8 @@ __all__ = [
     "PairingConfig",
     "PlanConfig",
     "ProblemsConfig",
+    "RoundConfig",
+    "RoundsConfig",
     "RunConfig",
     "SamplingConfig",
     "ScoreConfig",

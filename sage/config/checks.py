@@ -154,6 +154,10 @@ def check_benchmarks(benchmarks: dict[str, ProblemsConfig]) -> None:
             raise UserError(
                 f"benchmark.{name}.path is not set: give its problems with benchmark.{name}.path=FILE"
             )
+        if problems.columns.samples is not None:
+            raise UserError(
+                f"benchmark.{name}.columns.samples: all problems of a benchmark get as many responses"
+            )
         check_prompt(f"benchmark.{name}", problems)
 
 

@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sage.config.checks import check
+from sage.config.command import CommandConfig
 from sage.config.keys import RENAMED, known_keys, refusal, refuse_altered, refuse_ignored, unknown_keys
-from sage.config.schema import SCHEMAS, CommandConfig
+from sage.config.registry import SCHEMAS
 from sage.util.errors import UserError
 from sage.util.files import write_text
 from sage.util.locks import alive

@@ -106,6 +106,9 @@ class ProblemColumns(Columns):
     answer: str | None = key(None, "the source's column of answers")
     solution: str | None = key(None, "the source's column of solutions, which pairing.chosen=gold uses")
     group: str | None = key(None, "the source's column of topics or levels; accuracy is also given per group")
+    samples: str | None = key(
+        None, "a column of how many responses to sample to each problem, instead of pairing.samples"
+    )
 
 
 @dataclass

@@ -1,15 +1,12 @@
 """The config of each command, and the checks of combinations that no type can express.
 
-The dataclasses are registered with Hydra, so composition itself rejects wrong types and most unknown keys. A
-`check` raises and never edits: the composed config is the one that runs.
+A `check` raises and never edits: the composed config is the one that runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from typing import Any
-
-from hydra.core.config_store import ConfigStore
 
 from sage.config.checks import check_benchmarks, check_patience, check_prompt, check_target
 from sage.config.command import CommandConfig, RunConfig
@@ -307,20 +304,3 @@ class DoctorConfig(CommandConfig):
     name: str = key("doctor", "unused: no folder is made")
     cache_dir: str = key("~/.cache/sage", "the cache_dir of your runs, whose disk is looked at")
     json: str | None = key(None, "also write the table to this file")
-
-
-# Command word -> its schema. The command composes conf/WORD.yaml, which names WORD_schema (a dash becomes _).
-SCHEMAS: dict[str, type[CommandConfig]] = {
-    "train": TrainConfig,
-    "build-pairs": BuildPairsConfig,
-    "score-dataset": ScoreConfig,
-    "inspect": InspectConfig,
-    "eval": EvalConfig,
-    "verify": VerifyConfig,
-    "doctor": DoctorConfig,
-    "plan": PlanConfig,
-}
-
-
-for _word, _schema in SCHEMAS.items():
-    ConfigStore.instance().store(name=f"{_word.replace('-', '_')}_schema", node=_schema)

@@ -146,9 +146,11 @@ def find(paths: Sequence[str]) -> tuple[list[Run], list[Evaluation]]:
 
 
 def walk(root: Path, depth: int = 4) -> Iterator[Path]:
-    """Run directories at or below a folder; a sweep holds one per job."""
+    """Run directories at or below a folder; a sweep holds one per job, and rounds hold one per part."""
     if (root / CONFIG_FILE).is_file():
         yield root
+        rounds = sorted(root.glob("round_*"), key=lambda folder: (len(folder.name), folder.name))
+        yield from (part for folder in rounds for part in walk(folder, 1))
     elif depth and root.is_dir():
         for folder in sorted(root.iterdir(), key=natural):
             if folder.is_dir() and not folder.name.startswith("."):

@@ -1,0 +1,319 @@
+"""Train in rounds: ask the policy problems, train it on pairs of its answers, and ask the new policy again.
+
+Each part of a round is the run folder of another command. A part is finished when its last file is there, and
+all that a part needs is in the config and in the parts before it. So a killed `sage rounds` goes on exactly.
+
+RUN_DIR/round_0/eval            `sage eval` of the first policy; only with benchmarks, as all eval folders
+RUN_DIR/round_N/problems.jsonl  the problems of round N, and how many responses each gets
+RUN_DIR/round_N/pairs           `sage build-pairs`
+RUN_DIR/round_N/outcomes.jsonl  how many responses to each problem were right
+RUN_DIR/round_N/train           `sage train`
+RUN_DIR/round_N/eval            `sage eval`
+RUN_DIR/times.jsonl             seconds of each part; a part that was interrupted has several lines
+RUN_DIR/final                   the policy of the best round, or of the last one without `select`
+RUN_DIR/summary.json            what each round did and cost; written last
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import Timeout
+
+from sage import config
+from sage.answering.asking import Outcome, choose
+from sage.answering.attempts import GENERATIONS_FILE, Attempt, read_attempts
+from sage.answering.problems import COLUMNS, Problem, read_problems
+from sage.commands.build_pairs import MANIFEST_FILE, PAIRS_FILE, intact
+from sage.commands.rounds_results import (
+    OUTCOMES_FILE,
+    TIMES_FILE,
+    folder_of,
+    read_json,
+    read_outcomes,
+    results,
+    table,
+    write_outcomes,
+)
+from sage.config import (
+    SUMMARY_FILE,
+    BuildPairsConfig,
+    ChatConfig,
+    EvalConfig,
+    ModelConfig,
+    ProblemsConfig,
+    RoundsConfig,
+    RunConfig,
+    TrainConfig,
+)
+from sage.config.groups import ProblemColumns
+from sage.training.best import Criterion
+from sage.training.checkpoint import BEST_FOLDER
+from sage.util.errors import UserError
+from sage.util.files import link_folder, write_json, write_text
+from sage.util.locks import RANK_LOCK, alive, lock
+from sage.util.progress import console
+
+PROBLEMS_FILE = "problems.jsonl"
+SEEDS = 1000  # a round's seed is the config's seed times this, plus the round's number
+
+C = TypeVar("C", bound=RunConfig)
+
+
+class Finished(Exception):
+    """There is nothing left to learn. The message says why."""
+
+
+def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
+    """Do the rounds of the frozen config in `run_dir`, or go on with them.
+
+    Args:
+        start: runs the command whose frozen config is in a folder, in a number of ranks, and waits for it.
+
+    Raises:
+        UserError: a round gives nothing to train on.
+        SystemExit: a part has failed, and has said why; or a signal ended it.
+    """
+    cfg = config.load(run_dir)
+    assert isinstance(cfg, RoundsConfig)
+    try:
+        held = lock(run_dir / RANK_LOCK.format(0), timeout=0)
+    except Timeout as e:
+        raise UserError(f"{run_dir}: these rounds still run: wait for them, or kill them") from e
+    try:
+        Rounds(cfg, run_dir, start).run()
+    finally:
+        held.release()
+
+
+@dataclass
+class Rounds:
+    """The rounds of one config; they are numbered from 1."""
+
+    cfg: RoundsConfig
+    run_dir: Path
+    start: Callable[[int, Path], None]
+
+    def folder(self, number: int) -> Path:
+        return folder_of(self.run_dir, number)
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        return read_problems(self.cfg.data.problems)
+
+    def run(self) -> None:
+        policies, values, ended = [self.cfg.model], [], None
+        criterion = Criterion.of(self.cfg.select) if self.cfg.select else None
+        best, stale = 0, 0  # the round of the best policy, and the rounds since then
+        self.evaluate(0, policies[0])
+        for number in range(1, self.cfg.rounds + 1):
+            try:
+                policies.append(self.round(number, policies[-1]))
+            except Finished as e:
+                ended = str(e)
+                break
+            if criterion is None:
+                best = number
+                continue
+            value = read_json(self.folder(number) / "train" / SUMMARY_FILE)["best"]["value"]
+            better = criterion.improves(value, max(values, default=None))
+            values.append(value)
+            best, stale = (number, 0) if better else (best, stale + 1)
+            if self.cfg.patience is not None and stale >= self.cfg.patience:
+                ended = f"no better {self.cfg.select} in {stale} rounds"
+                break
+        done = len(policies) - 1
+        if ended:
+            console.print(f"stopped after round {done} of {self.cfg.rounds}: {ended}", markup=False)
+        if best:
+            link_folder(Path(policies[best].path), self.run_dir / "final")
+        self.finish(done, best, max(values, default=None), ended)
+
+    def round(self, number: int, policy: ModelConfig) -> ModelConfig:
+        """Do one round with the policy of the round before. Returns the new policy."""
+        folder = self.folder(number)
+        console.print(f"round {number} of {self.cfg.rounds}", markup=False)
+        self.ask(number)
+        self.build(number, policy)
+        train = as_command(
+            TrainConfig,
+            self.cfg,
+            "train",
+            model=policy,
+            seed=self.seed(number),
+            data=self.cfg.pairs_of_a_round(str(folder / "pairs" / PAIRS_FILE)),
+            benchmark={
+                n: b for n, b in self.cfg.benchmark.items() if self.cfg.select == f"benchmark/{n}/accuracy"
+            },
+            patience=None,
+        )
+        self.part(train, folder / "train", folder / "train" / SUMMARY_FILE)
+        shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
+        trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")
+        policy = replace(self.cfg.model, path=str(trained), revision=None, adapter_path=None)
+        self.evaluate(number, policy)
+        return policy
+
+    def seed(self, number: int) -> int:
+        return self.cfg.seed * SEEDS + number
+
+    # --- the parts
+
+    def ask(self, number: int) -> None:
+        """Choose the problems of a round by the outcomes of all rounds before it.
+
+        Raises:
+            Finished: the policy gave right answers only, when each problem was last asked.
+        """
+        file = self.folder(number) / PROBLEMS_FILE
+        if file.exists():
+            return
+        seen: dict[str, Outcome] = {}
+        for earlier in range(1, number):
+            seen |= read_outcomes(self.folder(earlier))
+        if all(p.problem_id in seen and seen[p.problem_id].kind == "mastered" for p in self.problems):
+            raise Finished(
+                "nothing is left to learn: every problem had right answers only when it was last asked"
+            )
+        counts = choose(
+            [p.problem_id for p in self.problems],
+            seen,
+            samples=self.cfg.pairing.samples,
+            max_samples=self.cfg.round.max_samples,
+            floor=self.cfg.round.floor,
+            budget=self.cfg.round.budget,
+            seed=f"{self.cfg.seed}/{number}",
+        )
+        asked = [replace(p, samples=counts[p.problem_id]) for p in self.problems if p.problem_id in counts]
+        write_text(file, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in asked))
+        console.print(f"round {number}: {len(asked)} problems, {sum(counts.values())} responses")
+
+    def build(self, number: int, policy: ModelConfig) -> None:
+        """Sample, verify and pair.
+
+        Raises:
+            Finished: no response was wrong.
+            UserError: there is no pair to train on.
+        """
+        folder = self.folder(number)
+        pairs = folder / "pairs"
+        columns = ProblemColumns(**{name: name for name in COLUMNS})
+        problems = ProblemsConfig(
+            path=str(folder / PROBLEMS_FILE), columns=columns, prompt=self.cfg.data.problems.prompt
+        )
+        build = as_command(
+            BuildPairsConfig,
+            self.cfg,
+            "build-pairs",
+            model=merged(policy, self.cfg),
+            seed=self.seed(number),
+            data=replace(self.cfg.data, path=None, problems=problems),
+        )
+        if not intact(pairs):
+            (pairs / MANIFEST_FILE).unlink(missing_ok=True)
+        self.part(build, pairs, pairs / MANIFEST_FILE)
+        if not (folder / OUTCOMES_FILE).exists():
+            attempts = read_attempts(pairs / GENERATIONS_FILE)
+            check_attempts(number, attempts, pairs / GENERATIONS_FILE)
+            write_outcomes(folder, attempts)
+        counts = read_json(pairs / MANIFEST_FILE)["counts"]
+        if not counts["pairs"]:
+            if counts["right"] == counts["responses"]:
+                raise Finished(f"nothing is left to learn: all {counts['responses']} responses were right")
+            raise UserError(
+                f"round {number} gave no pair: {counts['right']} of {counts['responses']} responses were "
+                "right. In another hydra.run.dir, raise pairing.samples, or set "
+                "pairing.chosen=own_then_gold if the problems have solutions; see "
+                f"{pairs / GENERATIONS_FILE}"
+            )
+
+    def evaluate(self, number: int, policy: ModelConfig) -> None:
+        """Answer all benchmarks greedily, as the evaluations of `sage train` do."""
+        if not self.cfg.benchmark:
+            return
+        folder = self.folder(number) / "eval"
+        chat = {f.name: getattr(self.cfg.data, f.name) for f in fields(ChatConfig)}
+        evaluation = as_command(
+            EvalConfig,
+            self.cfg,
+            "eval",
+            model=merged(policy, self.cfg),
+            data=ChatConfig(**chat),
+            sampling=replace(self.cfg.sampling, temperature=0.0),
+            samples=1,
+        )
+        self.part(evaluation, folder, folder / SUMMARY_FILE)
+
+    def part(self, cfg: RunConfig, folder: Path, last: Path) -> None:
+        """Do a part, or go on with it, unless its last file is there."""
+        if last.exists():
+            return
+        if alive(folder):
+            console.print(
+                f"{folder}: waiting for the end of its ranks, whose launcher was killed", markup=False
+            )
+            while alive(folder):
+                time.sleep(1)
+        config.write(cfg, folder)
+        name = folder.relative_to(self.run_dir)
+        console.print(f"{name}: `sage {cfg.command}`", markup=False)
+        with self.timed(str(name)):
+            self.start(cfg.world_size, folder)
+        assert last.exists(), last
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Note how long a part ran, also if it fails."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            with (self.run_dir / TIMES_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"part": part, "seconds": time.monotonic() - began}) + "\n")
+
+    # --- the summary
+
+    def finish(self, done: int, best: int, value: float | None, ended: str | None) -> None:
+        found = [results(self.run_dir, number, list(self.cfg.benchmark)) for number in range(done + 1)]
+        after = {f"benchmark/{n}/accuracy": b["accuracy"] for n, b in found[best]["benchmarks"].items()}
+        summary = {
+            "name": self.cfg.name,
+            "rounds": found,
+            "ended": ended,
+            "best": self.cfg.select and {"metric": self.cfg.select, "value": value, "round": best},
+            "after": after,
+            "final": str(self.run_dir / "final") if best else self.cfg.model.path,
+        }
+        write_json(self.run_dir / SUMMARY_FILE, summary)
+        console.print(table(found))
+        console.print(f"policy: {summary['final']}\n`sage report {self.run_dir}` shows more", markup=False)
+
+
+def as_command(schema: type[C], cfg: RoundsConfig, command: str, **changes: Any) -> C:
+    """The config of a part: the keys that it shares with the rounds, and changes."""
+    shared = {f.name: getattr(cfg, f.name) for f in fields(schema) if hasattr(cfg, f.name)}
+    return schema(**{**shared, "command": command, "resume": "never", **changes})
+
+
+def merged(policy: ModelConfig, cfg: RoundsConfig) -> ModelConfig:
+    """A policy to sample from: the export of a round has its adapter merged."""
+    return policy if policy is cfg.model else replace(policy, lora=None)
+
+
+def check_attempts(number: int, attempts: Sequence[Attempt], file: Path) -> None:
+    """Refuse a round in which no answer could be compared in time: its right answers would count as wrong."""
+    answered = [a.rule for a in attempts if a.extracted is not None]
+    lost = [rule for rule in answered if rule.endswith(("/timeout", "/crash"))]
+    if lost and len(lost) == len(answered):
+        raise UserError(
+            f"round {number}: the verifier timed out or crashed on all {len(lost)} answers, so none counts "
+            f"as right: is the machine overloaded, or are the true answers no formulas? See {file}"
+        )

@@ -1,0 +1,110 @@
+"""What the rounds of `sage rounds` did and cost, read from their folders."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sage.answering.asking import Outcome
+from sage.answering.attempts import Attempt
+from sage.commands.build_pairs import MANIFEST_FILE
+from sage.commands.evaluate import compare_attempts
+from sage.config import SUMMARY_FILE
+from sage.util.files import write_text
+
+OUTCOMES_FILE, TIMES_FILE = "outcomes.jsonl", "times.jsonl"
+
+
+def folder_of(run_dir: Path, number: int) -> Path:
+    return run_dir / f"round_{number}"
+
+
+def results(run_dir: Path, number: int, names: Sequence[str]) -> dict[str, Any]:
+    """What a round did and cost, and the accuracy of its policy on each benchmark.
+
+    A problem is gained if it is right now and was wrong after the round before, and lost if it is the
+    other way round.
+    """
+    folder, result = folder_of(run_dir, number), {"round": number, "seconds": seconds(run_dir, number)}
+    if number:
+        counts = read_json(folder / "pairs" / MANIFEST_FILE)["counts"]
+        training = read_json(folder / "train" / SUMMARY_FILE)
+        result |= {
+            **{name: counts[name] for name in ("problems", "responses", "right", "response_tokens", "pairs")},
+            "steps": training["steps"],
+            "forward_pairs": training["cost/forward_pairs"],
+            "backward_pairs": training["cost/backward_pairs"],
+            "outcomes": dict(Counter(o.kind for o in read_outcomes(folder).values())),
+        }
+    benchmarks: dict[str, Any] = {}
+    for name in names:
+        measured = read_json(folder / "eval" / SUMMARY_FILE)["benchmarks"][name]
+        benchmarks[name] = {k: measured[k] for k in ("accuracy", "interval", "problems")}
+        if number:
+            changes = compare_attempts(folder_of(run_dir, number - 1) / "eval" / name, folder / "eval" / name)
+            benchmarks[name] |= {k: changes[k] for k in ("difference", "gained", "lost")}
+            benchmarks[name]["difference_interval"] = changes["interval"]
+    return {**result, "benchmarks": benchmarks}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_outcomes(folder: Path, attempts: Sequence[Attempt]) -> None:
+    found: dict[str, list[bool]] = {}
+    for attempt in attempts:
+        found.setdefault(attempt.problem_id, []).append(attempt.correct)
+    rows = [{"problem_id": i, "samples": len(v), "right": sum(v)} for i, v in found.items()]
+    write_text(folder / OUTCOMES_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_outcomes(folder: Path) -> dict[str, Outcome]:
+    """The outcome of each problem that a round asked."""
+    with (folder / OUTCOMES_FILE).open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return {row["problem_id"]: Outcome(row["samples"], row["right"]) for row in rows}
+
+
+def seconds(run_dir: Path, number: int) -> dict[str, float]:
+    """The seconds of each part of a round, over all its attempts, but those that SIGKILL ended."""
+    total: Counter[str] = Counter()
+    if (run_dir / TIMES_FILE).exists():
+        for line in (run_dir / TIMES_FILE).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            folder, part = row["part"].split("/")
+            if folder == folder_of(run_dir, number).name:
+                total[part] += row["seconds"]
+    return {part: round(value, 1) for part, value in total.items()}
+
+
+def table(found: Sequence[dict[str, Any]]) -> Table:
+    shown = Table(title="rounds", title_justify="left")
+    names = list(found[0]["benchmarks"])
+    for column in ("round", "problems", "right", "pairs", *names, "gained", "lost", "seconds"):
+        shown.add_column(column, justify="right")
+    for result in found:
+        asked = result["round"] > 0
+        accuracies = [
+            f"{b['accuracy']:.1%} ({b['interval'][0]:.1%} to {b['interval'][1]:.1%})"
+            for b in result["benchmarks"].values()
+        ]
+        changed = [
+            " ".join(str(len(b[kind])) for b in result["benchmarks"].values()) if asked else ""
+            for kind in ("gained", "lost")
+        ]
+        shown.add_row(
+            str(result["round"]),
+            f"{result['problems']}" if asked else "",
+            f"{result['right'] / result['responses']:.1%}" if asked else "",
+            f"{result['pairs']}" if asked else "",
+            *accuracies,
+            *changed,
+            f"{sum(result['seconds'].values()):.0f}",
+        )
+    return shown

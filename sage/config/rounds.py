@@ -1,0 +1,87 @@
+"""The config of `sage rounds`: all keys of `sage train`, and those of the rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from sage.config.checks import check_prompt
+from sage.config.command import RunConfig
+from sage.config.groups import DataConfig, PairColumns, ProblemsConfig, key
+from sage.config.keys import because
+from sage.config.schema import TrainConfig
+from sage.util.errors import UserError
+
+
+@dataclass
+class RoundConfig:
+    budget: int | None = key(None, "responses to sample in one round, at most; null = no limit", low=1)
+    floor: float = key(
+        0.1,
+        "share of the problems with all answers right or all wrong, as last seen, that a round asks again; "
+        "it asks all other problems, if the budget allows",
+        above=0,
+        high=1,
+    )
+    max_samples: int = key(
+        32,
+        "a problem without a right answer gets twice as many responses when it is asked again, up to this",
+        low=1,
+    )
+
+
+@dataclass
+class RoundsConfig(TrainConfig):
+    """`sage rounds` has all keys of `sage train`, so that an experiment means the same in both."""
+
+    command: str = key("rounds", "the command that this config is for", choices=("rounds",))
+    name: str = key("rounds", "names the run's folder")
+    rounds: int = key(3, "rounds of sampling, training and evaluation", low=1)
+    round: RoundConfig = field(default_factory=RoundConfig)
+    benchmark_limit: int | None = key(
+        None, "use only the first N problems of each benchmark; null = all", low=1
+    )
+
+    def check(self) -> None:
+        TrainConfig.check(replace(self, patience=None))  # which counts rounds here, not evaluations
+        if self.data.problems.path is None:
+            raise UserError(
+                "data.problems is not set: choose data=gsm8k, or give your own problems with "
+                "data.problems.path=FILE"
+            )
+        check_prompt("data.problems", self.data.problems)
+        metrics = [f"benchmark/{name}/accuracy" for name in self.benchmark]
+        if self.select is not None and self.select not in metrics:
+            raise UserError(
+                f"select={self.select}: rounds are compared by their accuracy on problems, so it can be "
+                f"{', '.join(metrics) or 'benchmark/NAME/accuracy, with +benchmark=NAME'}"
+            )
+        if self.patience is not None and self.select is None:
+            raise UserError(
+                f"patience={self.patience} needs a metric that is to improve: give "
+                "select=benchmark/NAME/accuracy"
+            )
+        if self.round.budget is not None and self.round.budget < self.pairing.samples:
+            raise UserError(
+                f"round.budget={self.round.budget} does not pay for one problem: raise it to "
+                f"pairing.samples={self.pairing.samples} or more"
+            )
+        if not self.start:
+            raise UserError("start=false: `sage rounds` starts the ranks of its parts itself: leave it out")
+
+    def pairs_of_a_round(self, path: str | None) -> DataConfig:
+        """The data of a round's training: the pairs that were built in `path`, and the held-out pairs."""
+        return replace(
+            self.data,
+            path=path,
+            split="train",
+            limit=None,
+            columns=PairColumns(),
+            problems=ProblemsConfig(),
+            scores=None,
+            answers=None,
+        )
+
+    def ignored(self) -> dict[str, str]:
+        keys = ("path", "split", "limit", "columns", "scores", "build", "answers")
+        reason = "which builds the pairs of each round from data.problems"
+        return {**RunConfig.ignored(self), **because(reason, *(f"data.{name}" for name in keys))}

@@ -1,0 +1,425 @@
+"""Rounds: which problems are asked, what ends the loop, and that kills at any moment change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import refused, write_jsonl
+from hydra import compose, initialize_config_module
+from hydra.utils import get_method
+from whole_runs import files
+
+from sage import config
+from sage.answering.asking import Outcome, choose, samples_of
+from sage.answering.attempts import Attempt, read_attempts, write_lines
+from sage.answering.problems import load_problems, read_problems
+from sage.commands.build_pairs import make_pairs
+from sage.commands.rounds import check_attempts, rounds
+from sage.reporting.runs import read
+from sage.util.errors import UserError
+from sage.util.files import sha256
+from sage.util.locks import lock
+from sage.worker import JOBS
+
+# --- which problems
+
+
+SEEN = {
+    **{f"m{i}": Outcome(4, 4) for i in range(20)},
+    **{f"h{i}": Outcome(4, 0) for i in range(20)},
+    **{f"f{i}": Outcome(4, 1 + i % 3) for i in range(20)},
+}
+IDS = [*SEEN, *(f"u{i}" for i in range(20))]
+
+
+def chosen(seed="0/2", **options):
+    given = {"samples": 4, "max_samples": 16, "floor": 0.1, "budget": None, **options}
+    return choose(IDS, SEEN, seed=seed, **given)
+
+
+def test_open_problems_are_asked_and_settled_ones_rarely():
+    counts = chosen()
+    assert Counter(i[0] for i in counts) == {"f": 20, "u": 20, "m": 2, "h": 2}
+    assert {i[0]: n for i, n in counts.items()} == {"f": 4, "u": 4, "m": 4, "h": 8}
+    assert list(counts) == [i for i in IDS if i in counts]
+    assert counts == chosen() and counts.keys() != chosen("1/2").keys()
+
+
+def test_a_budget_asks_a_part_of_the_same_problems():
+    whole, part = chosen(), chosen(budget=90)
+    assert sum(part.values()) in range(87, 91) and part.items() <= whole.items()
+
+
+def test_a_floor_never_leaves_a_round_without_problems():
+    """One settled problem is one that is asked, however small the floor."""
+    assert choose(
+        ["a"], {"a": Outcome(4, 0)}, samples=4, max_samples=4, floor=0.01, budget=None, seed=""
+    ) == {"a": 4}
+
+
+def test_samples_grow_until_an_answer_is_right():
+    asked, last = [], None
+    for right in (0, 0, 0, 1, 1, 30):
+        asked.append(samples_of(last, 4, 20))
+        last = Outcome(asked[-1], right)
+    assert asked == [4, 8, 16, 20, 20, 20] and samples_of(last, 4, 20) == 4
+
+
+def test_problems_may_say_how_many_responses_they_want(tmp_path):
+    rows = [{"prompt": "1+1=", "answer": "2", "samples": n} for n in (3, "2")]
+    file = write_jsonl(tmp_path / "p.jsonl", rows)
+    assert [p.samples for p in load_problems(str(file))] == [None, None], "only a column that is named"
+    assert [p.samples for p in load_problems(str(file), columns={"samples": "samples"})] == [3, 2]
+    for bad in (0, -1, "many", None, 1.5):
+        file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1=", "answer": "2", "samples": bad}])
+        with pytest.raises(UserError, match="samples must be a whole number above 0"):
+            load_problems(str(file), columns={"samples": "samples"})
+
+
+# --- the loop, with parts that only write what the real ones would
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+class Parts:
+    """Stands for the ranks of a part. A policy has a skill, which training raises by 1.
+
+    It counts what happens: the beginning and the middle of each part, and each file that is written. Event
+    number `kill` ends the process.
+    """
+
+    def __init__(self, monkeypatch, kill: int = -1, gain: int = 1, skill: int = 0, rule: str = "hash/number"):
+        monkeypatch.setattr("sage.commands.evaluate.bootstrap", lambda values: (0.0, 0.0))  # which takes long
+        self.events, self.kill, self.gain, self.skill, self.rule = 0, kill, gain, skill, rule
+        for module in ("sage.util.files", "sage.answering.attempts"):
+            monkeypatch.setattr(f"{module}.write_text", self.write_text)
+
+    def event(self) -> None:
+        self.events += 1
+        if self.events - 1 == self.kill:
+            raise Killed
+
+    def write_text(self, file: Path, text: str) -> None:
+        self.event()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        self.event()
+
+    def __call__(self, world_size: int, folder: Path) -> None:
+        self.event()
+        cfg = config.load(folder)  # with its checks, as a rank reads it
+        assert isinstance(cfg, config.RunConfig)
+        mark = Path(cfg.model.path) / "skill"
+        skill = int(mark.read_text()) if mark.exists() else self.skill
+        {"build-pairs": self.build, "train": self.train, "eval": self.evaluate}[cfg.command](
+            cfg, folder, skill
+        )
+
+    def attempts(self, problems, samples: int, seed: int, skill: int) -> list[Attempt]:
+        """Problem i is right in a share of (skill - i + 4) / 5 of its answers."""
+        found = []
+        for p in problems:
+            for n in range(p.samples or samples):
+                right = random.Random(f"{seed}/{p.problem_id}/{n}").random() < (skill - int(p.answer) + 4) / 5
+                text = p.answer if right else f"wrong {n} {seed}"
+                found.append(
+                    Attempt(p.problem_id, n, p.prompt, text, 3, "end", p.answer, text, right, self.rule, None)
+                )
+        return found
+
+    def build(self, cfg, folder: Path, skill: int) -> None:
+        problems = read_problems(cfg.data.problems)
+        attempts = self.attempts(problems, cfg.pairing.samples, cfg.seed, skill)
+        write_lines(folder / "generations.jsonl", attempts)
+        self.event()
+        pairs, counts = make_pairs(problems, [None] * len(problems), attempts, cfg.pairing, cfg.seed, "t")
+        write_lines(folder / "pairs.jsonl", pairs)
+        counts |= {
+            "problems": len(problems),
+            "responses": len(attempts),
+            "response_tokens": 3 * len(attempts),
+        }
+        counts["right"] = sum(a.correct for a in attempts)
+        content = {"counts": counts, "checksum": sha256(folder / "pairs.jsonl")}
+        self.write_text(folder / "manifest.json", json.dumps(content))
+
+    def train(self, cfg, folder: Path, skill: int) -> None:
+        assert cfg.patience is None and list(cfg.benchmark) == ["arithmetic"] * bool(cfg.select)
+        for name in ("final", "best", "checkpoints"):
+            self.write_text(folder / name / "skill", str(skill + self.gain))
+        costs = {"cost/forward_pairs": 8, "cost/backward_pairs": 4}
+        best = {"best": {"value": (skill + self.gain) / 100}} if cfg.select else {}
+        self.write_text(folder / "summary.json", json.dumps({"steps": cfg.steps, **costs, **best}))
+
+    def evaluate(self, cfg, folder: Path, skill: int) -> None:
+        attempts = self.attempts(read_problems(cfg.benchmark["arithmetic"]), 1, 0, skill)
+        write_lines(folder / "arithmetic" / "generations.jsonl", attempts)
+        measured = {
+            "accuracy": sum(a.correct for a in attempts) / len(attempts),
+            "interval": [0, 1],
+            "problems": 12,
+        }
+        self.write_text(folder / "summary.json", json.dumps({"benchmarks": {"arithmetic": measured}}))
+
+
+def freeze(run_dir: Path, *overrides: str) -> Path:
+    if not (run_dir / "config.yaml").exists():
+        words = [*overrides, f"cache_dir={run_dir.parent / 'cache'}"]
+        with initialize_config_module("sage.conf", version_base="1.3"):
+            config.freeze(config.load(compose("rounds", words), overrides), run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Freezes rounds over 12 problems, the last of which is out of reach for long."""
+    rows = [{"problem_id": f"p{i}", "prompt": f"Q{i}", "answer": str(i)} for i in range(12)]
+    file = write_jsonl(tmp_path / "problems.jsonl", rows)
+    words = [
+        "+experiment=arithmetic",
+        "+benchmark=arithmetic",
+        f"data.problems.path={file}",
+        "round.floor=0.5",
+    ]
+    words += [f"benchmark.arithmetic.path={file}", "benchmark.arithmetic.split=validation"]
+
+    def freeze_in(name: str, *overrides: str) -> Path:
+        return freeze(tmp_path / name, *words, *overrides)
+
+    return freeze_in
+
+
+def summary_of(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def results(run_dir: Path) -> dict[str, bytes]:
+    """Every file that does not say how long something took."""
+    timed = ("summary.json", "metrics.jsonl", "times.jsonl", "config.yaml")
+    return {name: data for name, data in files(run_dir).items() if not name.endswith(timed)}
+
+
+def test_a_kill_at_any_moment_changes_nothing(begin, monkeypatch):
+    """Killed before, in and after every part and every write, and then at three such moments in one run."""
+    whole_dir = begin("whole", "rounds=2")
+    kept = {}  # configs in memory: reading and writing them would take most of the time
+    cfg = config.load(whole_dir)
+    monkeypatch.setattr(config, "load", lambda folder: kept.get(folder, cfg))
+    monkeypatch.setattr(config, "write", lambda cfg, folder: kept.update({folder: cfg}))
+    parts = Parts(monkeypatch)
+    rounds(whole_dir, parts)
+    expected, moments = results(whole_dir), range(parts.events)
+    assert len(moments) > 40
+    rng = random.Random(0)
+    for number, kills in enumerate(
+        [*([m] for m in moments), *(rng.choices(moments[:20], k=3) for _ in range(10))]
+    ):
+        run_dir = whole_dir.with_name(f"killed_{number}")
+        run_dir.mkdir()
+        shutil.copy(whole_dir / "config.yaml", run_dir)
+        for kill in kills:
+            with suppress(Killed):
+                rounds(run_dir, Parts(monkeypatch, kill))
+        if not (run_dir / "summary.json").exists():
+            rounds(run_dir, Parts(monkeypatch))
+        got = results(run_dir)
+        assert got.keys() == expected.keys() and not [n for n in got if got[n] != expected[n]], kills
+        whole, mine = summary_of(whole_dir), summary_of(run_dir)
+        for summary in (whole, mine):
+            summary.pop("final")
+            assert [r.pop("seconds").keys() for r in summary["rounds"]]
+        assert mine == whole
+
+
+def test_each_round_starts_from_the_policy_before_and_asks_by_its_outcomes(begin, monkeypatch):
+    run_dir = begin("run", "round.budget=60", "pairing.samples=4", "seed=3")
+    rounds(run_dir, Parts(monkeypatch))
+    for number in (1, 2, 3):
+        folder = run_dir / f"round_{number}"
+        parts = {name: config.load(folder / name) for name in ("pairs", "train", "eval")}
+        before = (
+            str(run_dir / f"round_{number - 1}/train/final") if number > 1 else "pkg://sage.assets/arithmetic"
+        )
+        assert {p.model.path for p in (parts["pairs"], parts["train"])} == {before}  # pyright: ignore
+        assert parts["eval"].model.path == str(folder / "train/final")  # pyright: ignore
+        assert parts["pairs"].seed == parts["train"].seed == 3000 + number  # pyright: ignore
+        assert parts["train"].data.path == str(folder / "pairs/pairs.jsonl")  # pyright: ignore
+        attempts = read_attempts(folder / "pairs" / "generations.jsonl")
+        assert Counter(a.problem_id for a in attempts) == {
+            o["problem_id"]: o["samples"] for o in outcomes(folder)
+        }
+        assert len(attempts) <= 60 and not (folder / "train/checkpoints").exists()
+    result = summary_of(run_dir)["rounds"][2]
+    assert result["responses"] == sum(o["samples"] for o in outcomes(run_dir / "round_2"))
+    assert result["response_tokens"] == 3 * result["responses"] and set(result["seconds"]) == {
+        "pairs",
+        "train",
+        "eval",
+    }
+    assert (result["forward_pairs"], result["backward_pairs"]) == (8, 4)
+    assert sum(result["outcomes"].values()) == result["problems"]
+    doubled = [o for o in outcomes(run_dir / "round_2") if o["samples"] == 8]
+    first = {o["problem_id"]: o["right"] for o in outcomes(run_dir / "round_1")}
+    assert doubled and all(first[o["problem_id"]] == 0 for o in doubled)
+    assert (run_dir / "final/skill").read_text() == "3"
+
+
+def outcomes(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "outcomes.jsonl").read_text().splitlines()]
+
+
+def test_the_best_round_is_kept_and_patience_ends(begin, monkeypatch):
+    select = "select=benchmark/arithmetic/accuracy"
+    rounds(begin("up", select, "patience=1"), Parts(monkeypatch))
+    assert summary_of(begin("up"))["best"] == {"metric": select[7:], "value": 0.03, "round": 3}
+    assert summary_of(begin("up"))["ended"] is None
+    rounds(begin("down", select, "patience=2", "rounds=9"), Parts(monkeypatch, gain=-1, skill=10))
+    summary = summary_of(begin("down"))
+    assert summary["ended"] == "no better benchmark/arithmetic/accuracy in 2 rounds"
+    assert summary["best"]["round"] == 1 and (begin("down") / "final/skill").read_text() == "9"
+
+
+def test_mastered_problems_end_the_rounds(begin, monkeypatch):
+    """At once, if no response is wrong; and after a round, if the policy then knows them all."""
+    rounds(begin("known"), Parts(monkeypatch, skill=50))
+    summary = summary_of(begin("known"))
+    assert summary["ended"] == "nothing is left to learn: all 96 responses were right"
+    assert summary["final"] == "pkg://sage.assets/arithmetic" and len(summary["rounds"]) == 1
+    rounds(begin("learned", "rounds=5"), Parts(monkeypatch, gain=50))
+    summary = summary_of(begin("learned"))
+    assert (
+        "nothing is left to learn" in summary["ended"]
+        and (begin("learned") / "final/skill").read_text() == "50"
+    )
+
+
+def test_rounds_without_pairs_or_verdicts_are_refused(begin, monkeypatch):
+    with pytest.raises(UserError, match=r"round 1 gave no pair: 0 of 96 responses.*samples.*own_then_gold"):
+        rounds(begin("none"), Parts(monkeypatch, skill=-50))
+    with pytest.raises(UserError, match="timed out or crashed on all"):
+        rounds(begin("slow"), Parts(monkeypatch, rule="boxed/timeout"))
+
+
+def test_a_damaged_file_of_pairs_is_built_again(begin, monkeypatch):
+    with suppress(Killed):
+        rounds(begin("run"), Parts(monkeypatch, kill=18))
+    damaged = begin("run") / "round_1/pairs/pairs.jsonl"
+    damaged.write_text(damaged.read_text()[:100])
+    rounds(begin("run"), Parts(monkeypatch))
+    rounds(begin("whole"), Parts(monkeypatch))
+    assert results(begin("run")) == results(begin("whole"))
+
+
+# --- the real parts
+
+
+def in_this_process(world_size: int, folder: Path) -> None:
+    get_method(JOBS[config.load(folder).command])(folder)
+
+
+def forked(run_dir: Path) -> int:
+    """The rounds in a forked process, with a session of its own. Importing torch takes most of the time."""
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            os.setsid()
+            rounds(run_dir, in_this_process)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+@pytest.mark.slow
+def test_real_parts(tmp_path):
+    """Rounds of real sampling, training and evaluation, killed at random moments.
+
+    SAGE_ROUNDS and SAGE_KILLS set the numbers of rounds (1) and of kills (1).
+    """
+    small = ["data.problems.limit=10", "benchmark_limit=4", "data.eval_path=null", "pairing.samples=4"]
+    short = [
+        "steps=2",
+        "batch_size=4",
+        "eval_every=0",
+        "save_every=1",
+        "generation.chunk=16",
+        "model.dtype=float32",
+    ]
+    words = ["+experiment=arithmetic", "+benchmark=arithmetic_validation", *small, *short]
+    words += [f"rounds={os.environ.get('SAGE_ROUNDS', '1')}"]
+    for job in JOBS.values():
+        get_method(job)  # imports before the fork
+    began = time.monotonic()
+    assert os.waitpid(forked(freeze(tmp_path / "whole", *words)), 0)[1] == 0
+    seconds, expected = time.monotonic() - began, results(tmp_path / "whole")
+    kills, wanted, rng, run = 0, int(os.environ.get("SAGE_KILLS", "1")), random.Random(0), 0
+    while kills < wanted:
+        run_dir, status = freeze(tmp_path / f"killed_{run}", *words), None
+        while status != 0:
+            pid = forked(run_dir)
+            if kills < wanted:
+                time.sleep(rng.uniform(0.05, 0.9) * seconds)
+                os.killpg(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+            assert status in (0, signal.SIGKILL)
+            kills += status == signal.SIGKILL
+        got = results(run_dir)
+        assert got.keys() == expected.keys() and not [n for n in got if got[n] != expected[n]]
+        run += 1
+    assert (tmp_path / "whole/final/model.safetensors").is_file()
+    assert summary_of(tmp_path / "whole")["rounds"][1]["backward_pairs"] == 8
+
+
+# --- what is refused
+
+
+def test_a_verifier_that_times_out_on_everything():
+    def attempts(*rules: str) -> list[Attempt]:
+        return [
+            Attempt("0", i, "Q", "x", 1, "end", "7", "x", False, rule, None) for i, rule in enumerate(rules)
+        ]
+
+    check_attempts(1, attempts("boxed/timeout", "boxed/math"), Path("file"))
+    with pytest.raises(UserError, match="timed out or crashed on all 2 answers"):
+        check_attempts(1, attempts("boxed/timeout", "boxed/crash"), Path("file"))
+
+
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        (["select=eval/policy_accuracies"], ["accuracy on problems", "benchmark/arithmetic/accuracy"]),
+        (["patience=2"], ["select=benchmark/NAME/accuracy"]),
+        (["round.budget=7"], ["round.budget=7", "pairing.samples=8"]),
+        (["rounds=0"], ["rounds=0", "at least 1"]),
+        (["start=false"], ["start=false"]),
+        (["data.path=x.jsonl"], ["data.path has no effect", "data.problems"]),
+        (["rounds.budget=1"], ["rounds.budget=1", "Integer"]),
+        (["data.problems.path=nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["benchmark.arithmetic.columns.samples=n"], ["benchmark.arithmetic.columns.samples"]),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_starts(overrides, parts, sage, tmp_path, monkeypatch):
+    monkeypatch.setattr("sage.launch.start", lambda *_: pytest.fail("a rank was started"))
+    words = ["+experiment=arithmetic", "+benchmark=arithmetic", f"cache_dir={tmp_path}", *overrides]
+    refused(sage("rounds", f"hydra.run.dir={tmp_path / 'run'}", *words), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rounds_that_still_run_are_not_started_twice(tmp_path):
+    run_dir = freeze(tmp_path / "run", "+experiment=arithmetic")
+    held = lock(run_dir / ".rank0.lock")
+    with pytest.raises(UserError, match="still run"):
+        rounds(run_dir, in_this_process)
+    held.release()
+    assert read(run_dir) is None  # nothing to report yet
