@@ -205,9 +205,10 @@ def summary_of(run_dir: Path) -> dict:
 
 
 def results(run_dir: Path) -> dict[str, bytes]:
-    """Every file that does not say how long something took."""
-    timed = ("summary.json", "metrics.jsonl", "times.jsonl", "config.yaml")
-    return {name: data for name, data in files(run_dir).items() if not name.endswith(timed)}
+    """Every file that does not say how long something took. A manifest names the folder of its problems."""
+    timed, here = ("summary.json", "metrics.jsonl", "times.jsonl", "config.yaml"), str(run_dir).encode()
+    found = files(run_dir).items()
+    return {name: data.replace(here, b"RUN_DIR") for name, data in found if not name.endswith(timed)}
 
 
 def test_a_kill_at_any_moment_changes_nothing(begin, monkeypatch):
