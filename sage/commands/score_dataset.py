@@ -30,12 +30,12 @@ from sage.losses import Loss
 from sage.model.engine import Frozen, init_distributed
 from sage.model.forward import PairForward
 from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, logit_of, logps_of
-from sage.model.selfcheck import check_unwrapped, settle
+from sage.model.selfcheck import settle
 from sage.order import difficulty_of, order_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
 from sage.training.base import open_model
 from sage.training.selection import read_margins
-from sage.training.setup import read_pairs
+from sage.training.setup import check_policy, read_pairs
 from sage.util.checksums import intact, seal_file
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
@@ -79,8 +79,8 @@ def score_dataset(run_dir: Path) -> None:
 
     forwards = []
     for base in bases.values():
-        policy = base.load().requires_grad_(False)
-        known = check_unwrapped(policy, device, [pairs], cfg.data.packing, base.cfg.path)
+        policy = base.load(cfg.engine).requires_grad_(False)
+        known = check_policy(policy, base, cfg.engine, device, [pairs], cfg.data.packing)
         engine = Frozen(policy, cfg.engine.zero_stage == 3, base.dtype, device)
         layout = settle(engine, [pairs], cfg.data.packing, base.cfg.path, known)
         forwards.append(PairForward(engine, cfg.micro_batch_tokens, layout))

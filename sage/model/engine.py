@@ -1,4 +1,4 @@
-"""DeepSpeed: no other file imports it.
+"""DeepSpeed: only this file and sharding.py import it.
 
 The loop owns gradient accumulation (the number of micro-batches differs from step to step) and the learning
 rate. DeepSpeed owns sharding, gradient reduction, clipping, master weights and the optimizer's state.
@@ -6,6 +6,7 @@ rate. DeepSpeed owns sharding, gradient reduction, clipping, master weights and 
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import math
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from sage.config import EngineConfig, OptimizerConfig
 from sage.model.resharding import reshard_groups, reshard_parameters
+from sage.model.sharding import own_part
 from sage.util import ranks
 from sage.util.errors import UserError, first_line
 from sage.util.progress import console
@@ -115,13 +117,14 @@ def _deepspeed_adam(groups: list[dict[str, Any]], offload: bool, options: dict[s
 
 
 def check_weights(policy: nn.Module) -> None:
-    """Refuse a model that is broken before it is trained.
+    """Refuse a model that is broken before it is trained. Every rank calls this.
 
     Raises:
         UserError: a weight is NaN or infinite.
     """
-    for name, parameter in policy.named_parameters():
-        if not torch.isfinite(parameter).all():
+    broken = (name for name, p in policy.named_parameters() if not torch.isfinite(own_part(p)).all())
+    for name in ranks.gather(next(broken, None)):
+        if name:
             raise UserError(
                 f"the model itself is broken: its weight {name.removeprefix('model.')} holds NaN or infinite "
                 "values; use another model.path, or another checkpoint of this model"
@@ -171,6 +174,15 @@ class Frozen(Ranks):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def close(self) -> None:
+        """Let go of the model, so that its memory can be used."""
+        if self.model is not self.policy:
+            self.model.destroy()
+        self.model = self.policy = None
+        gc.collect()  # DeepSpeed's hooks and the model refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class Engine(Ranks):

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from sage.config import TrainConfig
 from sage.data.chat import ChatFormat, response_ends, training_end
 from sage.data.templates import exported_templates
 from sage.model.loading import load_model
+from sage.model.policy import Policy
+from sage.model.sharding import gathered, size_of
+from sage.util import ranks
 from sage.util.files import replace_folder, write_json
+
+INDEX, ADAPTER = "model.safetensors.index.json", "adapter"
 
 
 def export(
@@ -45,19 +55,181 @@ def export(
     model = load_model(folder, cfg.model, merged, cfg.seed)
     model.load_state_dict(state)
     if cfg.model.lora is not None:
-        model.save_pretrained(temporary / "adapter")  # pyright: ignore
+        model.save_pretrained(temporary / ADAPTER)  # pyright: ignore
         model = model.merge_and_unload().to(dtype)  # pyright: ignore
     model.config.use_cache = True
     model.config.dtype = dtype
     model.save_pretrained(temporary)  # pyright: ignore
+    _finish(temporary, final, cfg, tokenizer)
+
+
+def _finish(
+    temporary: Path, final: Path, cfg: TrainConfig, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
+    """Add what is not weights, and give the folder its name."""
     chat = ChatFormat.of(cfg.data)
     _name_ends(temporary / "generation_config.json", tokenizer, chat)
     saved = copy.copy(tokenizer)
     saved.chat_template = exported_templates(tokenizer, chat)
-    for folder_of_weights in (temporary, temporary / "adapter"):
+    for folder_of_weights in (temporary, temporary / ADAPTER):
         if folder_of_weights.is_dir():
             saved.save_pretrained(folder_of_weights)
     replace_folder(temporary, final)
+
+
+def export_sharded(
+    final: Path, policy: Policy, cfg: TrainConfig, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
+    """`export` of a policy whose weights are split over the ranks. Every rank calls this; rank 0 writes.
+
+    Rank 0 holds one file's weights at a time: as much as its own part of the model, and one layer.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    main, causal = ranks.rank() == 0, policy.causal
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    limit = sum(size_of(p) * p.element_size() for p in causal.parameters()) // ranks.world_size()
+    pending: dict[str, Tensor] = {}
+    files: list[dict[str, Any]] = []  # of each file written: its tensors' names and bytes
+
+    def flush() -> None:
+        if pending:
+            files.append(_write_part(temporary, len(files), causal, pending))
+            pending.clear()
+
+    with as_published(policy):
+        for layer in layers_of(causal):
+            with gathered(p for module in layer.values() for p in parameters_of(module)):
+                if not main:
+                    continue
+                weights = {k: v for name, m in layer.items() for k, v in merged_weights(name, m).items()}
+                held, new = (sum(w.nbytes for w in group.values()) for group in (pending, weights))
+                if held and held + new > limit:
+                    flush()
+                pending.update({name: weight.to("cpu", copy=True) for name, weight in weights.items()})
+                del weights
+        if main:
+            flush()
+    adapter = adapter_weights(policy) if cfg.model.lora is not None else None
+    if not main:
+        return
+    if adapter is not None:
+        policy.model.save_pretrained(temporary / ADAPTER, state_dict=adapter)
+    _join_parts(temporary, files)
+    _finish(temporary, final, cfg, tokenizer)
+
+
+def splits_into_layers(policy: Policy) -> bool:
+    """Whether `export_sharded` can write this policy: not with peft's copies of whole modules, or its
+    adapters of single weights (of experts)."""
+    return not any(
+        hasattr(m, "modules_to_save") or hasattr(m, "parameter_name") for m in policy.causal.modules()
+    )
+
+
+@contextmanager
+def as_published(policy: Policy) -> Iterator[None]:
+    """The model's config is as in a folder, not as in training, for a while."""
+    causal = policy.causal
+    kept, causal.config = causal.config, copy.deepcopy(causal.config)
+    causal.config.use_cache = True
+    try:
+        yield
+    finally:
+        causal.config = kept
+
+
+def layers_of(causal: nn.Module) -> Iterator[dict[str, nn.Module]]:
+    """The modules that hold weights, by name, layer by layer. A tied weight's module comes once.
+
+    An adapted layer is one module. What transformers converts when it reads or writes files lies within a
+    layer.
+    """
+    layer: dict[str, nn.Module] = {}
+    number, seen = "", set[int]()
+    adapted: str | None = None
+    for name, module in causal.named_modules():
+        if adapted and name.startswith(adapted):
+            continue
+        adapted = f"{name}." if hasattr(module, "get_base_layer") else None
+        own = [*parameters_of(module), *module.buffers(recurse=False)]
+        if not own or all(id(weight) in seen for weight in own):
+            continue
+        seen.update(map(id, own))
+        parts = name.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        current = name if place is None else ".".join(parts[: place + 1])
+        if layer and current != number:
+            yield layer
+            layer = {}
+        number, layer[name] = current, module
+    yield layer
+
+
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own weights; those of its adapter belong to an adapted layer."""
+    return list(module.parameters(recurse=hasattr(module, "get_base_layer")))
+
+
+def merged_weights(name: str, module: Any) -> dict[str, Tensor]:
+    """The weights of a module that is whole on this rank; an adapter is merged in float32, as in `export`."""
+    if not hasattr(module, "get_base_layer"):
+        own = module._parameters | {
+            k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set
+        }
+        return {f"{name}.{key}": weight.data for key, weight in own.items() if weight is not None}
+    kept = {weight: weight.data for weight in module.parameters()}
+    base = module.get_base_layer()
+    try:
+        for weight, data in kept.items():
+            weight.data = data.float()
+        module.merge()
+        module.merged_adapters.clear()
+        return {f"{name}.{k}": w.data.to(kept[w].dtype) for k, w in base.named_parameters()}
+    finally:
+        for weight, data in kept.items():
+            weight.data = data
+
+
+def adapter_weights(policy: Policy) -> dict[str, Tensor]:
+    """The trainable weights under peft's names, in float32; empty on other ranks than 0. Every rank calls
+    this."""
+    found: dict[str, Tensor] = {}
+    for name, weight in policy.model.named_parameters():
+        if weight.requires_grad:
+            with gathered([weight]):
+                if ranks.rank() == 0:
+                    found[name] = weight.data.float().to("cpu", copy=True)
+    return found
+
+
+def _write_part(temporary: Path, number: int, causal: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Write some of the weights as a file, the way transformers would name and convert them."""
+    folder = temporary / f"part{number}"
+    causal.save_pretrained(folder, state_dict=weights, max_shard_size="1000TB")
+    file = folder / "model.safetensors"
+    with safe_open(file, "pt") as content:
+        names = list(content.keys())
+    file.rename(temporary / f"part{number}.safetensors")
+    for other in folder.iterdir():
+        other.replace(temporary / other.name)
+    folder.rmdir()
+    return {"names": names}
+
+
+def _join_parts(temporary: Path, files: list[dict[str, Any]]) -> None:
+    """Name the files as transformers does, and write their index."""
+    if len(files) == 1:
+        (temporary / "part0.safetensors").rename(temporary / "model.safetensors")
+        return
+    weight_map, size = {}, 0
+    for number, written in enumerate(files):
+        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        file = (temporary / f"part{number}.safetensors").rename(temporary / name)
+        size += file.stat().st_size
+        weight_map |= dict.fromkeys(written["names"], name)
+    write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _name_ends(file: Path, tokenizer: transformers.PreTrainedTokenizerBase, chat: ChatFormat) -> None:

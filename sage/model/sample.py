@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sage.data.packing import MicroBatch, collate
 from sage.data.tokens import Pair, TokenizedPairs
 from sage.model.engine import Engine, Frozen
 from sage.model.kernels import TokenStats, token_stats
 from sage.model.policy import Head, Policy
+from sage.model.sharding import is_sharded, own_part
 from sage.util.errors import first_line
 
 # A few short texts suffice: whatever is wrong is wrong in most tokens. Their lengths differ, so that rows
@@ -138,24 +139,36 @@ class Sample:
             reason = f"it fails ({type(e).__name__}: {first_line(e)})"
         return engine.gather(reason)[0]
 
-    def fault_in_backward(self, whole: Whole, layout: str) -> str | None:
+    def fault_in_backward(self, whole: Engine | Frozen | Whole, layout: str) -> str | None:
         """How the gradients of the short pairs fail; None if they are finite.
 
         It asks one weight of each kind, in the lowest layer. To hold all gradients at once could take more
-        memory than a step does.
+        memory than a step does. Weights that are split over ranks cannot be asked: there it asks what the
+        embedding puts out, through which the gradients of all layers have gone.
         """
-        kinds: dict[str, nn.Parameter] = {}
-        for name, weight in whole.policy.named_parameters():
-            if weight.requires_grad:
-                kinds.setdefault(re.sub(r"\d+", "", name), weight)
+        policy: Any = whole.policy
+        kinds: dict[str, Tensor] = {}
+        embedded: list[Tensor] = []
+        hook = None
+        if is_sharded(policy):
+            embedding = policy.causal.get_input_embeddings()
+            hook = embedding.register_forward_hook(lambda _m, _a, out: embedded.append(with_gradient(out)))
+        else:
+            for name, weight in policy.named_parameters():
+                if weight.requires_grad:
+                    kinds.setdefault(re.sub(r"\d+", "", name), weight)
         try:
             _, batch = self.batch(layout, list(range(self.short)), stranger=True)
             logps = whole(batch.to(whole.device), tokens=True)
-            gradients = torch.autograd.grad(logps.sum(), list(kinds.values()), allow_unused=True)
+            asked = embedded or list(kinds.values())
+            gradients = torch.autograd.grad(logps.sum(), asked, allow_unused=True)
             known = [gradient for gradient in gradients if gradient is not None]
             finite = all(bool(gradient.isfinite().all()) for gradient in known)
         except Exception as e:
             return f"its backward pass fails ({type(e).__name__}: {first_line(e)})"
+        finally:
+            if hook:
+                hook.remove()
         return None if known and finite else f"its gradients are {'not finite' if known else 'missing'}"
 
     def difference_from_tiled(self, engine: Engine | Frozen, layout: str) -> str | None:
@@ -210,7 +223,11 @@ def difference(head: Head, hidden: Tensor, labels: Tensor, backend: str) -> str 
     return None
 
 
-def changed_by_asking(whole: Whole, pairs: TokenizedPairs) -> list[str]:
+def with_gradient(out: Tensor) -> Tensor:
+    return out if out.requires_grad else out.requires_grad_()
+
+
+def changed_by_asking(whole: Engine | Frozen | Whole, pairs: TokenizedPairs) -> list[str]:
     """The weights that the model's own code changes while it computes, seen by the first numbers of each.
 
     Empty also where that code fails, which the check of the log-probabilities reports.
@@ -219,7 +236,7 @@ def changed_by_asking(whole: Whole, pairs: TokenizedPairs) -> list[str]:
     def beginnings() -> dict[str, Tensor]:
         # As bytes, since NaN does not equal itself.
         named = whole.policy.named_parameters()
-        return {n: w.detach().flatten()[:64].clone().view(torch.uint8) for n, w in named}
+        return {n: own_part(w).detach().flatten()[:64].clone().view(torch.uint8) for n, w in named}
 
     before = beginnings()
     pair = shorten(pairs[0], 0)

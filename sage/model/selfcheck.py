@@ -8,7 +8,8 @@ float32 first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,6 +23,8 @@ from sage.model.kernels import BACKENDS, choose_backend
 from sage.model.policy import OWN, Policy
 from sage.model.rope import TextRopes
 from sage.model.sample import Sample, Whole, changed_by_asking, lengths_of
+from sage.model.sharding import is_sharded, size_of
+from sage.util import ranks
 from sage.util.errors import UserError, first_line, named
 from sage.util.progress import console
 from sage.util.ranks import main_only
@@ -51,11 +54,7 @@ def check_unwrapped(
     trained = any(p.requires_grad for p in policy.parameters())
 
     def ask() -> Reasons:
-        if changed := changed_by_asking(whole, sets[0]):
-            raise UserError(
-                f"model.path={name}: its own code changes weights while it computes ({named(changed)}), so "
-                "sage cannot train it"
-            )
+        refuse_changes(changed_by_asking(whole, sets[0]), name)
         copied = needed <= free_memory(device)
         if not copied:
             console.print(
@@ -88,6 +87,65 @@ def check_unwrapped(
         return reasons
 
     return main_only(ask)
+
+
+@torch.no_grad()
+def check_sharded(
+    policy: Policy,
+    load: Callable[..., Policy],
+    device: torch.device,
+    sets: Sequence[TokenizedPairs],
+    packing: str,
+    name: str,
+) -> Reasons:
+    """What disagrees in float32, of a policy whose weights are split over the ranks. Every rank calls this.
+
+    A second one in float32, from `load(dtype=torch.float32)`, is asked, and freed again. In a float32 run the
+    policy itself is asked under its engine, by `settle`.
+    """
+    if policy.dtype == torch.float32:
+        return {}
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # share this memory
+    needed = 4 * here * sum(map(size_of, policy.parameters())) // ranks.world_size()
+    if not all(ranks.gather(needed <= free_memory(device))):
+        console.print(
+            f"the self-check runs in {str(policy.dtype).removeprefix('torch.')} only: a float32 copy takes "
+            f"{needed / 2**30:.0f} GiB, which are not free on every rank"
+        )
+        return {}
+    copy = load(dtype=torch.float32)
+    copy.backend = policy.backend
+    frozen = Frozen(copy, True, torch.float32, device)
+    watch_ropes(copy, device, sets)
+    layouts, heads = layouts_of(copy, packing, name), ["tiled", OWN] if copy.head else [OWN]
+    reasons, sample = Reasons(), None
+    try:
+        sample = Sample(frozen, sets)
+        for layout, head in [(layout, head) for layout in layouts for head in heads]:
+            copy.backend = head
+            try:
+                reason = sample.compare(frozen, layout)
+            except Exception:  # `settle` will see it
+                continue
+            reason = ranks.broadcast(reason)
+            if reason is None:
+                break
+            reasons[layout, head] = reason
+            if head == "tiled":
+                reasons |= {(layout, kernel): reason for kernel in BACKENDS}
+    except Exception:  # the model's own code fails on a plain text, as `settle` will see
+        reasons = Reasons()
+    del copy, sample
+    frozen.close()
+    return reasons
+
+
+def refuse_changes(weights: Sequence[str], name: str) -> None:
+    if weights:
+        raise UserError(
+            f"model.path={name}: its own code changes weights while it computes ({named(weights)}), so "
+            "sage cannot train it"
+        )
 
 
 @contextmanager
@@ -131,7 +189,11 @@ def settle(
     """
     policy: Any = engine.policy
     watch_ropes(policy, engine.device, pairs)
+    trained = any(p.requires_grad for p in policy.parameters())
     with torch.no_grad():
+        if sharded := is_sharded(policy):  # else `check_unwrapped` has asked
+            changed = ranks.gather(changed_by_asking(engine, pairs[0]))
+            refuse_changes(sorted({weight for found in changed for weight in found}), name)
         sample = read_sample(engine, pairs, name)
         layouts, heads = layouts_of(policy, packing, name), heads_of(policy, engine.device)
         reasons = dict(known or {})
@@ -142,6 +204,9 @@ def settle(
             reason = sample.disagreement(engine, layout)
             if reason is None and head not in (OWN, "tiled"):
                 reason = sample.difference_from_tiled(engine, layout)
+            if reason is None and sharded and trained:
+                with as_in_training(policy):
+                    reason = ranks.broadcast(sample.fault_in_backward(engine, layout))
             if reason is None:
                 break
             reasons[layout, head] = reason
@@ -166,7 +231,7 @@ def settle(
             f"log-probabilities come from {HEADS[head]}, since model.head={heads[0]} disagrees: "
             f"{reasons[layout, heads[0]]}"
         )
-    if policy.trains and any(p.requires_grad for p in policy.parameters()):
+    if policy.trains and trained:
         with as_in_training(policy):
             reason = sample.disagreement(engine, layout)
         if reason:

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sage.config import ModelConfig
+from sage.config import EngineConfig, ModelConfig
 from sage.model import loading
+from sage.model.engine import deepspeed_config
 from sage.model.policy import Policy
 from sage.model.reference import identity
+from sage.model.sharding import load_sharded
 from sage.util import ranks
 
 
@@ -22,8 +24,20 @@ class BaseModel(NamedTuple):
     dtype: torch.dtype
     seed: int  # of the weights that are not in the folder: a fresh adapter's
 
-    def load(self) -> Policy:
-        model = loading.load_model(self.folder, self.cfg, self.dtype, self.seed)
+    def load(self, engine: EngineConfig | None = None, dtype: torch.dtype | None = None) -> Policy:
+        """The policy, in the run's dtype or in `dtype`. Every rank calls this.
+
+        Under an `engine` of ZeRO stage 3 its weights are split over the ranks as they are read.
+        """
+        dtype = dtype or self.dtype
+
+        def read() -> Any:
+            return loading.load_model(self.folder, self.cfg, dtype, self.seed)
+
+        if engine and engine.zero_stage == 3:
+            model = load_sharded(read, deepspeed_config(engine, dtype, 0.0), dtype)
+        else:
+            model = read()
         return Policy(model, self.cfg.head, loading.router_coefficient(self.cfg, model))
 
     def identity(self) -> dict[str, str]:

@@ -15,8 +15,10 @@ from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
 from sage.model.engine import Engine
 from sage.model.export import export as export_policy
+from sage.model.export import export_sharded, splits_into_layers
 from sage.model.forward import PairForward
 from sage.model.reference import Reference
+from sage.model.sharding import is_sharded
 from sage.training import checkpoint
 from sage.training.base import BaseModel
 from sage.training.best import Criterion
@@ -105,7 +107,12 @@ class Run:
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder, from all ranks' shards. All ranks wait for it."""
         cuda = [self.engine.device] if self.engine.device.type == "cuda" else []
+        policy: Any = self.engine.policy
         with activity(f"writing the policy to {folder.name}/"), torch.random.fork_rng(cuda):
+            if is_sharded(policy) and splits_into_layers(policy):
+                export_sharded(folder, policy, self.cfg, self.base.tokenizer)
+                ranks.barrier()
+                return
             weights = self.engine.full_state_dict()
             if weights is not None:  # this loads an adapter, which draws random numbers
                 export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)

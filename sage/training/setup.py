@@ -10,14 +10,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from sage.answering.check import check_answers
-from sage.config import TrainConfig, build, load
+from sage.config import EngineConfig, TrainConfig, build, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat, response_ends
 from sage.data.display import shown
@@ -28,7 +28,7 @@ from sage.model.engine import Engine, Frozen, init_distributed
 from sage.model.forward import PairForward
 from sage.model.policy import Policy
 from sage.model.reference import Absent, Cached, Online, Reference, Scored
-from sage.model.selfcheck import check_unwrapped, settle
+from sage.model.selfcheck import Reasons, check_sharded, check_unwrapped, settle
 from sage.scorers import Scorer, Uniform
 from sage.training import checkpoint
 from sage.training.base import BaseModel, open_model
@@ -204,15 +204,29 @@ def build_engine(
 ) -> tuple[Engine, PairForward]:
     """Load the policy, put it under the engine, and check it against the model's own code."""
     with activity("loading the model"):
-        policy = base.load()
+        policy = base.load(cfg.engine)
     asked = [data.pairs] if data.held_out is None else [data.pairs, data.held_out]
     with activity("checking log-probabilities against the model's own code"):
-        known = check_unwrapped(policy, device, asked, cfg.data.packing, cfg.model.path)
+        known = check_policy(policy, base, cfg.engine, device, asked, cfg.data.packing)
     with activity("starting DeepSpeed"):
         engine = Engine(policy, cfg.engine, cfg.optimizer, base.dtype, device)
     with activity("checking log-probabilities under DeepSpeed"):
         layout = settle(engine, asked, cfg.data.packing, cfg.model.path, known)
     return engine, PairForward(engine, cfg.micro_batch_tokens, layout)
+
+
+def check_policy(
+    policy: Policy,
+    base: BaseModel,
+    engine: EngineConfig,
+    device: torch.device,
+    sets: Sequence[TokenizedPairs],
+    packing: str,
+) -> Reasons:
+    """What must not be used for this policy, found before an engine takes it."""
+    if engine.zero_stage == 3:
+        return check_sharded(policy, partial(base.load, engine), device, sets, packing, base.cfg.path)
+    return check_unwrapped(policy, device, sets, packing, base.cfg.path)
 
 
 def build_references(
@@ -231,7 +245,7 @@ def build_references(
     @cache
     def frozen() -> Frozen:  # one copy serves both
         with activity("loading the reference"):
-            copy = base.load()
+            copy = base.load(cfg.engine)
         copy.follow(policy)
         return Frozen(copy, cfg.engine.zero_stage == 3, base.dtype, engine.device)
 

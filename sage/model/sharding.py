@@ -1,0 +1,84 @@
+"""ZeRO-3: every weight is split over the ranks as soon as it is read, so no rank holds the whole model.
+
+transformers reads one weight after another from mapped files. A hook sees each one before it enters the
+model, and DeepSpeed takes it from there. So missing weights, conversions and buffers are handled as in a
+model that is not sharded, and the values are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import is_zero_param
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+# transformers marks the weights that it has read. What is missing from the files is initialised later, and
+# must be whole until then.
+READ = "_is_hf_initialized"
+
+
+def load_sharded(read: Callable[[], nn.Module], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """What `read` returns, a transformers model, with its weights split over the ranks as they are read.
+
+    Each rank keeps the part that DeepSpeed's stage 3 gives it, in `dtype`, on its own device, or on the CPU
+    where `config` says so. Weights that come from no file are split at the end. Every rank calls this.
+
+    Args:
+        config: DeepSpeed's, with stage 3.
+    """
+
+    def split(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
+        if weight is None or weight.is_meta or is_zero_param(weight) or not hasattr(weight, READ):
+            return
+        holder = nn.Module()
+        holder._parameters["weight"] = weight  # past the hook
+        # A copy, since DeepSpeed writes rank 0's values into this tensor, and it may be a mapped file.
+        weight.data = weight.data.to(wanted(weight), copy=True, memory_format=torch.contiguous_format)
+        deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=dtype)
+
+    def wanted(weight: Tensor) -> torch.dtype:
+        return dtype if weight.is_floating_point() else weight.dtype
+
+    hook = register_module_parameter_registration_hook(split)
+    try:
+        # transformers would otherwise read ahead, in threads, without a limit.
+        with patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):
+            model = read()
+    finally:
+        hook.remove()
+    for weight in model.parameters():
+        if not is_zero_param(weight):
+            weight.data = weight.data.to(wanted(weight))
+    deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=dtype)
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's weights are split over the ranks."""
+    return any(is_zero_param(weight) for weight in model.parameters())
+
+
+def size_of(weight: Any) -> int:
+    """Elements of a weight, of which this rank may hold a part."""
+    return weight.ds_numel if is_zero_param(weight) else weight.numel()
+
+
+def own_part(weight: Any) -> Tensor:
+    """What this rank holds of a weight: all of it, or its part, flat and without padding."""
+    if not is_zero_param(weight):
+        return weight
+    part = weight.ds_tensor
+    start = part.ds_numel * weight.ds_zero_partition_rank
+    return part[: max(min(weight.ds_numel - start, part.ds_numel), 0)]
+
+
+def gathered(weights: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """These weights, whole on every rank for a while. Every rank enters it. Changes are lost at its end."""
+    return deepspeed.zero.GatheredParameters(list(weights))

@@ -1,0 +1,194 @@
+"""ZeRO-3: weights are split over the ranks as they are read, and exported without gathering the model.
+
+As a script this file is what every rank runs: `test_sharding.py FOLDER` prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from many_runs import ENVIRONMENT, freeze
+
+DTYPES = ("float32", "bfloat16")
+MODELS = ("tied", "untied", "experts")
+
+
+def measure(folder: Path) -> dict[str, dict]:
+    """Per model and dtype, what differs between a sharded policy and a whole one. Every rank calls this."""
+    import torch
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    from sage import config
+    from sage.config import EngineConfig
+    from sage.model import loading
+    from sage.model.engine import deepspeed_config, init_distributed
+    from sage.model.export import export, export_sharded, splits_into_layers
+    from sage.model.policy import Policy
+    from sage.model.sharding import gathered, load_sharded, own_part
+    from sage.util import ranks
+
+    init_distributed()
+    found = {}
+    for run in sorted(path for path in folder.iterdir() if (path / "config.yaml").exists()):
+        cfg = config.load(run)
+        dtype, source = getattr(torch, cfg.model.dtype), cfg.model.path
+
+        def read(cfg=cfg, dtype=dtype, source=source):
+            model = loading.load_model(source, cfg.model, dtype, 0)
+            generator = torch.Generator().manual_seed(1)
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.data = torch.randn(weight.shape, generator=generator).to(weight.dtype) * 1e-3
+            return model
+
+        late: list[str] = []
+
+        def read_and_look(read=read, late=late):
+            model = read()
+            late += [n for n, p in model.named_parameters() if not is_zero_param(p) and "lora_" not in n]
+            return model
+
+        whole = read()
+        zero = deepspeed_config(EngineConfig(zero_stage=3), dtype, 0.0)
+        sharded = load_sharded(read_and_look, zero, dtype)
+        differ, part, total, state = [], 0, 0, {}
+        ours = dict(sharded.named_parameters(remove_duplicate=False))
+        for name, weight in whole.named_parameters(remove_duplicate=False):
+            with gathered([ours[name]]):
+                if not torch.equal(ours[name].data, weight.data.to(dtype)):
+                    differ.append(name)
+            state[f"model.{name}"] = weight.data.to(dtype)
+        for weight in sharded.parameters():
+            part, total = part + own_part(weight).numel(), total + weight.ds_numel
+        buffers = dict(sharded.named_buffers())
+        differ += [n for n, b in whole.named_buffers() if not torch.equal(buffers[n], b)]
+
+        policy = Policy(sharded)
+        assert splits_into_layers(policy)
+        tokenizer = loading.load_tokenizer(source, cfg.model)
+        export_sharded(run / "sharded", policy, cfg, tokenizer)
+        if ranks.rank() == 0:
+            export(run / "whole", state, source, cfg, tokenizer)
+        ranks.barrier()
+        again = [p.numel() for p in sharded.parameters() if p.numel()]
+        parts = ranks.gather(part)
+        found[run.name] = {
+            "differ": differ,
+            "late": late,
+            "parts": parts,
+            "total": total,
+            "still_gathered": again,
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory) -> Path:
+    import torch
+    import transformers
+
+    root = tmp_path_factory.mktemp("sharding")
+    for name in MODELS[1:]:
+        model = shutil.copytree(tiny_model, root / f"model_{name}")
+        (model / "model.safetensors").unlink()
+        torch.manual_seed(1)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+        sizes = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": False,
+        }
+        if name == "experts":
+            config = transformers.Qwen3MoeConfig(
+                **sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8
+            )
+        else:
+            config = transformers.LlamaConfig(**sizes)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    for name in MODELS:
+        source = tiny_model if name == "tied" else root / f"model_{name}"
+        for dtype in DTYPES:
+            freeze(
+                root / f"{name}-{dtype}",
+                *["model=hf", f"model.path={source}", "data.path=none.jsonl", "steps=1"],
+                *[f"model.dtype={dtype}", "data.max_length=130", "micro_batch_tokens=260"],
+            )
+            if name != "experts":
+                freeze(
+                    root / f"{name}-lora-{dtype}",
+                    *["model=hf", f"model.path={source}", "data.path=none.jsonl", "steps=1"],
+                    *[f"model.dtype={dtype}", "data.max_length=130", "micro_batch_tokens=260"],
+                    "+model/lora=default",
+                )
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict[str, dict]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, __file__, str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+RUNS = [
+    f"{m}{lora}-{d}"
+    for m in MODELS
+    for lora in ("", "-lora")
+    for d in DTYPES
+    if (m, lora) != (MODELS[2], "-lora")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_a_sharded_model_is_the_whole_one_split_as_it_is_read(found, run):
+    """Bit for bit, also where experts are stacked on the way, weights are tied, and an adapter is added."""
+    assert found[run]["differ"] == []
+    assert found[run]["late"] == []  # split only after the whole model had been read
+    assert sum(found[run]["parts"]) == found[run]["total"]
+    assert max(found[run]["parts"]) < 0.52 * found[run]["total"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_a_sharded_export_is_that_of_the_whole_model(found, folder, run):
+    """Several files, one after another, hold what one file would: names, values, config and adapter."""
+    from safetensors.torch import load_file
+
+    def content(path: Path) -> dict:
+        return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+
+    ours, theirs = folder / run / "sharded", folder / run / "whole"
+    index = json.loads((ours / "model.safetensors.index.json").read_text())
+    for part in ("", "adapter") if "lora" in run else ("",):
+        mine, right = content(ours / part), content(theirs / part)
+        assert mine.keys() == right.keys()
+        assert all(mine[k].dtype == right[k].dtype and mine[k].equal(right[k]) for k in right)
+    assert index["weight_map"].keys() == content(ours).keys()
+    assert all((ours / name).is_file() for name in index["weight_map"].values())
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (ours / name).read_text() == (theirs / name).read_text(), name
+    assert found[run]["still_gathered"] == []
+    names = {p.relative_to(theirs) for p in theirs.rglob("*") if p.suffix != ".safetensors"}
+    assert names < {p.relative_to(ours) for p in ours.rglob("*")}
+
+
+if __name__ == "__main__":
+    from sage.util import ranks
+
+    result = measure(Path(sys.argv[1]))
+    if ranks.rank() == 0:
+        print(json.dumps(result))
+    ranks.leave()
