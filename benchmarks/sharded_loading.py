@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16", help="of the run and of the files")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--how", nargs="+", choices=("sharded", "whole"), default=["sharded", "whole"])
     parser.add_argument("--rank-main", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_main:
@@ -120,7 +121,7 @@ def main() -> None:
             model = transformers.Qwen2ForCausalLM(config)
             model.save_pretrained(folder)
             del model
-        for how in ("sharded", "whole"):
+        for how in args.how:
             launcher = [
                 sys.executable,
                 "-m",

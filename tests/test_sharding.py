@@ -21,7 +21,6 @@ MODELS = ("tied", "untied", "experts")
 def measure(folder: Path) -> dict[str, dict]:
     """Per model and dtype, what differs between a sharded policy and a whole one. Every rank calls this."""
     import torch
-    from deepspeed.runtime.zero.partition_parameters import is_zero_param
 
     from sage import config
     from sage.config import EngineConfig
@@ -29,7 +28,7 @@ def measure(folder: Path) -> dict[str, dict]:
     from sage.model.engine import deepspeed_config, init_distributed
     from sage.model.export import export, export_sharded, splits_into_layers
     from sage.model.policy import Policy
-    from sage.model.sharding import gathered, load_sharded, own_part
+    from sage.model.sharding import gathered, is_split, load_sharded, own_part
     from sage.util import ranks
 
     init_distributed()
@@ -50,7 +49,7 @@ def measure(folder: Path) -> dict[str, dict]:
 
         def read_and_look(read=read, late=late):
             model = read()
-            late += [n for n, p in model.named_parameters() if not is_zero_param(p) and "lora_" not in n]
+            late += [n for n, p in model.named_parameters() if not is_split(p) and "lora_" not in n]
             return model
 
         whole = read()

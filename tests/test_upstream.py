@@ -23,6 +23,8 @@ from hydra.errors import ConfigCompositionException
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from sage.model.sharding import READ, is_split
+
 
 def parameters(function) -> set[str]:
     return set(inspect.signature(function).parameters)
@@ -133,6 +135,20 @@ def test_transformers_tokenizers_encode_in_one_place():
 def test_transformers_reports_missing_unexpected_and_mismatched_weights(tiny_model):
     _, info = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, output_loading_info=True)
     assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= info.keys()  # model/loading
+
+
+def test_transformers_marks_the_weights_that_it_has_read(tiny_model):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert all(getattr(p, READ) for p in model.parameters())  # model/sharding
+
+
+def test_deepspeed_marks_the_weights_that_it_has_split():
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    assert not is_zero_param(weight) and not is_split(weight)
+    weight.ds_id = 0
+    assert is_zero_param(weight) and is_split(weight)  # model/sharding
 
 
 def test_transformers_attention_can_be_registered():

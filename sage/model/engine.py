@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sage.config import EngineConfig, OptimizerConfig
 from sage.model.resharding import reshard_groups, reshard_parameters
-from sage.model.sharding import own_part
+from sage.model.sharding import own_part, shape_of, size_of
 from sage.util import ranks
 from sage.util.errors import UserError, first_line
 from sage.util.progress import console
@@ -87,8 +87,8 @@ def build_optimizer(
     """
     options: dict[str, Any] = {"lr": 0.0, "betas": tuple(cfg.betas), "eps": cfg.eps}
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": cfg.weight_decay}]
-    if cfg.weight_decay and (vectors := [p for p in parameters if p.ndim < 2]):
-        groups[0]["params"] = [p for p in parameters if p.ndim >= 2]
+    if cfg.weight_decay and (vectors := [p for p in parameters if len(shape_of(p)) < 2]):
+        groups[0]["params"] = [p for p in parameters if len(shape_of(p)) >= 2]
         groups.append({"params": vectors, "weight_decay": 0.0})
     if cfg.implementation == "auto" and (offload or parameters[0].is_cuda):
         optimizer, reason = None, ""
@@ -122,7 +122,12 @@ def check_weights(policy: nn.Module) -> None:
     Raises:
         UserError: a weight is NaN or infinite.
     """
-    broken = (name for name, p in policy.named_parameters() if not torch.isfinite(own_part(p)).all())
+    broken = (
+        name
+        for name, weight in policy.named_parameters()
+        for some in own_part(weight).detach().flatten().split(2**20)  # isfinite makes copies
+        if not torch.isfinite(some).all()
+    )
     for name in ranks.gather(next(broken, None)):
         if name:
             raise UserError(
@@ -208,8 +213,8 @@ class Engine(Ranks):
         self.unwrapped = trainable if engine.zero_stage == 0 and dtype == torch.float32 else None
         adam = build_optimizer(trainable, optimizer, engine.offload)
         self.optimizer_class = type(adam).__name__
-        # The elements of each parameter, per optimizer group. A sharded one has them elsewhere.
-        self.numels = [[getattr(p, "ds_numel", p.numel()) for p in g["params"]] for g in adam.param_groups]
+        # The elements of each parameter, per optimizer group.
+        self.numels = [[size_of(p) for p in g["params"]] for g in adam.param_groups]
         self.optimizer: Any  # DeepSpeed's wrapper around it
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use, whatever the log level
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(

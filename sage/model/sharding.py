@@ -3,19 +3,20 @@
 transformers reads one weight after another from mapped files. A hook sees each one before it enters the
 model, and DeepSpeed takes it from there. So missing weights, conversions and buffers are handled as in a
 model that is not sharded, and the values are the same bit for bit.
+
+Functions import DeepSpeed, because engine.py must do so first, with its settings.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
-import deepspeed
 import torch
-from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -34,14 +35,18 @@ def load_sharded(read: Callable[[], nn.Module], config: dict[str, Any], dtype: t
         config: DeepSpeed's, with stage 3.
     """
 
+    import deepspeed
+
     def split(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
-        if weight is None or weight.is_meta or is_zero_param(weight) or not hasattr(weight, READ):
+        if weight is None or weight.is_meta or is_split(weight) or not hasattr(weight, READ):
             return
         holder = nn.Module()
         holder._parameters["weight"] = weight  # past the hook
         # A copy, since DeepSpeed writes rank 0's values into this tensor, and it may be a mapped file.
         weight.data = weight.data.to(wanted(weight), copy=True, memory_format=torch.contiguous_format)
         deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=dtype)
+        if size_of(weight) > 2**20:
+            return_freed_memory()
 
     def wanted(weight: Tensor) -> torch.dtype:
         return dtype if weight.is_floating_point() else weight.dtype
@@ -54,25 +59,42 @@ def load_sharded(read: Callable[[], nn.Module], config: dict[str, Any], dtype: t
     finally:
         hook.remove()
     for weight in model.parameters():
-        if not is_zero_param(weight):
+        if not is_split(weight):
             weight.data = weight.data.to(wanted(weight))
     deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=dtype)
     return model
 
 
+def return_freed_memory() -> None:
+    """Ask the C library for the memory that was freed. It keeps what lies between blocks in use, and here a
+    part follows every whole weight: a third of the model would stay."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it
+        trim(0)
+
+
+def is_split(weight: Any) -> bool:
+    """Whether DeepSpeed has split a weight over the ranks."""
+    return hasattr(weight, "ds_id")
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model's weights are split over the ranks."""
-    return any(is_zero_param(weight) for weight in model.parameters())
+    return any(is_split(weight) for weight in model.parameters())
 
 
 def size_of(weight: Any) -> int:
     """Elements of a weight, of which this rank may hold a part."""
-    return weight.ds_numel if is_zero_param(weight) else weight.numel()
+    return weight.ds_numel if is_split(weight) else weight.numel()
+
+
+def shape_of(weight: Any) -> torch.Size:
+    """The shape of a weight, of which this rank may hold a part. Its own `shape` is then that of nothing."""
+    return weight.ds_shape if is_split(weight) else weight.shape
 
 
 def own_part(weight: Any) -> Tensor:
     """What this rank holds of a weight: all of it, or its part, flat and without padding."""
-    if not is_zero_param(weight):
+    if not is_split(weight):
         return weight
     part = weight.ds_tensor
     start = part.ds_numel * weight.ds_zero_partition_rank
@@ -81,4 +103,6 @@ def own_part(weight: Any) -> Tensor:
 
 def gathered(weights: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """These weights, whole on every rank for a while. Every rank enters it. Changes are lost at its end."""
+    import deepspeed
+
     return deepspeed.zero.GatheredParameters(list(weights))
