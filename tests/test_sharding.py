@@ -23,9 +23,9 @@ def measure(folder: Path) -> dict[str, dict]:
     import torch
 
     from sage import config
-    from sage.config import EngineConfig
+    from sage.config import EngineConfig, OptimizerConfig
     from sage.model import loading
-    from sage.model.engine import deepspeed_config, init_distributed
+    from sage.model.engine import build_optimizer, deepspeed_config, init_distributed
     from sage.model.export import export, export_sharded, splits_into_layers
     from sage.model.policy import Policy
     from sage.model.sharding import gathered, is_split, load_sharded, own_part
@@ -67,6 +67,10 @@ def measure(folder: Path) -> dict[str, dict]:
         buffers = dict(sharded.named_buffers())
         differ += [n for n, b in whole.named_buffers() if not torch.equal(buffers[n], b)]
 
+        decay = OptimizerConfig(weight_decay=0.1, implementation="torch")
+        optimizers = [build_optimizer(list(m.parameters()), decay, False) for m in (sharded, whole)]
+        groups = [[(g["weight_decay"], len(g["params"])) for g in o.param_groups] for o in optimizers]
+
         policy = Policy(sharded)
         assert splits_into_layers(policy)
         tokenizer = loading.load_tokenizer(source, cfg.model)
@@ -78,6 +82,7 @@ def measure(folder: Path) -> dict[str, dict]:
         parts = ranks.gather(part)
         found[run.name] = {
             "differ": differ,
+            "groups": groups,
             "late": late,
             "parts": parts,
             "total": total,
@@ -157,6 +162,8 @@ def test_a_sharded_model_is_the_whole_one_split_as_it_is_read(found, run):
     assert found[run]["differ"] == []
     assert found[run]["late"] == []  # split only after the whole model had been read
     assert sum(found[run]["parts"]) == found[run]["total"]
+    ours, right = found[run]["groups"]
+    assert ours == right and len(right) == 2  # weight decay goes by the shape of the whole weight
     assert max(found[run]["parts"]) < 0.52 * found[run]["total"]
 
 
