@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 SHAPE = {
@@ -58,14 +59,14 @@ def rank_main(folder: Path, how: str, dtype_name: str) -> None:
 
     from sage.config import EngineConfig, ModelConfig
     from sage.model import loading
-    from sage.model.engine import Frozen, deepspeed_config, init_distributed
+    from sage.model.engine import Frozen, init_distributed, split_weights
     from sage.model.policy import Policy
     from sage.model.sharding import load_sharded
     from sage.util import ranks
 
     device, dtype = init_distributed(), getattr(torch, dtype_name)
     cfg = ModelConfig(path=str(folder))
-    zero = deepspeed_config(EngineConfig(zero_stage=3), dtype, 0.0)
+    split = partial(split_weights, engine=EngineConfig(zero_stage=3), dtype=dtype)
     torch.nn.Linear(8, 8)(torch.ones(1, 8)).sum().backward()
     ranks.barrier()
     empty, started = private_bytes(), time.perf_counter()
@@ -74,7 +75,7 @@ def rank_main(folder: Path, how: str, dtype_name: str) -> None:
         return loading.load_model(str(folder), cfg, dtype, 0)
 
     with Peak() as peak:
-        model = load_sharded(read, zero, dtype) if how == "sharded" else read()
+        model = load_sharded(read, split, dtype) if how == "sharded" else read()
         loaded = peak.bytes
         engine = Frozen(Policy(model), True, dtype, device)
     seconds = time.perf_counter() - started

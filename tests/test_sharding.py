@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,10 @@ def measure(folder: Path) -> dict[str, dict]:
     from sage import config
     from sage.config import EngineConfig, OptimizerConfig
     from sage.model import loading
-    from sage.model.engine import build_optimizer, deepspeed_config, init_distributed
+    from sage.model.engine import build_optimizer, gathered, init_distributed, split_weights
     from sage.model.export import export, export_sharded, splits_into_layers
     from sage.model.policy import Policy
-    from sage.model.sharding import gathered, is_split, load_sharded, own_part
+    from sage.model.sharding import is_split, load_sharded, own_part
     from sage.util import ranks
 
     init_distributed()
@@ -53,8 +54,8 @@ def measure(folder: Path) -> dict[str, dict]:
             return model
 
         whole = read()
-        zero = deepspeed_config(EngineConfig(zero_stage=3), dtype, 0.0)
-        sharded = load_sharded(read_and_look, zero, dtype)
+        split = partial(split_weights, engine=EngineConfig(zero_stage=3), dtype=dtype)
+        sharded = load_sharded(read_and_look, split, dtype)
         differ, part, total, state = [], 0, 0, {}
         ours = dict(sharded.named_parameters(remove_duplicate=False))
         for name, weight in whole.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""DeepSpeed: only this file and sharding.py import it.
+"""DeepSpeed: no other file imports it.
 
 The loop owns gradient accumulation (the number of micro-batches differs from step to step) and the learning
 rate. DeepSpeed owns sharding, gradient reduction, clipping, master weights and the optimizer's state.
@@ -11,7 +11,8 @@ import io
 import logging
 import math
 import os
-from contextlib import redirect_stdout
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from sage.config import EngineConfig, OptimizerConfig
 from sage.model.resharding import reshard_groups, reshard_parameters
-from sage.model.sharding import own_part, shape_of, size_of
+from sage.model.sharding import check_weights, shape_of, size_of
 from sage.util import ranks
 from sage.util.errors import UserError, first_line
 from sage.util.progress import console
@@ -116,24 +117,14 @@ def _deepspeed_adam(groups: list[dict[str, Any]], offload: bool, options: dict[s
     return FusedAdam(groups, adam_w_mode=True, **options)
 
 
-def check_weights(policy: nn.Module) -> None:
-    """Refuse a model that is broken before it is trained. Every rank calls this.
+def split_weights(module: nn.Module, engine: EngineConfig, dtype: torch.dtype) -> None:
+    """Split the weights of a module over the ranks, as stage 3 does, but not those that are split already."""
+    deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config(engine, dtype, 0.0), dtype=dtype)
 
-    Raises:
-        UserError: a weight is NaN or infinite.
-    """
-    broken = (
-        name
-        for name, weight in policy.named_parameters()
-        for some in own_part(weight).detach().flatten().split(2**20)  # isfinite makes copies
-        if not torch.isfinite(some).all()
-    )
-    for name in ranks.gather(next(broken, None)):
-        if name:
-            raise UserError(
-                f"the model itself is broken: its weight {name.removeprefix('model.')} holds NaN or infinite "
-                "values; use another model.path, or another checkpoint of this model"
-            )
+
+def gathered(weights: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """These weights, whole on every rank for a while. Every rank enters it. Changes are lost at its end."""
+    return deepspeed.zero.GatheredParameters(list(weights))
 
 
 class Ranks:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from sage.config import TrainConfig
 from sage.data.chat import ChatFormat, response_ends, training_end
 from sage.data.templates import exported_templates
+from sage.model.engine import gathered
 from sage.model.loading import load_model
 from sage.model.policy import Policy
-from sage.model.sharding import gathered, size_of
+from sage.model.sharding import size_of
 from sage.util import ranks
 from sage.util.files import replace_folder, write_json
 

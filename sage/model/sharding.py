@@ -3,16 +3,13 @@
 transformers reads one weight after another from mapped files. A hook sees each one before it enters the
 model, and DeepSpeed takes it from there. So missing weights, conversions and buffers are handled as in a
 model that is not sharded, and the values are the same bit for bit.
-
-Functions import DeepSpeed, because engine.py must do so first, with its settings.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -20,38 +17,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from sage.util import ranks
+from sage.util.errors import UserError
+
 # transformers marks the weights that it has read. What is missing from the files is initialised later, and
 # must be whole until then.
 READ = "_is_hf_initialized"
 
 
-def load_sharded(read: Callable[[], nn.Module], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def load_sharded(
+    read: Callable[[], nn.Module], split: Callable[[nn.Module], None], dtype: torch.dtype
+) -> nn.Module:
     """What `read` returns, a transformers model, with its weights split over the ranks as they are read.
 
-    Each rank keeps the part that DeepSpeed's stage 3 gives it, in `dtype`, on its own device, or on the CPU
-    where `config` says so. Weights that come from no file are split at the end. Every rank calls this.
-
-    Args:
-        config: DeepSpeed's, with stage 3.
+    Each rank keeps the part that `split` (`sage.model.engine.split_weights`) gives it, in `dtype`. Weights
+    that come from no file are split at the end. Every rank calls this.
     """
 
-    import deepspeed
-
-    def split(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
+    def take(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
         if weight is None or weight.is_meta or is_split(weight) or not hasattr(weight, READ):
             return
         holder = nn.Module()
         holder._parameters["weight"] = weight  # past the hook
         # A copy, since DeepSpeed writes rank 0's values into this tensor, and it may be a mapped file.
         weight.data = weight.data.to(wanted(weight), copy=True, memory_format=torch.contiguous_format)
-        deepspeed.zero.Init(module=holder, config_dict_or_path=config, dtype=dtype)
+        split(holder)
         if size_of(weight) > 2**20:
             return_freed_memory()
 
     def wanted(weight: Tensor) -> torch.dtype:
         return dtype if weight.is_floating_point() else weight.dtype
 
-    hook = register_module_parameter_registration_hook(split)
+    hook = register_module_parameter_registration_hook(take)
     try:
         # transformers would otherwise read ahead, in threads, without a limit.
         with patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):
@@ -61,7 +58,7 @@ def load_sharded(read: Callable[[], nn.Module], config: dict[str, Any], dtype: t
     for weight in model.parameters():
         if not is_split(weight):
             weight.data = weight.data.to(wanted(weight))
-    deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=dtype)
+    split(model)
     return model
 
 
@@ -101,8 +98,21 @@ def own_part(weight: Any) -> Tensor:
     return part[: max(min(weight.ds_numel - start, part.ds_numel), 0)]
 
 
-def gathered(weights: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """These weights, whole on every rank for a while. Every rank enters it. Changes are lost at its end."""
-    import deepspeed
+def check_weights(policy: nn.Module) -> None:
+    """Refuse a model that is broken before it is trained. Every rank calls this.
 
-    return deepspeed.zero.GatheredParameters(list(weights))
+    Raises:
+        UserError: a weight is NaN or infinite.
+    """
+    broken = (
+        name
+        for name, weight in policy.named_parameters()
+        for some in own_part(weight).detach().flatten().split(2**20)  # isfinite makes copies
+        if not torch.isfinite(some).all()
+    )
+    for name in ranks.gather(next(broken, None)):
+        if name:
+            raise UserError(
+                f"the model itself is broken: its weight {name.removeprefix('model.')} holds NaN or infinite "
+                "values; use another model.path, or another checkpoint of this model"
+            )

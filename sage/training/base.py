@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from sage.config import EngineConfig, ModelConfig
 from sage.model import loading
-from sage.model.engine import deepspeed_config
+from sage.model.engine import split_weights
 from sage.model.policy import Policy
 from sage.model.reference import identity
 from sage.model.sharding import load_sharded
@@ -35,7 +36,7 @@ class BaseModel(NamedTuple):
             return loading.load_model(self.folder, self.cfg, dtype, self.seed)
 
         if engine and engine.zero_stage == 3:
-            model = load_sharded(read, deepspeed_config(engine, dtype, 0.0), dtype)
+            model = load_sharded(read, partial(split_weights, engine=engine, dtype=dtype), dtype)
         else:
             model = read()
         return Policy(model, self.cfg.head, loading.router_coefficient(self.cfg, model))
