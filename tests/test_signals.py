@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,3 +194,21 @@ def test_jobs_do_not_outlive_a_sweep_that_was_killed(tmp_path):
     wait_until(lambda: not left_over(launcher.mark))
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
     wait_until(lambda: "SIGTERM ended the run after its step 7" in launcher.output.read_text())
+
+
+def test_a_rank_of_torchrun_does_not_outlive_it(tmp_path):
+    """torchrun does not handle SIGUSR1, so it dies of it, and leaves its ranks."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    mark = f"SAGE_TEST={tmp_path}"
+    environment = {**os.environ, "SAGE_TEST": str(tmp_path), "RANK": "0", stopping.TORCHRUN: "1"}
+    rank = [sys.executable, str(script), "works", str(tmp_path)]
+    starter = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True).wait()"
+    with (tmp_path / "output").open("w") as output:
+        torchrun = subprocess.Popen([sys.executable, "-c", starter, *rank], env=environment, stderr=output)
+    wait_until((tmp_path / "rank0").exists)
+    torchrun.send_signal(signal.SIGUSR1)
+    assert torchrun.wait() == -signal.SIGUSR1
+    wait_until(lambda: not left_over(mark))
+    assert (tmp_path / "saved0").exists()
+    assert "launcher of this run is gone" in (tmp_path / "output").read_text()

@@ -20,6 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TOGETHER = 1.0  # seconds
 WATCH = "SAGE_LAUNCHER_PIPE"  # environment variable: a pipe that ends when the launcher does
 GO_ON = "SAGE_GO_ON"  # environment variable of a rank: how to continue, as its launcher says it
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # environment variable that torchrun sets
 PATIENCE = 600.0  # seconds after the launcher's death, at most, for the step and its checkpoint
 SHOW_CURSOR = b"\r\x1b[?25h"  # a progress bar may have hidden it
 
@@ -68,8 +69,8 @@ def install(run_dir: Path, rank: int) -> None:
     """Let signals end this rank of a run: at once, until `defer` is called. Rank 0 says how to continue.
 
     The rank also ends when its launcher is gone, however that one died. The rank sees that a pipe closes,
-    which works on every system and without a race. Ranks that torchrun, srun or deepspeed started have no
-    such pipe.
+    which works on every system and without a race. A rank of torchrun, which has no such pipe, sees that it
+    has another parent. Ranks of srun or deepspeed see nothing.
     """
     global _farewell
     _farewell = go_on(run_dir) if rank == 0 else ""
@@ -78,8 +79,9 @@ def install(run_dir: Path, rank: int) -> None:
     # Helper processes, such as those that tokenise, must end as usual.
     os.register_at_fork(after_in_child=_reset)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the launcher blocks them until a rank is here
-    if pipe := os.environ.pop(WATCH, None):
-        threading.Thread(target=_watch, args=(int(pipe),), daemon=True).start()
+    pipe = os.environ.pop(WATCH, None)
+    if pipe or TORCHRUN in os.environ:
+        threading.Thread(target=_watch, args=(pipe and int(pipe), os.getppid()), daemon=True).start()
 
 
 def defer() -> None:
@@ -123,7 +125,7 @@ def end(status: int) -> None:
     if sys.stdout and sys.stdout.isatty():
         with suppress(OSError):
             os.write(1, SHOW_CURSOR)
-    if _orphaned:
+    if _orphaned and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)  # with the helpers, which the launcher would have ended
     os._exit(status)
 
@@ -173,9 +175,13 @@ def _reset() -> None:
         signal.signal(signum, signal.SIG_DFL)
 
 
-def _watch(pipe: int) -> None:
+def _watch(pipe: int | None, parent: int) -> None:
     global _orphaned
-    os.read(pipe, 1)  # nobody writes: it returns at the end
+    if pipe is None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+    else:
+        os.read(pipe, 1)  # nobody writes: it returns at the end
     _orphaned = True
     if _farewell:
         tell("the launcher of this run is gone: its ranks end as after SIGTERM")
