@@ -53,7 +53,7 @@ def _(cfg: TrainConfig) -> None:
         load_data(cfg.data, cfg.cache_dir, held_out=True)
     for benchmark in cfg.benchmark.values():
         read_problems(benchmark)
-    if cfg.command == "train":
+    if cfg.command == "train" and cfg.select:
         from sage.training.evaluation import check_select  # here, because it loads torch and transformers
 
         check_select(cfg, [get_class(hook["_target_"]) for hook in cfg.hooks.values()])

@@ -219,6 +219,14 @@ def test_an_override_without_effect_is_refused(command, override):
         load(*shared, override, command=command)
 
 
+def test_compositions_share_no_config():
+    """Hydra's store of schemas is one for all of them, so that `--help` need not copy it."""
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        before = compose("train")
+        compose("train", ["batch_size=7"]).optimizer.lr = 0.5
+        assert compose("train") == before
+
+
 def test_what_an_experiment_sets_is_not_refused():
     config.load(composed("+experiment=arithmetic", "steps=3", command="score-dataset"))
 

@@ -33,6 +33,9 @@ SCHEMAS: dict[str, type[CommandConfig]] = {
     "plan": PlanConfig,
 }
 
+# Hydra copies its whole store for every group that `--help` lists, which took 5 seconds. One store for all is
+# safe: `ConfigStore.load` copies what it returns.
+ConfigStore.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
 
 for _word, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{_word.replace('-', '_')}_schema", node=_schema)
