@@ -56,7 +56,7 @@ def test_every_experiment_is_complete_but_for_its_pairs(name):
         cfg = config.load(compose("train", overrides))
     assert cfg.name == name
     if name.endswith("_8gpu"):
-        assert (cfg.world_size, cfg.engine.zero_stage) == (8, 3)
+        assert cfg.world_size == 8 and cfg.engine.zero_stage >= 2
 
 
 def test_a_frozen_config_reads_back_the_same(tmp_path):
@@ -94,7 +94,7 @@ def test_every_command_has_its_config_and_a_job_in_the_ranks():
     """A command word is one key in three tables and the name of a YAML; here they cannot drift apart."""
     assert set(config.SCHEMAS) == set(cli.COMMANDS) - {"resume", "report"}
     in_ranks = {word for word, schema in config.SCHEMAS.items() if issubclass(schema, config.RunConfig)}
-    assert set(worker.JOBS) == in_ranks - {"inspect", "plan"}  # these need no rank
+    assert set(worker.JOBS) == in_ranks - {"inspect", "plan", "rounds"}  # these have no ranks of their own
     for job in worker.JOBS.values():
         assert callable(get_method(job))
     for word in config.SCHEMAS:
