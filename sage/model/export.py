@@ -25,6 +25,7 @@ from sage.model.sharding import size_of
 from sage.util import ranks
 from sage.util.files import replace_folder, write_json
 
+SMALLEST = 2**28  # bytes of a file of weights, where there are several
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter"
 
 
@@ -83,14 +84,16 @@ def export_sharded(
 ) -> None:
     """`export` of a policy whose weights are split over the ranks. Every rank calls this; rank 0 writes.
 
-    Rank 0 holds one file's weights at a time: as much as its own part of the model, and one layer.
+    Rank 0 holds one file's weights at a time: as much as its own part of the model (SMALLEST at least), and
+    one layer.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     main, causal = ranks.rank() == 0, policy.causal
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    limit = sum(size_of(p) * p.element_size() for p in causal.parameters()) // ranks.world_size()
+    size = sum(size_of(p) * p.element_size() for p in causal.parameters())
+    limit = max(size // ranks.world_size(), SMALLEST)
     pending: dict[str, Tensor] = {}
     files: list[dict[str, Any]] = []  # of each file written: its tensors' names and bytes
 
@@ -105,6 +108,8 @@ def export_sharded(
                 if not main:
                     continue
                 weights = {k: v for name, m in layer.items() for k, v in merged_weights(name, m).items()}
+                whole = sum(size_of(w) for module in layer.values() for w in base_parameters(module))
+                assert sum(weight.numel() for weight in weights.values()) >= whole, list(layer)
                 held, new = (sum(w.nbytes for w in group.values()) for group in (pending, weights))
                 if held and held + new > limit:
                     flush()
@@ -173,13 +178,20 @@ def parameters_of(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=hasattr(module, "get_base_layer")))
 
 
+def base_parameters(module: Any) -> list[nn.Parameter]:
+    """A module's own weights, without those of an adapter."""
+    adapted = hasattr(module, "get_base_layer")
+    return list((module.get_base_layer() if adapted else module).parameters(recurse=adapted))
+
+
 def merged_weights(name: str, module: Any) -> dict[str, Tensor]:
     """The weights of a module that is whole on this rank; an adapter is merged in float32, as in `export`."""
     if not hasattr(module, "get_base_layer"):
-        own = module._parameters | {
-            k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set
-        }
-        return {f"{name}.{key}": weight.data for key, weight in own.items() if weight is not None}
+        # Not `module._parameters | ...`: DeepSpeed's own class of dict loses all that it holds by that.
+        hidden = module._non_persistent_buffers_set
+        own = dict(module.named_parameters(recurse=False))
+        own |= {key: buffer for key, buffer in module.named_buffers(recurse=False) if key not in hidden}
+        return {f"{name}.{key}": weight.data for key, weight in own.items()}
     kept = {weight: weight.data for weight in module.parameters()}
     base = module.get_base_layer()
     try:
