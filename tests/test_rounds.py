@@ -205,8 +205,10 @@ def summary_of(run_dir: Path) -> dict:
 
 
 def results(run_dir: Path) -> dict[str, bytes]:
-    """Every file that does not say how long something took. A manifest names the folder of its problems."""
+    """Every file that does not say how long something took, or what a killed training did after its last
+    checkpoint. A manifest names the folder of its problems."""
     timed, here = ("summary.json", "metrics.jsonl", "times.jsonl", "config.yaml"), str(run_dir).encode()
+    timed += ("metrics.superseded.jsonl",)
     found = files(run_dir).items()
     return {name: data.replace(here, b"RUN_DIR") for name, data in found if not name.endswith(timed)}
 
