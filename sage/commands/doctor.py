@@ -28,7 +28,7 @@ from sage.model.kernels import has_triton
 from sage.model.kernels.recompute import bfloat16_in_hardware
 from sage.training.wandb_log import absent
 from sage.util.files import write_json
-from sage.util.processes import memory_limit, rank_environment, run_ranks
+from sage.util.processes import machine_memory, rank_environment, run_ranks
 from sage.util.progress import activity, console
 from sage.util.stopping import SIGNALS
 
@@ -149,9 +149,12 @@ def version_of(package: str) -> str | None:
 
 def memory() -> Row:
     """Memory that this process may use: a container may have less than its machine."""
-    found = psutil.virtual_memory()
-    total = min(found.total, memory_limit() or found.total)
-    return Row("memory", OK, f"{min(found.available, total) / GIB:.1f} of {total / GIB:.1f} GiB free")
+    total = machine_memory()
+    return Row(
+        "memory",
+        OK,
+        f"{min(psutil.virtual_memory().available, total) / GIB:.1f} of {total / GIB:.1f} GiB free",
+    )
 
 
 def disk(what: str, folder: Path, key: str) -> Row:

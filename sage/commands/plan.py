@@ -30,7 +30,7 @@ from sage.model.memory import MicroBytes, micro_bytes, shell
 from sage.model.policy import Policy
 from sage.order import Shuffled
 from sage.util.files import write_json
-from sage.util.processes import memory_limit
+from sage.util.processes import machine_memory
 from sage.util.progress import activity, console
 
 GB = 1e9
@@ -110,7 +110,7 @@ def plan_run(cfg: PlanConfig) -> None:
     machine = machine_of(cfg, device)
     with activity("running the model's code on the meta device"):
         estimate = estimated(cfg, cfg.model, machine, folder, dtype, work)
-    advice = [] if estimate.fits else list(changes(cfg, machine, folder, dtype, work))
+    advice = [] if estimate.fits else list(changes(cfg, estimate, folder, dtype, work))
     seconds = None
     if not cfg.gpu_gb and estimate.fits and Path(folder).is_dir():
         with activity("timing a micro-batch of the model"):
@@ -138,7 +138,7 @@ def machine_of(cfg: PlanConfig, device: torch.device) -> Machine:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return Machine(True, float(free), CUDA_CONTEXT, torch.cuda.get_device_name(device))
-    free = min(psutil.virtual_memory().available, memory_limit() or math.inf)
+    free = min(psutil.virtual_memory().available, machine_memory())
     own = psutil.Process().memory_info().rss  # this process has imported what a rank imports
     return Machine(False, free / cfg.world_size, own, "this machine's memory, shared by the ranks")
 
@@ -232,9 +232,9 @@ def measured_seconds(
     return best
 
 
-def changes(cfg: PlanConfig, machine: Machine, folder: str, dtype: torch.dtype, work: Work) -> Iterator[str]:
+def changes(cfg: PlanConfig, now: Estimate, folder: str, dtype: torch.dtype, work: Work) -> Iterator[str]:
     """Settings that would fit, each alone, the cheapest first."""
-    now = estimated(cfg, cfg.model, machine, folder, dtype, work)
+    machine = now.machine
     if now.most_tokens() >= max(work.longest, 2 * cfg.data.max_length):
         yield f"micro_batch_tokens={now.most_tokens()} fits"
     checkpointing = replace(cfg.model, gradient_checkpointing=True)

@@ -40,12 +40,13 @@ GRACE = 30.0
 GB = 1e9
 
 
-def memory_limit() -> int | None:
-    """Bytes that the container of this process may use, if it is in one with a limit."""
+def machine_memory() -> int:
+    """Bytes of memory that this machine has, or its container if that has less."""
+    found = [psutil.virtual_memory().total]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):
-            return int(Path(file).read_text())
-    return None
+            found.append(int(Path(file).read_text()))
+    return min(found)
 
 
 def rank_environment(world_size: int) -> dict[str, str]:
@@ -170,7 +171,7 @@ def explain(rank: Rank, world_size: int, go_on: str) -> int:
     status = rank.process.returncode
     if status > 0:
         return status
-    total = psutil.virtual_memory().total / GB
+    total = machine_memory() / GB
     peak = f"peak {rank.peak_gb:.1f} of {total:.1f} GB"
     cause = f" ({peak})"
     if -status == signal.SIGKILL and world_size * rank.peak_gb > total / 2:
