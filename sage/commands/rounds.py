@@ -276,8 +276,9 @@ class Rounds:
         try:
             yield
         finally:
-            with (self.run_dir / TIMES_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"part": part, "seconds": time.monotonic() - began}) + "\n")
+            file = self.run_dir / TIMES_FILE  # written whole: a kill must not leave half a line
+            before = file.read_text(encoding="utf-8") if file.exists() else ""
+            write_text(file, before + json.dumps({"part": part, "seconds": time.monotonic() - began}) + "\n")
 
     # --- the summary
 
