@@ -95,7 +95,7 @@ def export_sharded(
     size = sum(size_of(p) * p.element_size() for p in causal.parameters())
     limit = max(size // ranks.world_size(), SMALLEST)
     pending: dict[str, Tensor] = {}
-    files: list[dict[str, Any]] = []  # of each file written: its tensors' names and bytes
+    files: list[list[str]] = []  # the tensors' names in each file written
 
     def flush() -> None:
         if pending:
@@ -217,8 +217,8 @@ def adapter_weights(policy: Policy) -> dict[str, Tensor]:
     return found
 
 
-def _write_part(temporary: Path, number: int, causal: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Write some of the weights as a file, the way transformers would name and convert them."""
+def _write_part(temporary: Path, number: int, causal: Any, weights: dict[str, Tensor]) -> list[str]:
+    """Write some of the weights as a file, as transformers would name and convert them. Returns the names."""
     folder = temporary / f"part{number}"
     causal.save_pretrained(folder, state_dict=weights, max_shard_size="1000TB")
     file = folder / "model.safetensors"
@@ -228,20 +228,20 @@ def _write_part(temporary: Path, number: int, causal: Any, weights: dict[str, Te
     for other in folder.iterdir():
         other.replace(temporary / other.name)
     folder.rmdir()
-    return {"names": names}
+    return names
 
 
-def _join_parts(temporary: Path, files: list[dict[str, Any]]) -> None:
+def _join_parts(temporary: Path, files: list[list[str]]) -> None:
     """Name the files as transformers does, and write their index."""
     if len(files) == 1:
         (temporary / "part0.safetensors").rename(temporary / "model.safetensors")
         return
     weight_map, size = {}, 0
-    for number, written in enumerate(files):
+    for number, names in enumerate(files):
         name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         file = (temporary / f"part{number}.safetensors").rename(temporary / name)
         size += file.stat().st_size
-        weight_map |= dict.fromkeys(written["names"], name)
+        weight_map |= dict.fromkeys(names, name)
     write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
