@@ -6,7 +6,6 @@ import hashlib
 import multiprocessing
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 from sage.data import placement
 from sage.data.columns import lengths_of, to_column
 from sage.data.encoding import IDS, Encoder
+from sage.util import stopping
 from sage.util.progress import track
 
 PARALLEL_FROM = 2000  # rows; below this, starting worker processes costs more than it saves
@@ -168,8 +168,7 @@ def _share(pairs: datasets.Dataset, encode: Encoder, parent: int | None) -> None
 
 def _watch(parent: int) -> None:
     """End this worker when the process that started it was killed: it would hold that process's locks."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    stopping.wait_for_end_of(parent)
     os._exit(1)
 
 

@@ -111,6 +111,12 @@ def abandoned() -> bool:
     return bool(_parent) and os.getppid() != _parent
 
 
+def wait_for_end_of(parent: int) -> None:
+    """Return once the process `parent`, which started this one, is gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+
+
 def tell(line: str) -> None:
     """Write a line to standard error; also in a signal handler, where `print` may fail."""
     with suppress(OSError):
@@ -178,8 +184,7 @@ def _reset() -> None:
 def _watch(pipe: int | None, parent: int) -> None:
     global _orphaned
     if pipe is None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
+        wait_for_end_of(parent)
     else:
         os.read(pipe, 1)  # nobody writes: it returns at the end
     _orphaned = True
