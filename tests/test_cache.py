@@ -84,6 +84,10 @@ SOURCES = {
         *({**row, "chosen": row["prompt"] + " y", "rejected": row["prompt"] + " n"} for row in ROWS[:9]),
         ROWS[9],
     ],
+    "a row that gives no pair, among responses that repeat the prompt": [
+        *({**row, "chosen": row["prompt"] + " y", "rejected": row["prompt"] + " n"} for row in ROWS[:9]),
+        {**ROWS[9], "rejected": ""},
+    ],
     "responses that repeat the prompt": [
         {**row, "chosen": row["prompt"] + " y", "rejected": row["prompt"] + " n"} for row in ROWS
     ],

@@ -1,9 +1,12 @@
 """sage.data: which sources and forms of pairs are read, what the record holds, what is refused or dropped."""
 
+import bz2
 import csv
+import gzip
 import importlib.util
 import io
 import json
+import lzma
 import subprocess
 import sys
 from decimal import Decimal
@@ -152,6 +155,25 @@ def test_ids_pass_rates_rows_and_limit(write):
     )
     data = load_pairs(path, limit=2)
     assert (data["pair_id"][:], data["pass_rate"][:], data["row"][:]) == (["7", "b"], [1.0, None], [1, 3])
+
+
+def test_rows_that_give_no_pair_do_not_decide_whether_responses_repeat_the_prompt(write):
+    """Protects thousands of pairs from their prompt twice, because of one row that is dropped anyway."""
+    rows = [{**PLAIN, "chosen": f"{PLAIN['prompt']} {i}", "rejected": f"{PLAIN['prompt']} no"} for i in "12"]
+    for change in ({"rejected": ""}, {"prompt": None}, {"chosen": 4}, {"chosen": PLAIN["prompt"]}):
+        for order in (1, -1):
+            pairs = read_pair_set(write(*[*rows, {**rows[0], **change}][::order]), max_bad=0.5)
+            assert sorted(pairs.pairs["chosen"]) == ['"1"', '"2"'] and len(pairs.dropped) == 1
+    same = {**PLAIN, "chosen": "none", "rejected": "none"}
+    assert load_pairs(write(*rows, same))["chosen"][:] == ['"1"', '"2"']
+    apart = load_pairs(write(*rows, PLAIN))
+    assert apart["chosen"][0] == json.dumps(rows[0]["chosen"])
+
+
+def test_one_id_for_all_rows_is_no_slower(write):
+    data = load_pairs(write(*[{**PLAIN, "pair_id": "a"}] * 20_000, {**PLAIN, "pair_id": "a#3"}))
+    assert data["pair_id"][:3] == ["a", "a#2", "a#3"] and data["pair_id"][-1] == "a#3#2"
+    assert len({*data["pair_id"]}) == 20_001
 
 
 # ---------------------------------------------------------------- refusals
@@ -319,12 +341,16 @@ def test_loading_pairs_does_not_import_torch():
 # ---------------------------------------------------------------- files
 
 
-def packed(data: bytes, suffix: str) -> bytes:
-    import bz2
-    import gzip
-    import lzma
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
 
-    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix](data)
+
+def packed(data: bytes, suffix: str) -> bytes:
+    return PACKERS[suffix](data)
 
 
 def table(rows, separator=","):
@@ -354,9 +380,15 @@ FILES = {
     "table.csv": table(TWO),
     "bom.csv": b"\xef\xbb\xbf" + table(TWO),
     "table.tsv": table(TWO, "\t"),
-    **{f"lines.jsonl{suffix}": packed(LINES, suffix) for suffix in (".gz", ".bz2", ".xz")},
+    **{f"lines.jsonl{suffix}": packed(LINES, suffix) for suffix in PACKERS},
+    # One archive behind the other, as `cat` and programs of several threads write them.
+    **{
+        f"two.jsonl{suffix}": b"".join(packed(line, suffix) for line in LINES.splitlines(True))
+        for suffix in PACKERS
+    },
     "array.json.gz": packed(json.dumps(TWO, indent=2).encode(), ".gz"),
     "table.csv.gz": packed(table(TWO), ".gz"),
+    "table.csv.zst": packed(table(TWO), ".zst"),
 }
 
 
@@ -444,6 +476,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     long, deep = "9" * 5000, "[" * 100_000
     for name, data, reason in (
         ("cut.jsonl.gz", packed(LINES * 50, ".gz")[:-20], "cannot be read"),
+        ("cut.jsonl.zst", packed(LINES * 50, ".zst")[:-5], "cannot be read"),
         ("not.jsonl.gz", LINES, "cannot be read"),
         ("not.jsonl.xz", LINES, "cannot be read"),
         ("latin.csv", "prompt,chosen,rejected\nq,\xe9,b".encode("latin-1"), "not UTF-8"),
@@ -462,6 +495,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         with pytest.raises(UserError) as error:
             load_pairs(str(tmp_path / name))
         assert reason in str(error.value) and name in str(error.value)
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "first.jsonl").write_bytes(mark + b'{"prompt": \n' + LINES)
+        assert len(load_pairs(str(tmp_path / "first.jsonl"), max_bad=0.5)) == 2
     with pytest.raises(UserError, match=r"no file of a kind that sage reads.*fits this pattern"):
         load_pairs(str(tmp_path / "*.txt"))
     (tmp_path / "empty").mkdir()

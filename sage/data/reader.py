@@ -6,7 +6,7 @@ Nothing here imports torch, so a command can refuse bad data before it loads a m
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, count, islice
+from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -131,7 +131,7 @@ class Reader:
         self.dropped: list[Dropped] = []
         self.bad: list[str] = []
         self.lost_prompts, self.repeated, self.others = 0, 0, dict[str, None]()
-        self.ids: set[str] = set()
+        self.ids: dict[str, int] = {}  # every id so far -> the last number that was put behind it
         pairs: list[dict[str, Any]] = []
         for row in rows:
             seen.see(row.record)
@@ -166,9 +166,11 @@ class Reader:
             return None
         unique = pair_id
         if "pair_id" in names:  # else they are the rows' numbers
-            unique = next(name for name in _alternatives(pair_id) if name not in self.ids)
+            while unique in self.ids:
+                self.ids[pair_id] += 1
+                unique = f"{pair_id}#{self.ids[pair_id]}"
             self.repeated += unique != pair_id
-            self.ids.add(unique)
+            self.ids[unique] = 1
         messages = (message for part in turns if not isinstance(part, str) for message in part)
         self.others |= dict.fromkeys(key for message in messages for key in message if key not in KNOWN)
         self.count += 1
@@ -262,11 +264,6 @@ def _pair_id(value: Any, row: int) -> str:
         raise UserError(f"pair_id is {str(value)[:40]}, not a text or a number")
     as_json("pair_id", value)
     return str(value)
-
-
-def _alternatives(pair_id: str) -> Iterator[str]:
-    """The id, then the id with a number."""
-    return chain([pair_id], (f"{pair_id}#{number}" for number in count(2)))
 
 
 def _sampled(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,9 @@ class Survey:
         self.present: dict[str, None] = {}  # all columns, in the order in which they first appear
         self.empty: dict[str, None] = {}  # those that have held nothing yet
         self.textless: dict[str, None] = {}  # those that have held no text yet but numbers
-        self.repeats_prompt = None not in self.triple
+        self.repeats: set[bool] = (
+            set()
+        )  # whether both responses begin with the prompt, of all rows that say it
 
     def see(self, record: Any) -> None:
         self.rows += 1
@@ -60,9 +62,8 @@ class Survey:
             del self.empty[column]
         for column in [column for column in self.textless if holds_text(record.get(column))]:
             del self.textless[column]
-        if self.repeats_prompt:
-            texts = [lookup(record, str(column)) for column in self.triple]
-            self.repeats_prompt = all(isinstance(text, str) for text in texts) and repeats(*texts)
+        if False not in self.repeats and None not in self.triple:
+            self.repeats |= _repeats(*(lookup(record, str(column)) for column in self.triple))
 
     def plan(self, path: str, columns: Mapping[str, str]) -> Plan:
         """What the rows seen so far say; `repeats_prompt` is right only if the names have not changed.
@@ -76,7 +77,7 @@ class Survey:
         if "prompt" in names or "prompt" in columns:
             refuse_telling(path, [column for column in unused if column not in self.empty], names, columns)
         unnamed = [column for column in unused if "prompt" not in columns and column not in self.textless]
-        return Plan(names, form, unused, unnamed, self.repeats_prompt)
+        return Plan(names, form, unused, unnamed, self.repeats == {True})
 
 
 def survey(rows: Iterable[Row], names: Mapping[str, str]) -> Survey:
@@ -95,6 +96,20 @@ def plan_of(path: str, rows: Iterable[Row], columns: Mapping[str, str]) -> Plan:
     rows = list(rows)
     names = survey(rows, {}).plan(path, columns).names
     return survey(rows, names).plan(path, columns)
+
+
+def _repeats(prompt: Any, chosen: Any, rejected: Any) -> set[bool]:
+    """Whether both responses begin with the prompt; nothing where a row of such values gives no pair."""
+    values = prompt, chosen, rejected
+    if chosen == rejected or not all(isinstance(value, str | dict | list) for value in values):
+        return set()
+    if not all(isinstance(value, str) for value in values):
+        return {False}
+    if not all(map(str.strip, values)):
+        return set()
+    if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+        return {False}
+    return {True} if repeats(*values) else set()
 
 
 def holds(record: Any, column: str) -> bool:
