@@ -57,7 +57,7 @@ def export(
     model = load_model(folder, cfg.model, merged, cfg.seed)
     model.load_state_dict(state)
     if cfg.model.lora is not None:
-        model.save_pretrained(temporary / ADAPTER)  # pyright: ignore
+        model.save_pretrained(temporary / ADAPTER, save_embedding_layers=False)  # pyright: ignore
         model = model.merge_and_unload().to(dtype)  # pyright: ignore
     model.config.use_cache = True
     model.config.dtype = dtype
@@ -95,6 +95,7 @@ def export_sharded(
     size = sum(size_of(p) * p.element_size() for p in causal.parameters())
     limit = max(size // ranks.world_size(), SMALLEST)
     pending: dict[str, Tensor] = {}
+    written: set[nn.Parameter] = set()  # a weight that is tied has one name in the files, its first
     files: list[list[str]] = []  # the tensors' names in each file written
 
     def flush() -> None:
@@ -107,8 +108,12 @@ def export_sharded(
             with gathered(p for module in layer.values() for p in parameters_of(module)):
                 if not main:
                     continue
-                weights = {k: v for name, m in layer.items() for k, v in merged_weights(name, m).items()}
-                whole = sum(size_of(w) for module in layer.values() for w in base_parameters(module))
+                weights, whole = dict[str, Tensor](), 0
+                for name, module in layer.items():
+                    new = set(base_parameters(module)) - written
+                    weights |= merged_weights(name, module, new)
+                    whole += sum(map(size_of, new))
+                    written |= new
                 assert sum(weight.numel() for weight in weights.values()) >= whole, list(layer)
                 held, new = (sum(w.nbytes for w in group.values()) for group in (pending, weights))
                 if held and held + new > limit:
@@ -121,7 +126,7 @@ def export_sharded(
     if not main:
         return
     if adapter is not None:
-        policy.model.save_pretrained(temporary / ADAPTER, state_dict=adapter)
+        policy.model.save_pretrained(temporary / ADAPTER, state_dict=adapter, save_embedding_layers=False)
     _join_parts(temporary, files)
     _finish(temporary, final, cfg, tokenizer)
 
@@ -137,6 +142,7 @@ def splits_into_layers(policy: Policy) -> bool:
 @contextmanager
 def as_published(policy: Policy) -> Iterator[None]:
     """The model's config is as in a folder, not as in training, for a while."""
+    policy.set_mode(False)  # in training mode the config's dropouts are 0
     causal = policy.causal
     kept, causal.config = causal.config, copy.deepcopy(causal.config)
     causal.config.use_cache = True
@@ -184,12 +190,13 @@ def base_parameters(module: Any) -> list[nn.Parameter]:
     return list((module.get_base_layer() if adapted else module).parameters(recurse=adapted))
 
 
-def merged_weights(name: str, module: Any) -> dict[str, Tensor]:
-    """The weights of a module that is whole on this rank; an adapter is merged in float32, as in `export`."""
+def merged_weights(name: str, module: Any, new: set[nn.Parameter]) -> dict[str, Tensor]:
+    """The `new` weights of a module that is whole on this rank, and its buffers; an adapter is merged in
+    float32, as in `export`."""
     if not hasattr(module, "get_base_layer"):
         # Not `module._parameters | ...`: DeepSpeed's own class of dict loses all that it holds by that.
         hidden = module._non_persistent_buffers_set
-        own = dict(module.named_parameters(recurse=False))
+        own: dict[str, Tensor] = {k: w for k, w in module.named_parameters(recurse=False) if w in new}
         own |= {key: buffer for key, buffer in module.named_buffers(recurse=False) if key not in hidden}
         return {f"{name}.{key}": weight.data for key, weight in own.items()}
     kept = {weight: weight.data for weight in module.parameters()}
