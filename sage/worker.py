@@ -99,7 +99,8 @@ def fail(error: Exception, run_dir: Path, rank: int) -> None:
     another one has the least to say.
     """
     if disk_full(error):
-        error = UserError(f"the disk of {run_dir} is full: make room, then {stopping.go_on(run_dir)}")
+        file = getattr(error, "filename", None) or run_dir
+        error = UserError(f"the disk of {file} is full: make room, then {stopping.go_on(run_dir)}")
     lost = ranks.world_size() > 1 and isinstance(error, RuntimeError) and LOST.search(str(error))
     if rank != 0 or lost:
         time.sleep(PATIENCE)

@@ -1,6 +1,9 @@
 """A source is read once. Later runs, and the other ranks, find what was read by the identity of its files."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -37,13 +40,14 @@ def test_a_second_run_reads_no_row(tmp_path, monkeypatch):
     assert load_pair_set(path, cache, limit=3).count == 3
 
 
-@pytest.mark.parametrize("damaged", ["texts", "notes"])
+@pytest.mark.parametrize("damaged", ["texts", "notes", "keys"])
 def test_damaged_texts_are_read_again(damaged, tmp_path, capsys):
     path, cache = write(tmp_path / "pairs.jsonl", ROWS), tmp_path / "cache"
     first = content(load_pair_set(path, str(cache)))
     (file,) = cache.glob("*.arrow" if damaged == "texts" else "*.json")
     old = file.read_bytes()
-    file.write_bytes(old.replace(b"yes 7", b"yes 8") if damaged == "texts" else old.replace(b": 30", b": 31"))
+    change = {"texts": (b"yes 7", b"yes 8"), "notes": (b": 30", b": 31"), "keys": (b"checksum", b"chacksum")}
+    file.write_bytes(old.replace(*change[damaged]))
     assert file.read_bytes() != old
     assert content(load_pair_set(path, str(cache))) == first
     assert capsys.readouterr().out.count("is damaged") == 1
@@ -56,6 +60,22 @@ def test_a_source_that_is_refused_leaves_nothing(tmp_path):
         with pytest.raises(UserError, match=r"1 of 31 rows are bad.*\n.*:31: chosen is missing"):
             load_pair_set(path, str(cache))
     assert not [*cache.glob("*.arrow"), *cache.glob("*.tmp"), *cache.glob("*.json")]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """`sage inspect` on a file system without room: the message names the file, and no part of it stays."""
+    path = write(tmp_path / "pairs.jsonl", ROWS * 20)
+    program = (
+        "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from sage.data.pairs import load_pair_set; from sage.util.errors import refusal\n"
+        "try: load_pair_set(*sys.argv[1:])\n"
+        "except OSError as error: print(refusal(error))"
+    )
+    command = [sys.executable, "-c", program, path, str(tmp_path / "cache")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"texts-\w+.arrow cannot be used: .*File too large", out)
+    assert not [*(tmp_path / "cache").glob("*.arrow"), *(tmp_path / "cache").glob(".*.tmp")]
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):

@@ -221,16 +221,18 @@ def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tm
     again = tokenise(read_pair_set(write(PLAIN)), tokenizer)
     assert len(calls) == 1 and again.fingerprint == first.fingerprint and again[0] == first[0]
     assert again.dropped == first.dropped
-    prints = {first.fingerprint}
+    prints, splitting = {first.fingerprint}, make_tokenizer()
+    splitting.split_special_tokens = True  # not a part of the tokenizer's JSON
     for changed in (
         tokenise(read_pair_set(write({**PLAIN, "chosen": "Four"})), tokenizer),
         tokenise(read_pair_set(write({**PLAIN, "pass_rate": 0.5})), tokenizer),
         tokenise(data, make_tokenizer(CHATML + " ")),
         tokenise(data, tokenizer, chat_template=False),
         tokenise(data, tokenizer, max_length=511),
+        tokenise(data, splitting),
     ):
         prints.add(changed.fingerprint)
-    assert len(calls) == len(prints) == 6
+    assert len(calls) == len(prints) == 7
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 

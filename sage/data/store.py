@@ -84,7 +84,8 @@ def _notes(file: Path, what: str) -> dict[str, Any] | None:
 def _content(file: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(_notes_file(file).read_text(encoding="utf-8"))
-        whole = content["own"] == _checksum(content["notes"]) and file.stat().st_size == content["size"]
+        size, _ = content["size"], content["checksum"]
+        whole = content["own"] == _checksum(content["notes"]) and file.stat().st_size == size
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return content if whole else None

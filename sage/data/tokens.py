@@ -171,6 +171,7 @@ def _cache_key(content: str, renderer: Renderer, max_length: int, limits: Limits
     parts = [
         model,
         tokenizer.special_tokens_map,
+        getattr(tokenizer, "split_special_tokens", None),
         renderer.templates,
         max_length,
         limits,

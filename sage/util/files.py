@@ -27,8 +27,10 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         fsync(temporary)
         os.replace(temporary, file)
-    except BaseException:  # a full disk gets its room back
+    except BaseException as error:  # a full disk gets its room back
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(file)  # a write that fails does not name it
         raise
     fsync(file.parent)
 
