@@ -193,6 +193,7 @@ BAD = [
     ({**CONVERSATION, "chosen": [says("4"), USER, says("5")]}, "one assistant message"),
     ({**CONVERSATION, "prompt": [USER, says("4")]}, "ends with the chosen response itself"),
     ({**CONVERSATION, "prompt": [{"role": "system", "content": "s"}]}, "nothing that the user says"),
+    ({**CONVERSATION, "prompt": [], "system": "s"}, "nothing that the user says"),
     ({**PLAIN, "pair_id": "b", "pass_rate": 75}, "pass_rate is 75"),
     ({**PLAIN, "pair_id": True}, "pair_id is True"),
     ({**PLAIN, "pair_id": ["a"]}, "pair_id is ['a']"),
@@ -498,6 +499,10 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "first.jsonl").write_bytes(mark + b'{"prompt": \n' + LINES)
         assert len(load_pairs(str(tmp_path / "first.jsonl"), max_bad=0.5)) == 2
+    twice = pa.table([["q"], ["a"], ["b"], ["c"]], names=["prompt", "chosen", "rejected", "chosen"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice.parquet.* has chosen more than once"):
+        load_pairs(str(tmp_path / "twice.parquet"))
     with pytest.raises(UserError, match=r"no file of a kind that sage reads.*fits this pattern"):
         load_pairs(str(tmp_path / "*.txt"))
     (tmp_path / "empty").mkdir()

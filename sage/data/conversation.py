@@ -213,12 +213,12 @@ def _surround(pair: Pair, values: Mapping[str, Any]) -> Pair:
     if not (system or history or started):
         return Pair(prompt, chosen, rejected)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if history and messages[0]["role"] in ("system", "developer"):
+    if history and messages and messages[0]["role"] in ("system", "developer"):
         messages = [messages[0], *history, *messages[1:]]
     else:
         messages = history + messages
     if system:
-        if messages[0]["role"] not in ("system", "developer"):
+        if not messages or messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": system}, *messages]
         elif messages[0]["content"].strip() != system.strip():
             raise UserError("the system column and the system message differ")

@@ -217,7 +217,13 @@ def read_parquet(name: str, file: Path) -> datasets.Dataset:
 
 def _parquet_batches(name: str, file: Path) -> Iterator[pa.RecordBatch]:
     try:
-        yield from pq.ParquetFile(file).iter_batches(BATCH)
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        if repeated := {column for column in names if names.count(column) > 1}:
+            raise UserError(f"{name}: the table has {', '.join(sorted(repeated))} more than once")
+        yield from table.iter_batches(BATCH)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
 
