@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from sage.config import ModelConfig
 from sage.data.source import resolve_path
@@ -40,6 +42,21 @@ def add_adapter(model: Any, cfg: ModelConfig, seed: int) -> Any:
         return peft.get_peft_model(model, config)
     except ValueError as e:
         raise UserError(f"model.lora.targets={cfg.lora.targets}: {first_line(e)}") from e
+
+
+def needs_whole_model(cfg: ModelConfig) -> bool:
+    """Whether peft reads or sets the model's own weights when it adds the adapter, so that they must be whole
+    on each rank until then."""
+    if not cfg.adapter_path:
+        return False
+    config, weights = check_adapter(cfg), Path(resolve_path(cfg.adapter_path), "adapter_model.safetensors")
+    if config.get("use_dora") or config.get("trainable_token_indices") or config.get("bias") != "none":
+        return True
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian") or not weights.is_file():
+        return True
+    with safe_open(weights, "np") as content:
+        names = list(content.keys())
+    return any("base_layer" in name for name in names)
 
 
 def load_adapter(model: Any, cfg: ModelConfig) -> Any:

@@ -132,10 +132,10 @@ def export_sharded(
 
 
 def splits_into_layers(policy: Policy) -> bool:
-    """Whether `export_sharded` can write this policy: not with peft's copies of whole modules, or its
-    adapters of single weights (of experts)."""
+    """Whether `export_sharded` can write this policy: not with peft's adapters of whole modules or of single
+    tokens (which hold an `original_module`), or of single weights (of experts)."""
     return not any(
-        hasattr(m, "modules_to_save") or hasattr(m, "parameter_name") for m in policy.causal.modules()
+        hasattr(m, "original_module") or hasattr(m, "parameter_name") for m in policy.causal.modules()
     )
 
 

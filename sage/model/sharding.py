@@ -26,16 +26,19 @@ READ = "_is_hf_initialized"
 
 
 def load_sharded(
-    read: Callable[[], nn.Module], split: Callable[[nn.Module], None], dtype: torch.dtype
+    read: Callable[[], nn.Module],
+    split: Callable[[nn.Module], None],
+    dtype: torch.dtype,
+    at_once: bool = False,
 ) -> nn.Module:
     """What `read` returns, a transformers model, with its weights split over the ranks as they are read.
 
     Each rank keeps the part that `split` (`sage.model.engine.split_weights`) gives it, in `dtype`. Weights
-    that come from no file are split at the end. Every rank calls this.
+    that come from no file are split at the end, and with `at_once` all are. Every rank calls this.
     """
 
     def take(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
-        if weight is None or weight.is_meta or is_split(weight) or not hasattr(weight, READ):
+        if at_once or weight is None or weight.is_meta or is_split(weight) or not hasattr(weight, READ):
             return
         holder = nn.Module()
         holder._parameters["weight"] = weight  # past the hook
@@ -53,8 +56,14 @@ def load_sharded(
         # transformers would otherwise read ahead, in threads, without a limit.
         with patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):
             model = read()
+    except UserError:
+        if at_once:
+            raise
+        model = None
     finally:
         hook.remove()
+    if model is None:  # some models compute a fixed weight from the shape of the one that was read (Pegasus)
+        model = read()
     for weight in model.parameters():
         if not is_split(weight):
             weight.data = weight.data.to(wanted(weight))

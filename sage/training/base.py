@@ -9,6 +9,7 @@ import torch
 
 from sage.config import EngineConfig, ModelConfig
 from sage.model import loading
+from sage.model.adapters import needs_whole_model
 from sage.model.engine import split_weights
 from sage.model.policy import Policy
 from sage.model.reference import identity
@@ -28,7 +29,8 @@ class BaseModel(NamedTuple):
     def load(self, engine: EngineConfig | None = None, dtype: torch.dtype | None = None) -> Policy:
         """The policy, in the run's dtype or in `dtype`. Every rank calls this.
 
-        Under an `engine` of ZeRO stage 3 its weights are split over the ranks as they are read.
+        Under an `engine` of ZeRO stage 3 its weights are split over the ranks as they are read, or after all
+        have been read where an adapter needs that.
         """
         dtype = dtype or self.dtype
 
@@ -36,7 +38,8 @@ class BaseModel(NamedTuple):
             return loading.load_model(self.folder, self.cfg, dtype, self.seed)
 
         if engine and engine.zero_stage == 3:
-            model = load_sharded(read, partial(split_weights, engine=engine, dtype=dtype), dtype)
+            split = partial(split_weights, engine=engine, dtype=dtype)
+            model = load_sharded(read, split, dtype, at_once=needs_whole_model(self.cfg))
         else:
             model = read()
         return Policy(model, self.cfg.head, loading.router_coefficient(self.cfg, model))
