@@ -210,6 +210,16 @@ def test_common_prefix(heads, monkeypatch):
     assert TokenizedPairs(data, {}, "").common_prefix == (expected if expected >= 8 else 0)
 
 
+def test_held_out_pairs_that_are_training_pairs_are_counted(write, tokenise):
+    pairs = [{**PLAIN, "pair_id": name, "chosen": f"It is {name}"} for name in "abcd"]
+    tokenizer = make_tokenizer()
+    training = tokenise(read_pair_set(write(*pairs[:3])), tokenizer)
+    again = {**pairs[1], "pair_id": "under another id"}
+    held_out = tokenise(read_pair_set(write(again, pairs[3], pairs[0], again)), tokenizer)
+    assert held_out.also_in(training) == 3 and training.also_in(training) == 3
+    assert training.also_in(tokenise(read_pair_set(write(pairs[3])), tokenizer)) == 0
+
+
 def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tmp_path):
     """Protects from stale ids, and from tokenising again when only the tokenizer's last call differs."""
     calls = []

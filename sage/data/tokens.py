@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import transformers
 
 from sage.data import store
 from sage.data.chat import ChatFormat, Renderer
-from sage.data.columns import lengths_of
+from sage.data.columns import IDS, lengths_of
 from sage.data.encoding import Encoder
 from sage.data.pairs import PairSet
 from sage.data.picked import KEPT, Limits, Picked, Prefix, encoded
@@ -87,6 +88,19 @@ class TokenizedPairs:
                 prefix.see(chunk)
         shared = prefix.length or 0 if self.shared is None else self.shared
         return shared if shared >= SHORTEST_PREFIX else 0
+
+    def also_in(self, other: TokenizedPairs) -> int:
+        """How many of these pairs have the very ids of a pair of `other`."""
+        known = {*self._keys()}
+        known &= {*filter(known.__contains__, other._keys())}
+        return sum(key in known for key in self._keys())
+
+    def _keys(self) -> Iterator[int]:
+        """A hash of each pair's ids."""
+        for batch in self.data.data.table.to_batches():
+            columns = [(batch[name].offsets.to_numpy(), batch[name].values.to_numpy()) for name in IDS]
+            for row in range(len(batch)):
+                yield hash(tuple(ids[starts[row] : starts[row + 1]].tobytes() for starts, ids in columns))
 
     def pass_rates(self) -> np.ndarray:
         """float64 [pairs], NaN where unknown."""

@@ -127,6 +127,12 @@ class Data(NamedTuple):
 def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
     pairs = read_pairs(cfg, tokenizer, run_dir)
     held_out = read_pairs(cfg, tokenizer, run_dir, held_out=True) if cfg.data.eval_path else None
+    if held_out and not console.quiet and (common := held_out.also_in(pairs)):
+        console.print(
+            f"warning: {common} of {len(held_out)} held-out pairs ({cfg.data.eval_path}) are training pairs "
+            "too: their loss does not show what the policy has learned in general",
+            markup=False,
+        )
     return Data(pairs, held_out, cfg.steps or math.ceil((cfg.epochs or 0) * len(pairs) / cfg.batch_size))
 
 
