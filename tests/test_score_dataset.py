@@ -309,6 +309,10 @@ def test_shards_of_two_runs_are_not_mixed(runs, pairs, tmp_path):
     for run in (mixed, short):
         with pytest.raises(UserError, match="not those of one"):
             Scored(str(run), pairs, key)
+    renamed = shutil.copytree(runs / "plain", tmp_path / "renamed")
+    (renamed / "scores" / "00000.parquet").rename(renamed / "scores" / "99999.parquet")
+    with pytest.raises(UserError, match="another order"):
+        Scored(str(renamed), pairs, key)
 
 
 def test_keys_that_do_not_fit_are_refused(common, tmp_path):

@@ -219,6 +219,11 @@ def read_scores(
             "the same order"
         )
     table = pa.concat_tables(shards)
+    if table["pair_id"].to_pylist() != pairs.pair_ids().tolist():
+        raise UserError(
+            f"data.scores={run_dir}: its pairs have another order or other ids than data.path's: were the "
+            "files of scores renamed, or the pair_ids changed? Score the pairs again"
+        )
     return logps_of(table, "reference"), logit_of(table) if manifest["policy"] == reference else None
 
 
