@@ -214,6 +214,22 @@ def test_a_sharded_model_is_the_whole_one_split_as_it_is_read(found, run):
     assert max(found[run]["parts"]) < 0.52 * found[run]["total"]
 
 
+def test_an_adapter_is_merged_for_an_export_and_not_in_the_policy():
+    """On one rank in float32 best/ would otherwise leave the adapter's change in the base, and training would
+    go on from there."""
+    import peft
+    import torch
+
+    from sage.model.export import merged_weights
+
+    config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    layer = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config).base_model.model[0]
+    before = {name: weight.clone() for name, weight in layer.state_dict().items()}
+    merged = merged_weights("layer", layer, set())
+    assert all(weight.equal(before[name]) for name, weight in layer.state_dict().items())
+    assert not merged["layer.weight"].equal(before["base_layer.weight"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["positions", *ADAPTERS])
 def test_what_needs_whole_weights_is_split_after_it_has_been_read(found, folder, run):

@@ -203,7 +203,7 @@ def merged_weights(name: str, module: Any, new: set[nn.Parameter]) -> dict[str, 
     base = module.get_base_layer()
     try:
         for weight, data in kept.items():
-            weight.data = data.float()
+            weight.data = data.to(torch.float32, copy=True)  # on one rank, data may be the policy's own part
         module.merge()
         module.merged_adapters.clear()
         return {f"{name}.{k}": w.data.to(kept[w].dtype) for k, w in base.named_parameters()}
