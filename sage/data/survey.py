@@ -46,9 +46,7 @@ class Survey:
         self.present: dict[str, None] = {}  # all columns, in the order in which they first appear
         self.empty: dict[str, None] = {}  # those that have held nothing yet
         self.textless: dict[str, None] = {}  # those that have held no text yet but numbers
-        self.repeats: set[bool] = (
-            set()
-        )  # whether both responses begin with the prompt, of all rows that say it
+        self.repeats = set[bool]()  # whether both responses begin with the prompt, of all rows that say it
 
     def see(self, record: Any) -> None:
         self.rows += 1

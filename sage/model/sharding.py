@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sage.util import ranks
 from sage.util.errors import UserError
+from sage.util.progress import console
 
 # transformers marks the weights that it has read. What is missing from the files is initialised later, and
 # must be whole until then.
@@ -63,7 +64,9 @@ def load_sharded(
     finally:
         hook.remove()
     if model is None:  # some models compute a fixed weight from the shape of the one that was read (Pegasus)
-        model = read()
+        at_once, model = True, read()
+    if at_once:
+        console.print("each rank read the whole model before its weights were split", markup=False)
     for weight in model.parameters():
         if not is_split(weight):
             weight.data = weight.data.to(wanted(weight))
