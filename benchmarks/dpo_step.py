@@ -101,7 +101,7 @@ def sage_overrides(job: dict, folder: Path) -> list[str]:
 
 def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float], float]:
     run_dir = Path(tempfile.mkdtemp(dir=folder))
-    command = [sys.executable, "-m", "sage.cli", "train", *sage_overrides(job, folder)]
+    command = [sys.executable, "-m", "sage", "train", *sage_overrides(job, folder)]
     memory = run([*command, f"hydra.run.dir={run_dir}", *overrides], job["threads"])
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line["time/step_seconds"] for line in lines if "loss" in line][1:], memory

@@ -37,7 +37,7 @@ def parts(folder: Path, gpu: bool) -> dict[str, list[str]]:
     step = [python, str(HERE / "dpo_step.py"), "--dtype", "bfloat16", "--max-length", "512", "--rounds", "1"]
     kernel = [python, str(HERE / "kernel.py"), "--device", "cuda", "--dtype", "bfloat16"]
     return {
-        "doctor": [python, "-m", "sage.cli", "doctor", f"json={folder / 'doctor.json'}"],
+        "doctor": [python, "-m", "sage", "doctor", f"json={folder / 'doctor.json'}"],
         "kernel tests": tests,
         "kernel": [*kernel, "--json", str(folder / "kernel.json")],
         "a DPO step": [

@@ -46,7 +46,7 @@ def expected(overrides: list[str]) -> float:
 
 def measured(run_dir: Path, overrides: list[str]) -> float:
     if not (run_dir / "summary.json").exists():
-        command = [sys.executable, "-m", "sage.cli", "train", *COMMON, *overrides, f"hydra.run.dir={run_dir}"]
+        command = [sys.executable, "-m", "sage", "train", *COMMON, *overrides, f"hydra.run.dir={run_dir}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((run_dir / "summary.json").read_text())["peak_memory_gb"]
 

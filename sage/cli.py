@@ -331,6 +331,3 @@ def quoted(argument: str) -> str | None:
         return None
     return shlex.quote(form) if read == value else None
 
-
-if __name__ == "__main__":
-    main()

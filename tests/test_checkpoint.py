@@ -221,7 +221,7 @@ def test_an_adapters_checkpoint_leaves_its_frozen_base_out(one):
 
 def sage(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "sage.cli", *arguments],
+        [sys.executable, "-m", "sage", *arguments],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -235,7 +235,7 @@ def test_kill_and_resume(two, common, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "sage.cli",
+        "sage",
         "train",
         *common,
         "world_size=2",

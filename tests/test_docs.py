@@ -17,6 +17,7 @@ from sage import cli, config
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 # From the top down. What is on a line imports from the lines below it, never from its own line or above.
 LAYERS = (
+    "__main__",
     "cli",
     "sweeps launch worker",
     "commands",

@@ -120,7 +120,7 @@ def test_the_same_training(name, trl_run, tiny_model, pair_file, tmp_path, recor
     run(
         sys.executable,
         "-m",
-        "sage.cli",
+        "sage",
         "train",
         "+baseline=dpo",
         "model=hf",

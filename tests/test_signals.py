@@ -146,6 +146,17 @@ def test_a_signal_while_ranks_start_is_not_lost(tmp_path):
     assert launcher.end() == (130, [f"SIGINT ended the run: go on with `sage resume {tmp_path}`"])
 
 
+def test_ctrl_c_while_python_imports_gives_no_traceback(tmp_path):
+    (tmp_path / "hydra.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "sage", "train"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 @pytest.mark.parametrize(
     "mode, expected, words",
     [

@@ -515,7 +515,7 @@ def test_nan_exits_2_with_one_message(common, tmp_path):
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "sage.cli", "train", *arguments],
+        [sys.executable, "-m", "sage", "train", *arguments],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
