@@ -330,4 +330,3 @@ def quoted(argument: str) -> str | None:
     except HydraException:
         return None
     return shlex.quote(form) if read == value else None
-
