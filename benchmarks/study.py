@@ -245,6 +245,12 @@ def reach(group: Group, metric: str, target: float, axis: str) -> float:
     return float(np.interp(target, y[i - 1 : i + 1], x[i - 1 : i + 1]))
 
 
+def at_cost(run: Run, metric: str, cost: float) -> float:
+    """The metric of a run that is stopped at this cost, between its evaluations; NaN if it is shorter."""
+    steps, values = run.metrics[metric].finite
+    return float(np.interp(cost, run.at("cost", steps), values, right=math.nan))
+
+
 def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
     metric = task.metric()
     print(f"| lr, beta | {' | '.join(f'{lr:g}, {beta:g}' for lr, beta in task.grid)} |")
@@ -268,9 +274,12 @@ def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
     curve = mean_curve(groups["dpo"].runs, metric, "step", 10_000)
     assert curve is not None
     target = float(curve[1].max())
+    # Trained pairs cost the same in all runs of equal length, and scoring comes on top: DPO's is the least.
+    least = min(run.clocks["cost"].values[-1] for run in groups["dpo"].runs)
     print(f"\nTarget: the best of DPO's mean curve, {target:.3f}. Differences in points, paired by seed.\n")
     columns = "best | end | end - DPO's | end - (DPO + NLL)'s | end - the score's | pairs | cost | whole cost"
-    print(f"| method | seeds | {columns} |\n|{'---|' * 10}")
+    columns += f" | at a cost of {least:.0f} | there, - DPO's | there, - the score's"
+    print(f"| method | seeds | {columns} |\n|{'---|' * 13}")
     for method, group in groups.items():
         row = [method, str(len(group.runs))]
         for value_of in (
@@ -286,6 +295,11 @@ def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
             where = reach(group, metric, target, axis)
             row.append("never" if math.isnan(where) else f"{where:.0f}")
         row.append(f"{np.mean([run.clocks['cost'].values[-1] for run in group.runs]):.0f}")
+        row.append(cell(interval([at_cost(run, metric, least) for run in group.runs])))
+        for other in ("dpo", "score"):
+            points = lambda run: 100 * at_cost(run, metric, least)  # noqa: E731
+            known = other in groups and other != method
+            row.append(cell(paired(groups[other], group, points), "+.1f") if known else "")
         print(f"| {' | '.join(row)} |")
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import REPO
 from hydra import compose, initialize_config_module
@@ -14,7 +18,9 @@ from many_runs import execute, freeze
 
 from sage import config
 from sage.data.source import resolve_path
+from sage.reporting.runs import Run, Series
 
+ACCURACY = "benchmark/arithmetic/accuracy"
 SPLITS = ("train", "validation", "test")
 FOLDER = Path(resolve_path("pkg://sage.assets/arithmetic"))
 
@@ -71,7 +77,7 @@ def test_a_few_steps_raise_the_accuracy(tmp_path):
     execute(1, [tmp_path / "run", tmp_path / "eval"])
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    before, after = (summary[when]["benchmark/arithmetic/accuracy"] for when in ("before", "after"))
+    before, after = (summary[when][ACCURACY] for when in ("before", "after"))
     assert 0.55 < before < 0.8
     assert after > before + 0.03
     inside, outside = (tmp_path / "run" / "benchmarks" / "step_20", tmp_path / "eval")
@@ -82,12 +88,46 @@ def test_a_few_steps_raise_the_accuracy(tmp_path):
     assert inside == outside
 
 
-def load_study() -> ModuleType:
-    spec = spec_from_file_location("study", REPO / "benchmarks" / "study.py")
+def load(path: str) -> ModuleType:
+    spec = spec_from_file_location(Path(path).stem, REPO / path)
     assert spec and spec.loader
-    study = module_from_spec(spec)
-    spec.loader.exec_module(study)
-    return study
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_study() -> ModuleType:
+    return load("benchmarks/study.py")
+
+
+def test_the_demo_ends_with_what_the_two_runs_did(tmp_path, monkeypatch, capsys):
+    """Protects the demo's last lines: shares are of the trained pairs, and no two numbers change places."""
+    margins = {"sage": [-0.2, -0.1, -0.3, 0.4, -0.5], "dpo": [0.1, -0.1, 0.3, 0.4, -0.5]}
+    for name, after in (("sage", 0.75), ("dpo", 0.7)):
+        (tmp_path / name / "samples").mkdir(parents=True)
+        log = {"selected": [True, True, True, True, False], "policy_mean": margins[name]}
+        pq.write_table(pa.table(log), tmp_path / name / "samples" / "00000001.parquet")
+        accuracy = {when: {ACCURACY: value} for when, value in (("before", 0.6), ("after", after))}
+        (tmp_path / name / "summary.json").write_text(json.dumps(accuracy))
+    monkeypatch.setattr("sys.argv", ["demo_result.py", str(tmp_path)])
+    load("scripts/demo_result.py").main()
+    said = re.findall(r"[0-9.]+%", capsys.readouterr().out)
+    assert said == ["75%", "25%", "60.0%", "75.0%", "70.0%"]
+
+
+def test_methods_are_compared_at_an_equal_cost(tmp_path):
+    """Protects the study's table: accuracy is read where a run has cost as much, with scoring counted."""
+    study, steps = load_study(), np.array([0, 10, 20])
+    metrics = {
+        "loss": Series(steps[1:], np.zeros(2)),
+        "cost/forward_pairs": Series(steps[1:], np.array([20.0, 40.0])),
+        "cost/backward_pairs": Series(steps[1:], np.array([10.0, 20.0])),
+        ACCURACY: Series(steps, np.array([0.5, 0.6, 0.8])),
+    }
+    run = Run(tmp_path, {"seed": 0}, metrics, None, "finished")
+    assert study.at_cost(run, ACCURACY, 75) == pytest.approx(0.7)  # 50 units in ten steps
+    assert study.at_cost(run, ACCURACY, 100) == pytest.approx(0.8)
+    assert np.isnan(study.at_cost(run, ACCURACY, 101))
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "flipped", "rare", "words"])
