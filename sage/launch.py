@@ -96,6 +96,8 @@ def preflight(cfg: RunConfig, here: bool = True) -> None:
         )
     check_writable(Path(cfg.cache_dir).expanduser(), "cache_dir")
     check_model(cfg.model)
+    if isinstance(cfg, TrainConfig) and cfg.reference_model:
+        check_model(ModelConfig(path=cfg.reference_model), "reference_model")
     # The other commands have the keys of `sage train`, and log nothing.
     if isinstance(cfg, RoundsConfig) or type(cfg) is TrainConfig:
         check_tracking(cfg.tracking)
@@ -103,13 +105,13 @@ def preflight(cfg: RunConfig, here: bool = True) -> None:
         read_inputs(cfg)
 
 
-def check_model(cfg: ModelConfig) -> None:
-    """Refuse model and adapter folders that are not there or not whole."""
+def check_model(cfg: ModelConfig, key: str = "model.path") -> None:
+    """Refuse model and adapter folders that are not there or not whole. `key` is the one that names them."""
     path = resolve_path(cfg.path)
     if path.startswith((".", "/")) and not os.path.exists(path):
-        raise UserError(f"model.path={cfg.path}: no such file or folder")
+        raise UserError(f"{key}={cfg.path}: no such file or folder")
     if os.path.isdir(path):
-        check_weights_files(path, cfg)
+        check_weights_files(path, f"{key}={cfg.path}")
     if cfg.adapter_path:
         cfg.lora = lora_of(check_adapter(cfg))  # its own settings, so that the frozen config tells the truth
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_pairs, write_jsonl
+from conftest import make_pairs, refused, write_jsonl
 from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_difference, metrics
 
 from sage.data.chat import ChatFormat
@@ -94,6 +94,7 @@ def runs(common, other_model, tmp_path_factory) -> Path:
     training = [*common, "+baseline=dpo", "steps=3", "batch_size=8", "optimizer.lr=1e-3"]
     fresh = f"cache_dir={root / 'cache'}"  # to see what is computed
     logit = ["scorer=sage_logit", "scorer.candidates_per_pair=2"]
+    moved = [*training, f"reference_model={other_model}", f"loss.beta={BETA}", f"data.eval_{common[2][5:]}"]
     one = [
         freeze_scoring(root / "plain", *common, "top=0.3"),
         freeze(root / "undisturbed", *common, *IN_SINGLES, command="score-dataset"),
@@ -115,12 +116,20 @@ def runs(common, other_model, tmp_path_factory) -> Path:
         freeze(root / "nothing_there", *training, f"data.scores={root / 'nowhere'}"),
         freeze(root / "no_reference", *training, "loss=simpo", f"data.scores={root / 'plain'}"),
         freeze_scoring(root / "uniform", *common, "scorer=uniform", "~scorer.margin"),
+        freeze(root / "moved", *moved),
+        freeze(root / "moved_selected", *moved, *logit),
+        freeze(root / "moved_online", *moved, "reference=online"),
+        freeze(root / "moved_scored", *moved, f"data.scores={root / 'pair'}"),
+        freeze(root / "moved_lora", *moved, "+model/lora=default", "reference=online"),
+        freeze(root / "itself", *training, f"reference_model={common[1][11:]}"),
+        freeze(root / "moved_free", *moved, "loss=simpo"),
     ]
     execute(1, one)
     two = [
         freeze_scoring(root / f"two{z}", *common, "world_size=2", f"engine=zero{z}", "top=0.3")
         for z in (0, 3)
     ]
+    two += [freeze(root / "moved3", *moved, "world_size=2", "engine=zero3")]
     execute(2, two)
     return root
 
@@ -374,3 +383,37 @@ def test_the_summary_shows_quantiles_a_histogram_and_extremes(runs):
     )
     order = table["pair_id"].take(np.argsort(-scores)[:59]).to_pylist()
     assert all(name in out for name in (*order[:2], *order[-2:]))
+
+
+# --- training with another model as the reference
+
+
+@slow
+def test_another_model_is_the_reference_of_training(runs):
+    """Before the first step the loss is that of score-dataset's margins, and every way to the reference gives
+    the same run."""
+    u = table_of(runs / "pair")["margin"].astype(np.float64)
+    expected = np.log1p(np.exp(-u)).mean()
+    assert abs(expected - math.log(2)) > 1e-3
+    for name in ("moved", "moved_selected", "moved_online", "moved_scored", "moved_lora", "moved3"):
+        first = json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert abs(first["eval/loss"] - expected) < 1e-5, name
+    for name in ("moved_online", "moved_scored", "moved3"):
+        assert largest_difference(column(runs / name, "loss"), column(runs / "moved", "loss")) < 1e-5, name
+    assert abs(column(runs / "moved", "loss")[0] - math.log(2)) > 1e-4
+
+
+@slow
+def test_the_policy_may_be_named_as_its_own_reference(runs):
+    assert column(runs / "itself", "loss") == column(runs / "cached", "loss")
+
+
+@slow
+def test_a_loss_without_reference_takes_none(runs):
+    assert "needs no reference" in (runs / "moved_free" / ERROR_FILE).read_text()
+
+
+def test_a_reference_that_is_not_there_is_refused(train, tmp_path):
+    refused(train(f"reference_model={tmp_path / 'nowhere'}"), "reference_model=", "no such file or folder")
+    (tmp_path / "empty").mkdir()
+    refused(train(f"reference_model={tmp_path / 'empty'}"), "reference_model=", "has no weights")

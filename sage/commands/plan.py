@@ -209,7 +209,8 @@ def estimated(
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
     engine = footprint(trainable, frozen, dtype.itemsize, cfg.engine, cfg.world_size, machine.cuda)
-    if cfg.reference == "online" and not (cfg.model.lora and not cfg.model.adapter_path):
+    own_base = cfg.model.lora and not cfg.model.adapter_path and not cfg.reference_model
+    if cfg.reference == "online" and not own_base:
         sharded = cfg.world_size if cfg.engine.zero_stage == 3 else 1
         engine.reference = (trainable + frozen) * dtype.itemsize / sharded
     return Estimate(machine, engine, micro, (micro.peak - slope * work.tokens, slope))

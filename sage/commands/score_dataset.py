@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig, build, load
+from sage.config import SUMMARY_FILE, ScoreConfig, build, load
 from sage.data.pairs import load_data
 from sage.data.source import write_rows
 from sage.data.tokens import TokenizedPairs
@@ -33,9 +33,9 @@ from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, log
 from sage.model.selfcheck import settle
 from sage.order import difficulty_of, order_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
-from sage.training.base import open_model
+from sage.training.base import check_policy, open_model, open_reference
 from sage.training.selection import read_margins
-from sage.training.setup import check_policy, read_pairs
+from sage.training.setup import read_pairs
 from sage.util.checksums import intact, seal_file
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
@@ -55,16 +55,9 @@ def score_dataset(run_dir: Path) -> None:
     scorers |= {f"score_{name}": build_scorer(f"scorers.{name}", node) for name, node in cfg.scorers.items()}
     device = init_distributed()
 
-    models = {"policy": cfg.model}
-    if cfg.reference_model is not None:
-        models["reference"] = ModelConfig(
-            cfg.reference_model, dtype=cfg.model.dtype, attention=cfg.model.attention, head=cfg.model.head
-        )
-    bases = {name: open_model(model, device, cfg.seed, cfg.cache_dir) for name, model in models.items()}
-    if len({json.dumps(base.tokenizer.get_vocab(), sort_keys=True) for base in bases.values()}) > 1:
-        raise UserError(
-            f"reference_model={cfg.reference_model}: its tokens are not those of model.path={cfg.model.path}"
-        )
+    bases = {"policy": open_model(cfg.model, device, cfg.seed, cfg.cache_dir)}
+    if reference := open_reference(cfg, bases["policy"], device):
+        bases["reference"] = reference
     pairs = read_pairs(cfg, bases["policy"].tokenizer, run_dir)
     identities = {name: {"path": base.cfg.path, **base.identity()} for name, base in bases.items()}
     manifest = {

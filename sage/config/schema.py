@@ -56,6 +56,9 @@ class TrainConfig(RunConfig):
         "every step by a second model",
         choices=("cached", "online"),
     )
+    reference_model: str | None = key(
+        None, "the reference, in any form of model.path; null = the policy itself, as before training"
+    )
     eval_every: int = key(0, "steps between evaluations; 0 = only before and after training", low=0)
     benchmark: dict[str, ProblemsConfig] = key(
         {}, "problems that an evaluation also answers, greedily, to report accuracy: +benchmark=NAME"
@@ -179,9 +182,6 @@ class ScoreConfig(TrainConfig):
 
     command: str = key("score-dataset", "the command that this config is for", choices=("score-dataset",))
     name: str = key("scores", "names the run's folder")
-    reference_model: str | None = key(
-        None, "the reference, in any form of model.path; null = the policy itself, as before training"
-    )
     scorers: dict[str, dict[str, Any]] = key(
         {},
         "further scores: a name for each, and a class of sage.scorers, or yours, by _target_; "

@@ -36,13 +36,15 @@ def read_object(file: Path, key: str) -> dict[str, Any]:
     return content
 
 
-def check_weights_files(folder: str, cfg: ModelConfig) -> None:
+def check_weights_files(folder: str, key: str) -> None:
     """Refuse a model folder whose weights are missing, cut short, or pickled. Reads headers only.
+
+    `key` is the config's key and value that name the folder.
 
     Raises:
         UserError: names the file, and says how to get a whole one.
     """
-    key, files = f"model.path={cfg.path}", sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors"))
     if (index := Path(folder, INDEX)).is_file():
         listed = read_object(index, key).get("weight_map")
         names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []

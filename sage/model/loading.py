@@ -138,7 +138,7 @@ def prepared(model: Any, cfg: ModelConfig, seed: int) -> Any:
 def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
     """The model without adapter, with every weight from its files, and the attention that the config asks
     for."""
-    check_weights_files(folder, cfg)
+    check_weights_files(folder, f"model.path={cfg.path}")
     wanted = ("sdpa", "eager") if cfg.attention == "auto" else (cfg.attention,)
     refusal, loaded = None, None
     for implementation in wanted:

@@ -1,8 +1,8 @@
 """Reference log-probabilities: cached on disk, from a second model, or none.
 
-The reference is the initial policy, also after a resume and with adapters. So the policy itself computes the
-cached ones, before its first step and before any checkpoint is restored, with the same forward pass. At step
-0 the loss is therefore ln 2, up to rounding.
+Unless `reference_model` names another model, the reference is the initial policy, also after a resume and
+with adapters. So the policy itself computes the cached ones, before its first step and before any checkpoint
+is restored, with the same forward pass. At step 0 the loss is therefore ln 2, up to rounding.
 """
 
 from __future__ import annotations
@@ -67,13 +67,23 @@ def identity(folder: str, model: ModelConfig, dtype: torch.dtype) -> dict[str, s
 
 
 class Cached:
-    """Log-probabilities of every pair under the initial policy: read from disk, or computed and kept."""
+    """Log-probabilities of every pair under the model of `forward`: read from disk, or computed and kept.
+
+    `of_policy` says whether that model is the policy before its first step.
+    """
 
     logit: LogitStats | None = None  # statistics of the same policy, [pairs] each, if they are known too
 
     def __init__(
-        self, forward: PairForward, pairs: TokenizedPairs, key: dict[str, str], cache_dir: str, name: str
+        self,
+        forward: PairForward,
+        pairs: TokenizedPairs,
+        key: dict[str, str],
+        cache_dir: str,
+        name: str,
+        of_policy: bool = True,
     ):
+        self.of_policy = of_policy
         software = {p: importlib.metadata.version(p) for p in ("sage-align", "torch", "transformers")}
         software |= {"code": source_digest("model", "data"), "device": forward.engine.device.type}
         digest = hashlib.sha256(
@@ -97,6 +107,11 @@ class Cached:
 
     def lookup(self, indices: np.ndarray) -> PairLogps:
         return PairLogps(*(values[torch.from_numpy(indices)] for values in self.logps))
+
+
+def known_policy(reference: Reference, step: int) -> Cached | None:
+    """The reference, if it holds the log-probabilities that the policy has at this step."""
+    return reference if step == 0 and isinstance(reference, Cached) and reference.of_policy else None
 
 
 def compute(forward: PairForward, pairs: TokenizedPairs, folder: Path, title: str) -> PairLogps:
@@ -182,7 +197,8 @@ def check_finite(logps: PairLogps, pairs: TokenizedPairs) -> None:
 class Scored(Cached):
     """The output of `sage score-dataset`. If its policy was its own reference, that includes `logit`."""
 
-    def __init__(self, run_dir: str, pairs: TokenizedPairs, key: dict[str, str]):
+    def __init__(self, run_dir: str, pairs: TokenizedPairs, key: dict[str, str], of_policy: bool = True):
+        self.of_policy = of_policy
         self.logps, self.logit = ranks.main_only(lambda: read_scores(run_dir, pairs, key))
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from sage.config import EngineConfig, ModelConfig
+from sage.config import EngineConfig, ModelConfig, TrainConfig
+from sage.data.tokens import TokenizedPairs
 from sage.model import loading
 from sage.model.adapters import needs_whole_model
 from sage.model.engine import split_weights
 from sage.model.policy import Policy
 from sage.model.reference import identity
+from sage.model.selfcheck import Reasons, check_sharded, check_unwrapped
 from sage.model.sharding import load_sharded
 from sage.util import ranks
+from sage.util.errors import UserError
 
 
 class BaseModel(NamedTuple):
@@ -49,9 +54,42 @@ class BaseModel(NamedTuple):
         return identity(self.folder, self.cfg, self.dtype)
 
 
+def check_policy(
+    policy: Policy,
+    base: BaseModel,
+    engine: EngineConfig,
+    device: torch.device,
+    sets: Sequence[TokenizedPairs],
+    packing: str,
+) -> Reasons:
+    """What must not be used for this policy, found before an engine takes it."""
+    if engine.zero_stage == 3:
+        return check_sharded(policy, partial(base.load, engine), device, sets, packing, base.cfg.path)
+    return check_unwrapped(policy, device, sets, packing, base.cfg.path)
+
+
 def open_model(model: ModelConfig, device: torch.device, seed: int, cache_dir: str) -> BaseModel:
     """Find a model's folder, downloading or converting it if needed, and load its tokenizer."""
     dtype = ranks.main_only(lambda: loading.compute_dtype(model, device))
     loading.check_head(model, device)
     folder = ranks.machine_first(lambda: loading.resolve_model(model, cache_dir))
     return BaseModel(model, folder, loading.load_tokenizer(folder, model), dtype, seed)
+
+
+def open_reference(cfg: TrainConfig, base: BaseModel, device: torch.device) -> BaseModel | None:
+    """Find the model of `reference_model`; None if the policy in `base` is its own reference.
+
+    Raises:
+        UserError: its tokens are not those of the policy.
+    """
+    if cfg.reference_model is None:
+        return None
+    model = ModelConfig(
+        cfg.reference_model, dtype=cfg.model.dtype, attention=cfg.model.attention, head=cfg.model.head
+    )
+    found = open_model(model, device, cfg.seed, cfg.cache_dir)
+    if len({json.dumps(m.tokenizer.get_vocab(), sort_keys=True) for m in (base, found)}) > 1:
+        raise UserError(
+            f"reference_model={cfg.reference_model}: its tokens are not those of model.path={cfg.model.path}"
+        )
+    return found

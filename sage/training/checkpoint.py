@@ -164,8 +164,8 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
         raise UserError(f"{folder}: data.path no longer holds the pairs that this run began with")
     if saved.model and saved.model != state.model:
         raise UserError(
-            f"{folder}: the files of model.path or model.adapter_path are not those that this run began "
-            "with, so its reference would change: put the old files back, or start a new run"
+            f"{folder}: the files of model.path, model.adapter_path or reference_model have changed since "
+            "this run began, so its reference would change: put the old files back, or start a new run"
         )
     if saved.optimizer and saved.optimizer != state.optimizer:
         raise UserError(

@@ -14,7 +14,7 @@ from sage.answering.attempts import Sampler
 from sage.config import TrainConfig, build, nearest
 from sage.data.chat import ChatFormat
 from sage.data.tokens import TokenizedPairs
-from sage.model.reference import Cached, Reference, reference_logps
+from sage.model.reference import Reference, known_policy, reference_logps
 from sage.training.best import Criterion, is_test
 from sage.training.hooks import Hook
 from sage.training.metrics import PER_PAIR, means, per_pair
@@ -34,7 +34,7 @@ class HeldOut(Hook):
         forward, everything = run.forward, np.arange(len(self.pairs))
         costs = dict(forward.costs)
         reference = reference_logps(self.reference, forward, self.pairs, everything)
-        if run.state.step == 0 and isinstance(self.reference, Cached):
+        if known_policy(self.reference, run.state.step):
             logps = reference  # the policy has not moved yet
         else:
             logps = forward.all_logps(self.pairs, everything, "held-out pairs")

@@ -20,7 +20,7 @@ from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
 from sage.model.forward import PairForward
 from sage.model.logps import LogitStats, PairLogps
-from sage.model.reference import Cached, Reference, reference_logps
+from sage.model.reference import Reference, known_policy, reference_logps
 from sage.scorers import PairStats, Scorer, curvature, select, signal
 from sage.training.metrics import PER_PAIR
 from sage.training.pair_log import PairLog
@@ -132,7 +132,7 @@ class Selection:
         is the reference.
         """
         reference, logit = reference_logps(self.reference, self.forward, self.pairs, indices), None
-        cache = self.reference if self.step == 0 and isinstance(self.reference, Cached) else None
+        cache = known_policy(self.reference, self.step)
         if cache and (cache.logit or not self.scorer.needs_logit):
             policy = reference
             logit = cache.logit and LogitStats(*(values[torch.from_numpy(indices)] for values in cache.logit))

@@ -10,33 +10,32 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from sage.answering.check import check_answers
-from sage.config import EngineConfig, TrainConfig, build, load
+from sage.config import TrainConfig, build, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat, response_ends
 from sage.data.display import shown
 from sage.data.pairs import load_data
 from sage.data.tokens import TokenizedPairs, tokenize_pairs
 from sage.losses import Loss
-from sage.model.engine import Engine, Frozen, init_distributed
+from sage.model.engine import Engine, init_distributed
 from sage.model.forward import PairForward
-from sage.model.policy import Policy
-from sage.model.reference import Absent, Cached, Online, Reference, Scored
-from sage.model.selfcheck import Reasons, check_sharded, check_unwrapped, settle
+from sage.model.reference import Absent, Scored
+from sage.model.selfcheck import settle
 from sage.scorers import Scorer, Uniform
 from sage.training import checkpoint
-from sage.training.base import BaseModel, open_model
+from sage.training.base import BaseModel, check_policy, open_model, open_reference
 from sage.training.best import Criterion
 from sage.training.checkpoint import TrainState
 from sage.training.evaluation import Benchmarks, HeldOut, check_select
 from sage.training.hooks import Hook
 from sage.training.pair_log import PairLog
+from sage.training.references import other_references, own_references
 from sage.training.run import Run
 from sage.training.selection import Selection
 from sage.training.snr import SNR
@@ -59,6 +58,10 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         raise UserError(
             f"data.scores={cfg.data.scores} is a reference cache, and this loss needs no reference"
         )
+    if cfg.reference_model and loss.reference_free:
+        raise UserError(
+            f"reference_model={cfg.reference_model} has no effect: this loss needs no reference. Leave it out"
+        )
     if warning := check_select(cfg, map(type, hooks)):
         console.print(warning, markup=False)
     device = init_distributed()
@@ -66,14 +69,24 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
 
     with activity(f"finding {cfg.model.path}"):
         base = open_model(cfg.model, device, cfg.seed, cfg.cache_dir)
+        other = open_reference(cfg, base, device)
     data = read_data(cfg, base.tokenizer, run_dir)
     scorer, curriculum = build_curriculum(cfg, scorer, data)
     with activity("hashing the model's files"):
-        identity = base.identity()
-    scored = Scored(cfg.data.scores, data.pairs, identity) if cfg.data.scores else None
+        identities = [model.identity() for model in (base, other) if model]  # the last is the reference's
+    scored = None
+    if cfg.data.scores:
+        scored = Scored(cfg.data.scores, data.pairs, identities[-1], of_policy=other is None)
 
     engine, forward = build_engine(cfg, base, data, device)
-    reference, held_out_reference = build_references(cfg, base, identity, loss, forward, data, scored)
+    given = identities[-1], forward, data.sets, scored
+    if loss.reference_free:
+        references = [Absent(pairs) for pairs in data.sets]
+    elif other:
+        references = other_references(cfg, other, *given)
+    else:
+        references = own_references(cfg, base, *given)
+    reference, *held_out_reference = references
     forward.reset_costs()  # what a warm cache would have saved is not a cost of training
 
     rows = data.steps * scorer.draws(cfg.batch_size)[0] // scorer.score_every
@@ -84,7 +97,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     fresh = TrainState(
         data.pairs.fingerprint,
         engine.world_size,
-        identity["weights"],
+        ", reference ".join(found["weights"] for found in identities),
         engine.optimizer_class,
         f"{forward.layout} rows and the {engine.policy.backend} head",
     )
@@ -92,8 +105,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     if cfg.select and engine.rank == 0:
         checkpoint.restore_best(state, run_dir)
     built_in: list[Hook] = []
-    if data.held_out is not None and held_out_reference is not None:
-        built_in.append(HeldOut(data.held_out, held_out_reference))
+    if data.held_out is not None:
+        built_in.append(HeldOut(data.held_out, *held_out_reference))
     if cfg.benchmark:
         built_in.append(Benchmarks())
     if cfg.tracking.snr_every:
@@ -122,6 +135,10 @@ class Data(NamedTuple):
     pairs: TokenizedPairs
     held_out: TokenizedPairs | None
     steps: int  # of the whole run
+
+    @property
+    def sets(self) -> list[TokenizedPairs]:
+        return [self.pairs] if self.held_out is None else [self.pairs, self.held_out]
 
 
 def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
@@ -211,62 +228,13 @@ def build_engine(
     """Load the policy, put it under the engine, and check it against the model's own code."""
     with activity("loading the model"):
         policy = base.load(cfg.engine)
-    asked = [data.pairs] if data.held_out is None else [data.pairs, data.held_out]
     with activity("checking log-probabilities against the model's own code"):
-        known = check_policy(policy, base, cfg.engine, device, asked, cfg.data.packing)
+        known = check_policy(policy, base, cfg.engine, device, data.sets, cfg.data.packing)
     with activity("starting DeepSpeed"):
         engine = Engine(policy, cfg.engine, cfg.optimizer, base.dtype, device)
     with activity("checking log-probabilities under DeepSpeed"):
-        layout = settle(engine, asked, cfg.data.packing, cfg.model.path, known)
+        layout = settle(engine, data.sets, cfg.data.packing, cfg.model.path, known)
     return engine, PairForward(engine, cfg.micro_batch_tokens, layout)
-
-
-def check_policy(
-    policy: Policy,
-    base: BaseModel,
-    engine: EngineConfig,
-    device: torch.device,
-    sets: Sequence[TokenizedPairs],
-    packing: str,
-) -> Reasons:
-    """What must not be used for this policy, found before an engine takes it."""
-    if engine.zero_stage == 3:
-        return check_sharded(policy, partial(base.load, engine), device, sets, packing, base.cfg.path)
-    return check_unwrapped(policy, device, sets, packing, base.cfg.path)
-
-
-def build_references(
-    cfg: TrainConfig,
-    base: BaseModel,
-    identity: dict[str, str],
-    loss: Loss,
-    forward: PairForward,
-    data: Data,
-    scored: Scored | None,
-) -> tuple[Reference, Reference | None]:
-    """The references of the training pairs and of the held-out pairs, if there are any."""
-    engine, policy = forward.engine, forward.engine.policy
-    assert isinstance(policy, Policy)
-
-    @cache
-    def frozen() -> Frozen:  # one copy serves both
-        with activity("loading the reference"):
-            copy = base.load(cfg.engine)
-        copy.follow(policy)
-        return Frozen(copy, cfg.engine.zero_stage == 3, base.dtype, engine.device)
-
-    def reference_of(pairs: TokenizedPairs, name: str) -> Reference:
-        if loss.reference_free:
-            return Absent(pairs)
-        if cfg.reference == "online" and cfg.model.lora and not cfg.model.adapter_path:
-            return Online(engine, adapters_off=True)
-        if cfg.reference == "online":
-            return Online(frozen(), adapters_off=False)
-        key = {**identity, "layout": forward.layout, "backend": policy.backend}
-        return Cached(forward, pairs, key, cfg.cache_dir, name)
-
-    training = scored or reference_of(data.pairs, "training")
-    return training, reference_of(data.held_out, "held-out") if data.held_out is not None else None
 
 
 def restore(
