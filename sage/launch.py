@@ -63,6 +63,10 @@ def _(cfg: TrainConfig) -> None:
 def _(cfg: BuildPairsConfig) -> None:
     assert cfg.data.problems.path is not None
     read_problems(cfg.data.problems)
+    if cfg.pairing.rejected_from:
+        from sage.commands.build_pairs import check_finished  # here, because it loads torch and transformers
+
+        check_finished(cfg.pairing.rejected_from)
 
 
 @read_inputs.register

@@ -16,12 +16,14 @@ from hydra import compose, initialize_config_module
 from whole_runs import SAGE, files, kill_after, sage
 
 from sage import config, launch
-from sage.answering.attempts import Attempt, read_attempts
+from sage.answering.attempts import Attempt, read_attempts, write_lines
 from sage.answering.problems import Problem
-from sage.commands.build_pairs import BuiltPair, build_pairs, gold_response, make_pairs, recipe_key
+from sage.commands.build_pairs import build_pairs, check_finished, other_attempts, recipe_key
+from sage.commands.pairing import BuiltPair, gold_response, make_pairs
 from sage.config import PairingConfig
 from sage.data.pairs import load_pairs
 from sage.util.errors import UserError
+from sage.util.files import sha256
 
 
 def attempt(
@@ -97,6 +99,51 @@ def test_pairs_carry_the_sampled_ids():
         ([1, 2], None, [*map(ord, "it is 8"), 0], "tokenizer"),
         ([1, 2], [*map(ord, "7"), 0], None, "tokenizer"),
     ]
+
+
+def other_build(folder: Path, tokenizer: str, *attempts: Attempt) -> str:
+    """The folder of a finished build-pairs by another policy."""
+    folder.mkdir()
+    (folder / "pairs.jsonl").touch()
+    write_lines(folder / "generations.jsonl", attempts)
+    manifest = {"tokenizer": tokenizer, "checksum": sha256(folder / "pairs.jsonl")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
+def test_rejected_responses_of_other_policies(words, tmp_path):
+    """The first folder with wrong answers to a problem gives them all, with ids where the tokenizer is the
+    same. The pass rate and the chosen stay the policy's own."""
+    weakest = other_build(
+        tmp_path / "a",
+        "same",
+        attempt("0", 0, "weakest 5"),
+        attempt("0", 1, "7", correct=True),
+        attempt("1", 0, "  "),
+        attempt("9", 0, "never asked"),
+    )
+    weak = other_build(tmp_path / "b", "other", attempt("0", 0, "weak 6"), attempt("1", 0, "weak 4"))
+    own = [attempt(i, n, f"own {7 + n}", correct=not n) for i in "012" for n in range(2)]
+    problems = [Problem(i, f"Q{i}", "7", None, None) for i in "012"]
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        cfg = config.load(compose("build_pairs", [*words, "data.problems.prompt='Q{problem}'"]))
+    assert isinstance(cfg, config.TrainConfig)
+    cfg.pairing.rejected_from = [weakest, weak]
+    problems = [dataclasses.replace(p, prompt=p.problem_id) for p in problems]
+    others = other_attempts(cfg, problems, "same")
+    pairs, _ = make_pairs(problems, [None] * 3, own, PairingConfig(), 0, "same", others)
+    assert [(p.chosen, p.rejected, p.pass_rate, p.rejected_ids) for p in pairs] == [
+        ("own 7", "weakest 5", 0.5, [*map(ord, "weakest 5"), 0]),
+        ("own 7", "weak 4", 0.5, None),
+        ("own 7", "own 8", 0.5, [*map(ord, "own 8"), 0]),
+    ]
+    problems[1] = dataclasses.replace(problems[1], answer="8")
+    with pytest.raises(UserError, match=r"problem 1 of .*a is not that of .*its answer differs"):
+        other_attempts(cfg, problems, "same")
+    check_finished([weakest, weak])
+    Path(weak, "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"rejected_from: .*b holds no finished"):
+        check_finished([weakest, weak])
 
 
 def test_attempts_of_earlier_versions_are_read(tmp_path):
@@ -275,6 +322,10 @@ def test_whatever_decides_the_pairs_is_in_their_cache_key(words, tiny_model, tmp
     keys += [key()]
     rewrite("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
     keys += [key()]
+    weak = other_build(tmp_path / "weak", "t", attempt("0", 0, "8"))
+    keys += [key(f"pairing.rejected_from=[{weak}]")]
+    write_lines(Path(weak, "generations.jsonl"), [attempt("0", 0, "9")])
+    keys += [key(f"pairing.rejected_from=[{weak}]")]
     assert len(set(keys)) == len(keys)
 
 

@@ -22,7 +22,7 @@ from sage import config
 from sage.answering.asking import Outcome, choose, samples_of
 from sage.answering.attempts import Attempt, read_attempts, write_lines
 from sage.answering.problems import load_problems, read_problems
-from sage.commands.build_pairs import make_pairs
+from sage.commands.pairing import make_pairs
 from sage.commands.rounds import check_attempts, rounds
 from sage.reporting.runs import read
 from sage.util.errors import UserError

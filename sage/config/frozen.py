@@ -27,6 +27,7 @@ SUMMARY_FILE = "summary.json"  # written last: the run is finished
 
 # Keys that may name a file or a folder.
 PATHS = {"path", "eval_path", "adapter_path", "scores", "cache_dir", "margins_from", "reference_model"}
+PATHS |= {"rejected_from"}
 
 # Classes that earlier versions kept elsewhere; a frozen config may name the old place.
 MOVED = {
@@ -140,6 +141,8 @@ def absolute(value: Any, name: str = "") -> Any:
     """
     if isinstance(value, dict):
         return {key: absolute(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [absolute(item, name) for item in value]
     if not isinstance(value, str) or name not in PATHS or value.startswith(("~", "pkg://")):
         return value
     here = (

@@ -288,6 +288,11 @@ class PairingConfig:
         "solution; own_then_gold = the solution if no response is correct",
         choices=("own", "gold", "own_then_gold"),
     )
+    rejected_from: list[str] = key(
+        [],
+        "folders of finished `sage build-pairs`, best of weaker policies: a problem takes its rejected "
+        "responses from the first one with wrong answers to it; own ones are for problems without any",
+    )
     per_problem: int = key(1, "at most this many pairs per problem", low=1)
     max_length_ratio: float | None = key(
         None, "in a pair, the longer response has at most this many times the shorter one's characters", low=1
