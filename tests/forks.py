@@ -7,21 +7,97 @@ forks here must have no threads of its own that hold locks; torture.py, which fo
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
+import multiprocessing
 import os
+import pickle
 import random
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from typing import TypeVar
+from unittest import mock
 
 from sage import cli, worker
-from sage.util import processes, stopping
+from sage.util import processes, ranks, stopping
+
+T = TypeVar("T")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_SILENT": "true"}
+# What runs import, and what DeepSpeed and transformers import when they are first used.
+IMPORTED = [
+    *(job.rpartition(".")[0] for job in worker.JOBS.values()),
+    "sage.cli",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+]
+
+
+@cache
+def server() -> forkserver.ForkServer:
+    """Starts processes as forks of one that has imported all that runs need, and has done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):
+        forkserver.ensure_running()
+    return context
+
+
+def on_ranks(world_size: int, job: Callable[..., T], *arguments: object, seconds: float = 600.0) -> list[T]:
+    """What `job` returns on each rank of a new process group, which `job` joins itself."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    # The ranks meet here. A port that was only looked up could be taken before rank 0 listens.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, str(rank)) for rank in range(world_size)]
+        started = [
+            server().Process(
+                target=be_rank, args=(file, {**place, "RANK": rank, "LOCAL_RANK": rank}, job, arguments)
+            )
+            for rank, file in enumerate(files)
+        ]
+        for process in started:
+            process.start()
+        left = {process.sentinel: process for process in started}
+        deadline = time.monotonic() + seconds
+        try:
+            while left and (ended := connection.wait(left, deadline - time.monotonic())):
+                for sentinel in ended:
+                    process = left.pop(sentinel)
+                    process.join()
+                    if process.exitcode != 0:  # the others may have something to say, or wait for it
+                        deadline = min(deadline, time.monotonic() + 10.0)
+        finally:
+            for process in left.values():
+                process.kill()
+                process.join()
+        statuses = [process.exitcode for process in started]
+        said = "".join(file.with_suffix(".txt").read_text() for file in files)
+        assert not any(statuses), f"{statuses}\n{said[-4000:]}"
+        return [pickle.loads(file.read_bytes()) for file in files]
+
+
+def be_rank(file: Path, place: dict[str, object], job: Callable[..., object], arguments: tuple) -> None:
+    """Do a job as a rank. What it returns and says is in files."""
+    gc.freeze()  # what the server imported never becomes garbage
+    output = os.open(file.with_suffix(".txt"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update({name: str(value) for name, value in place.items()})
+    file.write_bytes(pickle.dumps(job(*arguments)))
+    ranks.leave()
 
 
 class Forked:

@@ -1,23 +1,23 @@
 """Many training runs in one process per rank. Importing torch and DeepSpeed takes longer than a tiny run.
 
-Tests call `freeze` for each run and then `execute`; as a script this file is what every rank runs.
+Tests call `freeze` for each run and then `execute`. As a script this file does the runs of one rank, which
+torchrun has started.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from forks import ENVIRONMENT as ENVIRONMENT
+from forks import on_ranks
 from hydra import compose, initialize_config_module
 from hydra.utils import get_method
 
 from sage import config
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_SILENT": "true"}
 ERROR_FILE = "error.txt"
 
 
@@ -30,10 +30,7 @@ def freeze(run_dir: Path, *overrides: str, command: str = "train") -> Path:
 
 def execute(world_size: int, run_dirs: list[Path]) -> None:
     """Do, or go on with, every run; one that ends in a UserError leaves its message in error.txt."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    command = [sys.executable, *(launcher if world_size > 1 else []), __file__, *map(str, run_dirs)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    on_ranks(world_size, do_all, [str(run_dir) for run_dir in run_dirs])
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -68,8 +65,7 @@ def interrupted(run_dir: Path, step: int, target: Path) -> Path:
     return target
 
 
-def main(run_dirs: list[str]) -> None:
-    from sage.util import ranks
+def do_all(run_dirs: list[str]) -> None:
     from sage.util.errors import UserError
     from sage.worker import JOBS
 
@@ -78,8 +74,10 @@ def main(run_dirs: list[str]) -> None:
             get_method(JOBS[config.load(run_dir).command])(Path(run_dir))
         except UserError as e:
             (Path(run_dir) / ERROR_FILE).write_text(str(e))
-    ranks.leave()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from sage.util import ranks
+
+    do_all(sys.argv[1:])
+    ranks.leave()

@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import REPO, make_pairs, write_jsonl
-from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze
+from forks import ENVIRONMENT, on_ranks
+from many_runs import ERROR_FILE, column, execute, freeze
 from many_runs import __file__ as many_runs
 
 from sage import config, launch, worker
@@ -113,69 +116,52 @@ def test_two_machines_with_caches_of_their_own_train_as_one_machine_does(
     assert "mine.jsonl" in (alone / ERROR_FILE).read_text()
 
 
-WAITING = """
-import os, signal, sys, time
-from datetime import timedelta
-import torch.distributed as dist
-from sage.util import ranks
-from sage.util.errors import UserError
+def wait_and_lose(folder: Path) -> None:
+    """What two ranks do, each the first of its machine. Rank 0 dies in the end."""
+    import torch.distributed as dist
 
-limit = timedelta(seconds=1)  # what torch would wait, if nobody said otherwise
-dist.distributed_c10d.default_pg_timeout = limit
-from sage.model.engine import init_distributed
-init_distributed()
-me = ranks.rank()
-assert ranks.main_only(lambda: time.sleep(3) or "slow") == "slow"
-assert ranks.machine_first(lambda: time.sleep(3 * me) or me) == me
-ranks.barrier()
+    from sage.model.engine import init_distributed
 
-def refuse(number):
-    if me == number:
-        raise UserError(f"rank {number} refuses")
-    return "fine"
-
-for number in (0, 1):
-    for way in (ranks.machine_first, lambda work: ranks.agreed(work, "the files")):
-        try:
-            way(lambda: refuse(number))
-        except UserError as e:
-            assert str(e) == f"rank {number} refuses"
-        else:
-            raise AssertionError("not refused")
-assert ranks.agreed(lambda: "same", "the files") == "same"
-try:
-    ranks.agreed(lambda: me, "the files")
-except UserError as e:
-    assert "(rank 1) as on" in str(e)
-else:
-    raise AssertionError("not refused")
-print("agreed", flush=True)
-if me == 0:
-    os.kill(os.getpid(), signal.SIGKILL)
-started = time.monotonic()
-try:
+    os.environ["LOCAL_RANK"] = "0"
+    dist.distributed_c10d.default_pg_timeout = timedelta(seconds=1)  # what torch waits, unless it is asked to
+    init_distributed()
+    me = ranks.rank()
+    assert ranks.main_only(lambda: time.sleep(2) or "slow") == "slow"
+    assert ranks.machine_first(lambda: time.sleep(2 * me) or me) == me
     ranks.barrier()
-except RuntimeError:
-    print("lost", time.monotonic() - started, flush=True)
-    sys.exit(3)
-"""
+
+    def refuse(number: int) -> str:
+        if me == number:
+            raise UserError(f"rank {number} refuses")
+        return "fine"
+
+    for number in (0, 1):
+        for way in (ranks.machine_first, lambda work: ranks.agreed(work, "the files")):
+            with pytest.raises(UserError, match=f"rank {number} refuses"):
+                way(partial(refuse, number))
+    assert ranks.agreed(lambda: "same", "the files") == "same"
+    with pytest.raises(UserError, match=r"\(rank 1\) as on"):
+        ranks.agreed(lambda: me, "the files")
+    (folder / f"agreed{me}").touch()
+    if me == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError):
+        ranks.barrier()
+    (folder / "lost").write_text(str(time.monotonic() - started))
 
 
 @pytest.mark.slow
-def test_a_rank_waits_for_work_but_not_for_a_dead_rank(homes, port, tmp_path):
+def test_a_rank_waits_for_work_but_not_for_a_dead_rank(tmp_path):
     """Both machines run `agreed` and `machine_first`, and one refusal ends the work of both."""
-    script = tmp_path / "script.py"
-    script.write_text(WAITING)
-    first, second = sorted(two_machines(homes, port, script), key=lambda done: "lost" in done.stdout)
-    assert "agreed" in first.stdout and "agreed" in second.stdout, first.stderr + second.stderr
-    assert first.returncode and second.returncode
-    assert float(second.stdout.split("lost ")[1].split()[0]) < 10
+    with pytest.raises(AssertionError, match=r"^\[-9, "):
+        on_ranks(2, wait_and_lose, tmp_path)
+    assert (tmp_path / "agreed0").exists() and (tmp_path / "agreed1").exists()
+    assert float((tmp_path / "lost").read_text()) < 10
 
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
     """Ranks meet within a limit, although they then wait for each other much longer."""
-    from datetime import timedelta
-
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

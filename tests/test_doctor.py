@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from many_runs import ENVIRONMENT
+from forks import ENVIRONMENT
 
 from sage.commands import doctor
 from sage.commands.doctor import FAILED, NOTE, OK, Row

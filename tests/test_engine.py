@@ -1,17 +1,12 @@
-"""The engine around a toy module: which gradient a step applies, and that a broken step changes nothing.
-
-As a script this file is what every rank runs: `test_engine.py MANY` prints one JSON object.
-"""
+"""The engine around a toy module: which gradient a step applies, and that a broken step changes nothing."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from many_runs import ENVIRONMENT, ERROR_FILE, execute, freeze
+from forks import on_ranks
+from many_runs import ERROR_FILE, execute, freeze
 
 VARIANTS = [
     (stage, offload, dtype)
@@ -62,25 +57,31 @@ def measure(many: int) -> dict[str, dict]:
         assert files
         return {k: v for f in files for k, v in tensors(torch.load(f, weights_only=True), f.name)}
 
-    found = {}
+    def gradient(plain: nn.Module, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Of the mean over micro-batches, added up in float64."""
+        parameters = [*plain.parameters()]
+        total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        for batch in batches:
+            for x in batch.to(parameters[0].dtype):
+                loss = plain(x).float().sum() / len(batches)
+                for t, g in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+                    t += g.double()
+        return total
+
+    found, wanted = {}, {}
     for stage, offload, kind in VARIANTS:
         dtype = getattr(torch, kind)
         optimizer = OptimizerConfig(max_grad_norm=1.0, implementation="torch", weight_decay=0.1)
         engine = Engine(toy(dtype), EngineConfig(stage, offload), optimizer, dtype, device)
-        plain = toy(dtype)
-        want = [torch.zeros_like(p, dtype=torch.float64) for p in plain.parameters()]
         micro_batches = many if dtype == torch.bfloat16 else 4
         inputs = torch.Generator().manual_seed(1)
-        for i in range(micro_batches):
-            batch = torch.randn(engine.world_size, 4, 64, generator=inputs).to(dtype)
-            loss = engine(batch[engine.rank]).float().sum() / micro_batches
+        batches = [torch.randn(engine.world_size, 4, 64, generator=inputs) for _ in range(micro_batches)]
+        for i, batch in enumerate(batches):
+            loss = engine(batch[engine.rank].to(dtype)).float().sum() / micro_batches
             engine.backward(loss, i == micro_batches - 1)
-            for x in batch:
-                loss = plain(x).float().sum() / micro_batches
-                for total, gradient in zip(
-                    want, torch.autograd.grad(loss, [*plain.parameters()]), strict=True
-                ):
-                    total += gradient.double()
+        if kind not in wanted:
+            wanted[kind] = gradient(toy(dtype), batches)
+        want = wanted[kind]
         got = [safe_get_full_grad(p).double() for p in engine.policy.parameters()]
         squares = [sum(float(x.square().sum()) for x in xs) for xs in (want, got)]
         error = sum(float((g - w).square().sum()) for g, w in zip(got, want, strict=True))
@@ -108,22 +109,14 @@ def measure(many: int) -> dict[str, dict]:
     return found
 
 
-def run(world_size: int, micro_batches: int) -> dict[str, dict]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    command = [sys.executable, *(launcher if world_size > 1 else []), __file__, str(micro_batches)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-
-
 @pytest.fixture(scope="module")
 def one() -> dict[str, dict]:
-    return run(1, 128)
+    return on_ranks(1, measure, 128)[0]
 
 
 @pytest.fixture(scope="module")
 def two() -> dict[str, dict]:
-    return run(2, 8)
+    return on_ranks(2, measure, 8)[0]
 
 
 each = pytest.mark.parametrize("variant", [name(*v) for v in VARIANTS])
@@ -187,12 +180,3 @@ def test_a_broken_model_is_blamed_before_the_first_step(tiny_model, pair_file, t
         assert ("model.norm.weight" if name.startswith("weights") else "p") in message, name
         assert not (run / "checkpoints").exists()
     assert not list((tmp_path / "cache" / "reference").glob("*"))  # nothing broken is kept for later runs
-
-
-if __name__ == "__main__":
-    from sage.util import ranks
-
-    result = measure(int(sys.argv[1]))
-    if ranks.rank() == 0:
-        print(json.dumps(result))
-    ranks.leave()

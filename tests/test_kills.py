@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forks import kill_often
+from forks import ENVIRONMENT, kill_often
 from hydra import compose, initialize_config_module
 from hydra.utils import get_method
-from many_runs import ENVIRONMENT, column, execute, freeze
+from many_runs import column, execute, freeze
 from whole_runs import SAGE, files, left_over
 
 from sage import config

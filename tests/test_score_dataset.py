@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_pairs, refused, write_jsonl
-from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_difference, metrics
+from forks import ENVIRONMENT
+from many_runs import ERROR_FILE, column, execute, freeze, largest_difference, metrics
 
 from sage.data.chat import ChatFormat
 from sage.data.pairs import load_pairs, read_pair_set

@@ -1,19 +1,15 @@
-"""ZeRO-3: weights are split over the ranks as they are read, and exported without gathering the model.
-
-As a script this file is what every rank runs: `test_sharding.py FOLDER` prints one JSON object.
-"""
+"""ZeRO-3: weights are split over the ranks as they are read, and exported without gathering the model."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
-from many_runs import ENVIRONMENT, freeze
+from forks import on_ranks
+from many_runs import freeze
 
 DTYPES = ("float32", "bfloat16")
 ADAPTERS = {  # whose loading reads or sets weights of the model
@@ -179,12 +175,7 @@ def folder(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder) -> dict[str, dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, __file__, str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return on_ranks(2, measure, folder)[0]
 
 
 def content(path: Path) -> dict:
@@ -260,12 +251,3 @@ def test_a_sharded_export_is_that_of_the_whole_model(found, folder, run):
     assert found[run]["still_gathered"] == []
     names = {p.relative_to(theirs) for p in theirs.rglob("*") if p.suffix != ".safetensors"}
     assert names < {p.relative_to(ours) for p in ours.rglob("*")}
-
-
-if __name__ == "__main__":
-    from sage.util import ranks
-
-    result = measure(Path(sys.argv[1]))
-    if ranks.rank() == 0:
-        print(json.dumps(result))
-    ranks.leave()

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_pairs, write_jsonl
-from many_runs import ENVIRONMENT, ERROR_FILE, column, execute, freeze, largest_difference, metrics, weights
+from forks import ENVIRONMENT
+from many_runs import ERROR_FILE, column, execute, freeze, largest_difference, metrics, weights
 
 from sage.config import OptimizerConfig
 from sage.curriculum import Shuffled

@@ -30,9 +30,9 @@ from typing import Any
 
 import conftest
 import psutil
-from forks import ForkedCommand
+from forks import ENVIRONMENT, ForkedCommand
 from hydra.utils import get_method
-from many_runs import ENVIRONMENT, column
+from many_runs import column
 from whole_runs import files
 
 from sage import worker

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import psutil
-from many_runs import ENVIRONMENT
+from forks import ENVIRONMENT
 
 SAGE = str(Path(sys.executable).with_name("sage"))
 
