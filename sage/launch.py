@@ -61,22 +61,28 @@ def _(cfg: TrainConfig) -> None:
 
 @read_inputs.register
 def _(cfg: BuildPairsConfig) -> None:
+    read_sources(cfg)
+
+
+@read_inputs.register
+def _(cfg: RoundsConfig) -> None:
+    read_sources(cfg)
+    if cfg.round.reference == "initial" and get_class(cfg.loss["_target_"]).reference_free:
+        raise UserError("round.reference=initial has no effect: this loss needs no reference. Leave it out")
+    if cfg.data.eval_path:
+        load_data(cfg.pairs_of_a_round(None), cfg.cache_dir, held_out=True)
+    for benchmark in cfg.benchmark.values():
+        read_problems(benchmark)
+
+
+def read_sources(cfg: BuildPairsConfig | RoundsConfig) -> None:
+    """Read what pairs are built from."""
     assert cfg.data.problems.path is not None
     read_problems(cfg.data.problems)
     if cfg.pairing.rejected_from:
         from sage.commands.build_pairs import check_finished  # here, because it loads torch and transformers
 
         check_finished(cfg.pairing.rejected_from)
-
-
-@read_inputs.register
-def _(cfg: RoundsConfig) -> None:
-    assert cfg.data.problems.path is not None
-    read_problems(cfg.data.problems)
-    if cfg.data.eval_path:
-        load_data(cfg.pairs_of_a_round(None), cfg.cache_dir, held_out=True)
-    for benchmark in cfg.benchmark.values():
-        read_problems(benchmark)
 
 
 @read_inputs.register

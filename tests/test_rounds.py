@@ -10,8 +10,11 @@ import signal
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import refused, write_jsonl
 from hydra import compose, initialize_config_module
@@ -22,8 +25,10 @@ from sage import config
 from sage.answering.asking import Outcome, choose, samples_of
 from sage.answering.attempts import Attempt, read_attempts, write_lines
 from sage.answering.problems import load_problems, read_problems
+from sage.commands.build_pairs import other_attempts
 from sage.commands.pairing import make_pairs
 from sage.commands.rounds import check_attempts, rounds
+from sage.commands.rounds_pool import stay
 from sage.reporting.runs import read
 from sage.util.errors import UserError
 from sage.util.files import sha256
@@ -122,9 +127,8 @@ class Parts:
         assert isinstance(cfg, config.RunConfig)
         mark = Path(cfg.model.path) / "skill"
         skill = int(mark.read_text()) if mark.exists() else self.skill
-        {"build-pairs": self.build, "train": self.train, "eval": self.evaluate}[cfg.command](
-            cfg, folder, skill
-        )
+        parts = {"build-pairs": self.build, "train": self.train, "eval": self.evaluate}
+        {**parts, "score-dataset": self.score}[cfg.command](cfg, folder, skill)
 
     def attempts(self, problems, samples: int, seed: int, skill: int) -> list[Attempt]:
         """Problem i is right in a share of (skill - i + 4) / 5 of its answers."""
@@ -140,10 +144,15 @@ class Parts:
 
     def build(self, cfg, folder: Path, skill: int) -> None:
         problems = read_problems(cfg.data.problems)
-        attempts = self.attempts(problems, cfg.pairing.samples, cfg.seed, skill)
+        text = cfg.data.problems.prompt
+        attempts = [
+            replace(a, prompt=text.replace("{problem}", a.prompt))
+            for a in self.attempts(problems, cfg.pairing.samples, cfg.seed, skill)
+        ]
         write_lines(folder / "generations.jsonl", attempts)
         self.event()
-        pairs, counts = make_pairs(problems, [None] * len(problems), attempts, cfg.pairing, cfg.seed, "t")
+        golds, others = [None] * len(problems), other_attempts(cfg, problems, "t")
+        pairs, counts = make_pairs(problems, golds, attempts, cfg.pairing, cfg.seed, "t", others)
         write_lines(folder / "pairs.jsonl", pairs)
         counts |= {
             "problems": len(problems),
@@ -151,8 +160,17 @@ class Parts:
             "response_tokens": 3 * len(attempts),
         }
         counts["right"] = sum(a.correct for a in attempts)
-        content = {"counts": counts, "checksum": sha256(folder / "pairs.jsonl")}
+        content = {"counts": counts, "tokenizer": "t", "checksum": sha256(folder / "pairs.jsonl")}
         self.write_text(folder / "manifest.json", json.dumps(content))
+
+    def score(self, cfg, folder: Path, skill: int) -> None:
+        """The policy prefers the chosen response to problems up to its skill."""
+        rows = [json.loads(line) for line in Path(cfg.data.path).read_text().splitlines()]
+        margins = [float(skill - int(row["answer"])) - 0.5 for row in rows]
+        (folder / "scores").mkdir(parents=True, exist_ok=True)
+        scores = pa.table({"pair_id": [row["pair_id"] for row in rows], "policy_mean": margins})
+        pq.write_table(scores, folder / "scores" / "00000.parquet")
+        self.write_text(folder / "summary.json", json.dumps({"pairs": len(rows)}))
 
     def train(self, cfg, folder: Path, skill: int) -> None:
         assert cfg.patience is None and list(cfg.benchmark) == ["arithmetic"] * bool(cfg.select)
@@ -215,7 +233,7 @@ def results(run_dir: Path) -> dict[str, bytes]:
 
 def test_a_kill_at_any_moment_changes_nothing(begin, monkeypatch):
     """Killed before, in and after every part and every write, and then at three such moments in one run."""
-    whole_dir = begin("whole", "rounds=2")
+    whole_dir = begin("whole", "rounds=2", "round.keep=0.5", "round.rejected=earlier")
     kept = {}  # configs in memory: reading and writing them would take most of the time
     cfg = config.load(whole_dir)
     monkeypatch.setattr(config, "load", lambda folder: kept.get(folder, cfg))
@@ -223,7 +241,7 @@ def test_a_kill_at_any_moment_changes_nothing(begin, monkeypatch):
     parts = Parts(monkeypatch)
     rounds(whole_dir, parts)
     expected, moments = results(whole_dir), range(parts.events)
-    assert len(moments) > 40
+    assert len(moments) > 50 and (whole_dir / "round_2/pool.jsonl").exists()
     rng = random.Random(0)
     for number, kills in enumerate(
         [*([m] for m in moments), *(rng.choices(moments[:20], k=3) for _ in range(10))]
@@ -282,6 +300,64 @@ def outcomes(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "outcomes.jsonl").read_text().splitlines()]
 
 
+def test_temperatures_references_and_weaker_policies_by_round(begin, monkeypatch):
+    options = ["round.temperatures=[1.5,0.7]", "round.reference=initial", "round.rejected=earlier"]
+    run_dir = begin("run", *options, "pairing.samples=4")
+    rounds(run_dir, Parts(monkeypatch))
+    given = {n: {p: config.load(run_dir / f"round_{n}" / p) for p in ("pairs", "train")} for n in (1, 2, 3)}
+    assert [g["pairs"].sampling.temperature for g in given.values()] == [1.5, 0.7, 0.7]  # pyright: ignore
+    references = [g["train"].reference_model for g in given.values()]  # pyright: ignore
+    assert references == [None, "pkg://sage.assets/arithmetic", "pkg://sage.assets/arithmetic"]
+    wrong = {
+        n: {(a.problem_id, a.response) for a in attempts_of(run_dir, n) if not a.correct} for n in (1, 2, 3)
+    }
+    asked = {i for i, _ in wrong[1]}
+    found = [json.loads(line) for line in (run_dir / "round_2/pairs/pairs.jsonl").read_text().splitlines()]
+    sources = Counter()
+    for row in found:
+        problem = row["pair_id"].rpartition("-")[0]
+        assert (problem, row["rejected"]) in wrong[1 if problem in asked else 2]
+        sources[problem in asked] += 1
+    assert sources[True]
+
+
+def attempts_of(run_dir: Path, number: int) -> list[Attempt]:
+    return read_attempts(run_dir / f"round_{number}/pairs/generations.jsonl")
+
+
+def test_older_pairs_stay_while_they_are_wrong(begin, monkeypatch):
+    """Those of problems that are asked again go, and so do those that the policy has right."""
+    lines = [json.dumps({"pair_id": f"p{i}-{n}"}) + "\n" for i in range(4) for n in range(2)]
+    margins = {f"p{i}-{n}": i - 3.5 + n for i in range(4) for n in range(2)}
+    del margins["p0-0"]
+    names = [json.loads(line)["pair_id"] for line in stay(lines, margins, {"p1"}, 1.0)]
+    assert names == ["p0-1", "p2-0", "p2-1", "p3-0"]
+    assert stay(lines, margins, {"p1"}, 0.25) == [lines[1], lines[4]] and not stay(lines, margins, {}, 0.1)
+
+    run_dir = begin("run", "round.keep=1", "round.budget=72", "round.max_samples=8")
+    rounds(run_dir, Parts(monkeypatch, skill=4))
+    for number in (2, 3):
+        folder, before = run_dir / f"round_{number}", run_dir / f"round_{number - 1}"
+        score, train = config.load(folder / "older"), config.load(folder / "train")
+        assert score.model.path == train.model.path == str(before / "train/final")  # pyright: ignore
+        older = Path(score.data.path)  # pyright: ignore
+        assert older == before / ("pool.jsonl" if number > 2 else "pairs/pairs.jsonl")
+        pool, new = (folder / "pool.jsonl").read_text(), (folder / "pairs/pairs.jsonl").read_text()
+        assert train.data.path == str(folder / "pool.jsonl") and pool.startswith(new)  # pyright: ignore
+        kept = [json.loads(line) for line in pool[len(new) :].splitlines()]
+        asked = {o["problem_id"] for o in outcomes(folder)}
+        expected = [
+            row
+            for row in map(json.loads, older.read_text().splitlines())
+            if row["pair_id"].rpartition("-")[0] not in asked and int(row["answer"]) >= number + 3
+        ]
+        assert kept == expected
+        result = summary_of(run_dir)["rounds"][number]
+        assert result["kept_pairs"] == len(kept)
+        assert result["rescored_pairs"] == len(older.read_text().splitlines()) and result["seconds"]["older"]
+    assert any(result["kept_pairs"] for result in summary_of(run_dir)["rounds"][2:])
+
+
 def test_the_best_round_is_kept_and_patience_ends(begin, monkeypatch):
     select = "select=benchmark/arithmetic/accuracy"
     rounds(begin("up", select, "patience=1"), Parts(monkeypatch))
@@ -310,6 +386,9 @@ def test_mastered_problems_end_the_rounds(begin, monkeypatch):
 def test_rounds_without_pairs_or_verdicts_are_refused(begin, monkeypatch):
     with pytest.raises(UserError, match=r"round 1 gave no pair: 0 of 96 responses.*samples.*own_then_gold"):
         rounds(begin("none"), Parts(monkeypatch, skill=-50))
+    rounds(begin("later", "pairing.samples=4", "round.budget=48"), Parts(monkeypatch, gain=-50, skill=6))
+    assert summary_of(begin("later"))["ended"].startswith("round 2 gave no pair: 0 of ")
+    assert (begin("later") / "final/skill").read_text() == "-44"
     with pytest.raises(UserError, match="timed out or crashed on all"):
         rounds(begin("slow"), Parts(monkeypatch, rule="boxed/timeout"))
 
@@ -409,6 +488,13 @@ def test_a_verifier_that_times_out_on_everything():
         (["data.path=x.jsonl"], ["data.path has no effect", "data.problems"]),
         (["rounds.budget=1"], ["rounds.budget=1", "Integer"]),
         (["data.problems.path=nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["round.reference=first"], ["round.reference=first", "previous, initial"]),
+        (["round.reference=initial", "reference_model=x"], ["reference_model=x", "leave one of them out"]),
+        (["round.reference=initial", "model.allow_missing=true"], ["model.allow_missing", "previous"]),
+        (["round.reference=initial", "loss=simpo"], ["needs no reference"]),
+        (["round.temperatures=[1,0]"], ["round.temperatures=0.0", "greater than 0"]),
+        (["round.keep=1.5"], ["round.keep=1.5", "at most 1"]),
+        (["pairing.rejected_from=[nowhere]"], ["pairing.rejected_from", "nowhere"]),
         (["benchmark.arithmetic.columns.samples=n"], ["benchmark.arithmetic.columns.samples"]),
     ],
 )

@@ -7,6 +7,8 @@ RUN_DIR/round_0/eval            `sage eval` of the first policy; only with bench
 RUN_DIR/round_N/problems.jsonl  the problems of round N, and how many responses each gets
 RUN_DIR/round_N/pairs           `sage build-pairs`
 RUN_DIR/round_N/outcomes.jsonl  how many responses to each problem were right
+RUN_DIR/round_N/older           `sage score-dataset` of the pairs of the round before; only with round.keep
+RUN_DIR/round_N/pool.jsonl      the new pairs and those of the older ones that stay; only with round.keep
 RUN_DIR/round_N/train           `sage train`
 RUN_DIR/round_N/eval            `sage eval`
 RUN_DIR/times.jsonl             seconds of each part; a part that was interrupted has several lines
@@ -18,25 +20,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
 
 from filelock import Timeout
 
 from sage import config
 from sage.answering.asking import Outcome, choose
 from sage.answering.attempts import GENERATIONS_FILE, Attempt, read_attempts
-from sage.answering.problems import COLUMNS, Problem, read_problems
-from sage.commands.build_pairs import MANIFEST_FILE, PAIRS_FILE, intact
+from sage.answering.problems import Problem, read_problems
+from sage.commands.build_pairs import MANIFEST_FILE, intact
+from sage.commands.rounds_parts import PROBLEMS_FILE, Parts
+from sage.commands.rounds_pool import training_pairs
 from sage.commands.rounds_results import (
     OUTCOMES_FILE,
-    TIMES_FILE,
-    folder_of,
     read_json,
     read_outcomes,
     results,
@@ -49,27 +48,22 @@ from sage.config import (
     ChatConfig,
     EvalConfig,
     ModelConfig,
-    ProblemsConfig,
     RoundsConfig,
-    RunConfig,
     TrainConfig,
 )
-from sage.config.groups import ProblemColumns
+from sage.model import loading
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
 from sage.util.errors import UserError
 from sage.util.files import link_folder, write_json, write_text
-from sage.util.locks import RANK_LOCK, alive, lock
+from sage.util.locks import RANK_LOCK, lock
 from sage.util.progress import console
 
-PROBLEMS_FILE = "problems.jsonl"
 SEEDS = 1000  # a round's seed is the config's seed times this, plus the round's number
-
-C = TypeVar("C", bound=RunConfig)
 
 
 class Finished(Exception):
-    """There is nothing left to learn. The message says why."""
+    """There is nothing left to train on. The message says why."""
 
 
 def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
@@ -89,7 +83,7 @@ def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
     except Timeout as e:
         raise UserError(f"{run_dir}: these rounds still run: wait for them, or kill them") from e
     try:
-        Rounds(cfg, run_dir, start).run()
+        Rounds(cfg, run_dir, Parts(cfg, run_dir, start)).run()
     finally:
         held.release()
 
@@ -100,10 +94,10 @@ class Rounds:
 
     cfg: RoundsConfig
     run_dir: Path
-    start: Callable[[int, Path], None]
+    parts: Parts
 
     def folder(self, number: int) -> Path:
-        return folder_of(self.run_dir, number)
+        return self.parts.folder(number)
 
     @cached_property
     def problems(self) -> list[Problem]:
@@ -143,19 +137,21 @@ class Rounds:
         console.print(f"round {number} of {self.cfg.rounds}", markup=False)
         self.ask(number)
         self.build(number, policy)
-        train = as_command(
+        pairs = training_pairs(self.parts, number, policy)
+        self.check_pairs(number, pairs)
+        train = self.parts.command(
             TrainConfig,
-            self.cfg,
             "train",
             model=policy,
+            reference_model=self.reference(number),
             seed=self.seed(number),
-            data=self.cfg.pairs_of_a_round(str(folder / "pairs" / PAIRS_FILE)),
+            data=self.cfg.pairs_of_a_round(str(pairs)),
             benchmark={
                 n: b for n, b in self.cfg.benchmark.items() if self.cfg.select == f"benchmark/{n}/accuracy"
             },
             patience=None,
         )
-        self.part(train, folder / "train", folder / "train" / SUMMARY_FILE)
+        self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)
         shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
         trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")
         policy = replace(self.cfg.model, path=str(trained), revision=None, adapter_path=None)
@@ -164,6 +160,17 @@ class Rounds:
 
     def seed(self, number: int) -> int:
         return self.cfg.seed * SEEDS + number
+
+    def reference(self, number: int) -> str | None:
+        """The reference of a round, or None for the policy that it starts from."""
+        if self.cfg.round.reference == "previous" or number == 1:
+            return self.cfg.reference_model
+        first = self.cfg.model
+        return first.path if first.revision is None else loading.resolve_model(first, self.cfg.cache_dir)
+
+    def temperature(self, number: int) -> float:
+        each = self.cfg.round.temperatures
+        return each[min(number, len(each)) - 1] if each else self.cfg.sampling.temperature
 
     # --- the parts
 
@@ -200,40 +207,50 @@ class Rounds:
         """Sample, verify and pair.
 
         Raises:
-            Finished: no response was wrong.
-            UserError: there is no pair to train on.
+            UserError: no answer could be verified.
         """
         folder = self.folder(number)
-        pairs = folder / "pairs"
-        columns = ProblemColumns(**{name: name for name in COLUMNS})
-        problems = ProblemsConfig(
-            path=str(folder / PROBLEMS_FILE), columns=columns, prompt=self.cfg.data.problems.prompt
-        )
-        build = as_command(
+        pairs, pairing = folder / "pairs", self.cfg.pairing
+        if self.cfg.round.rejected == "earlier":
+            earlier = [str(self.folder(n) / "pairs") for n in range(1, number)]
+            pairing = replace(pairing, rejected_from=[*pairing.rejected_from, *earlier])
+        build = self.parts.command(
             BuildPairsConfig,
-            self.cfg,
             "build-pairs",
-            model=merged(policy, self.cfg),
+            model=self.parts.merged(policy),
             seed=self.seed(number),
-            data=replace(self.cfg.data, path=None, problems=problems),
+            data=replace(self.cfg.data, path=None, problems=self.parts.asked(number)),
+            sampling=replace(self.cfg.sampling, temperature=self.temperature(number)),
+            pairing=pairing,
         )
         if not intact(pairs):
             (pairs / MANIFEST_FILE).unlink(missing_ok=True)
-        self.part(build, pairs, pairs / MANIFEST_FILE)
+        self.parts.do(build, pairs, pairs / MANIFEST_FILE)
         if not (folder / OUTCOMES_FILE).exists():
             attempts = read_attempts(pairs / GENERATIONS_FILE)
             check_attempts(number, attempts, pairs / GENERATIONS_FILE)
             write_outcomes(folder, attempts)
-        counts = read_json(pairs / MANIFEST_FILE)["counts"]
-        if not counts["pairs"]:
-            if counts["right"] == counts["responses"]:
-                raise Finished(f"nothing is left to learn: all {counts['responses']} responses were right")
-            raise UserError(
-                f"round {number} gave no pair: {counts['right']} of {counts['responses']} responses were "
-                "right. In another hydra.run.dir, raise pairing.samples, or set "
-                "pairing.chosen=own_then_gold if the problems have solutions; see "
-                f"{pairs / GENERATIONS_FILE}"
-            )
+
+    def check_pairs(self, number: int, pool: Path) -> None:
+        """Go on only if there is a pair to train on.
+
+        Raises:
+            Finished: no response was wrong, or an earlier round has trained a policy already.
+            UserError: no problem had a right and a wrong response.
+        """
+        if pool.stat().st_size:
+            return
+        folder = self.folder(number) / "pairs"
+        counts = read_json(folder / MANIFEST_FILE)["counts"]
+        if counts["right"] == counts["responses"]:
+            raise Finished(f"nothing is left to learn: all {counts['responses']} responses were right")
+        reason = (
+            f"round {number} gave no pair: {counts['right']} of {counts['responses']} responses were "
+            "right. In another hydra.run.dir, raise pairing.samples, or set "
+            "pairing.chosen=own_then_gold if the problems have solutions; see "
+            f"{folder / GENERATIONS_FILE}"
+        )
+        raise UserError(reason) if number == 1 else Finished(reason)
 
     def evaluate(self, number: int, policy: ModelConfig) -> None:
         """Answer all benchmarks greedily, as the evaluations of `sage train` do."""
@@ -241,44 +258,15 @@ class Rounds:
             return
         folder = self.folder(number) / "eval"
         chat = {f.name: getattr(self.cfg.data, f.name) for f in fields(ChatConfig)}
-        evaluation = as_command(
+        evaluation = self.parts.command(
             EvalConfig,
-            self.cfg,
             "eval",
-            model=merged(policy, self.cfg),
+            model=self.parts.merged(policy),
             data=ChatConfig(**chat),
             sampling=replace(self.cfg.sampling, temperature=0.0),
             samples=1,
         )
-        self.part(evaluation, folder, folder / SUMMARY_FILE)
-
-    def part(self, cfg: RunConfig, folder: Path, last: Path) -> None:
-        """Do a part, or go on with it, unless its last file is there."""
-        if last.exists():
-            return
-        if alive(folder):
-            console.print(
-                f"{folder}: waiting for the end of its ranks, whose launcher was killed", markup=False
-            )
-            while alive(folder):
-                time.sleep(1)
-        config.write(cfg, folder)
-        name = folder.relative_to(self.run_dir)
-        console.print(f"{name}: `sage {cfg.command}`", markup=False)
-        with self.timed(str(name)):
-            self.start(cfg.world_size, folder)
-        assert last.exists(), last
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Note how long a part ran, also if it fails."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            file = self.run_dir / TIMES_FILE  # written whole: a kill must not leave half a line
-            before = file.read_text(encoding="utf-8") if file.exists() else ""
-            write_text(file, before + json.dumps({"part": part, "seconds": time.monotonic() - began}) + "\n")
+        self.parts.do(evaluation, folder, folder / SUMMARY_FILE)
 
     # --- the summary
 
@@ -296,17 +284,6 @@ class Rounds:
         write_json(self.run_dir / SUMMARY_FILE, summary)
         console.print(table(found))
         console.print(f"policy: {summary['final']}\n`sage report {self.run_dir}` shows more", markup=False)
-
-
-def as_command(schema: type[C], cfg: RoundsConfig, command: str, **changes: Any) -> C:
-    """The config of a part: the keys that it shares with the rounds, and changes."""
-    shared = {f.name: getattr(cfg, f.name) for f in fields(schema) if hasattr(cfg, f.name)}
-    return schema(**{**shared, "command": command, "resume": "never", **changes})
-
-
-def merged(policy: ModelConfig, cfg: RoundsConfig) -> ModelConfig:
-    """A policy to sample from: the export of a round has its adapter merged."""
-    return policy if policy is cfg.model else replace(policy, lora=None)
 
 
 def check_attempts(number: int, attempts: Sequence[Attempt], file: Path) -> None:

@@ -18,6 +18,7 @@ from sage.config import SUMMARY_FILE
 from sage.util.files import write_text
 
 OUTCOMES_FILE, TIMES_FILE = "outcomes.jsonl", "times.jsonl"
+OLDER_FOLDER, POOL_FILE = "older", "pool.jsonl"
 
 
 def folder_of(run_dir: Path, number: int) -> Path:
@@ -36,6 +37,7 @@ def results(run_dir: Path, number: int, names: Sequence[str]) -> dict[str, Any]:
         training = read_json(folder / "train" / SUMMARY_FILE)
         result |= {
             **{name: counts[name] for name in ("problems", "responses", "right", "response_tokens", "pairs")},
+            **older_pairs(folder, counts["pairs"]),
             "steps": training["steps"],
             "forward_pairs": training["cost/forward_pairs"],
             "backward_pairs": training["cost/backward_pairs"],
@@ -50,6 +52,15 @@ def results(run_dir: Path, number: int, names: Sequence[str]) -> dict[str, Any]:
             benchmarks[name] |= {k: changes[k] for k in ("difference", "gained", "lost")}
             benchmarks[name]["difference_interval"] = changes["interval"]
     return {**result, "benchmarks": benchmarks}
+
+
+def older_pairs(folder: Path, new: int) -> dict[str, int]:
+    """How many pairs of the round before were scored again, and how many of them stay."""
+    scored = folder / OLDER_FOLDER / SUMMARY_FILE
+    if not scored.exists():
+        return {"rescored_pairs": 0, "kept_pairs": 0}
+    with (folder / POOL_FILE).open(encoding="utf-8") as lines:
+        return {"rescored_pairs": read_json(scored)["pairs"], "kept_pairs": sum(1 for _ in lines) - new}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -27,6 +27,31 @@ class RoundConfig:
         "a problem without a right answer gets twice as many responses when it is asked again, up to this",
         low=1,
     )
+    reference: str = key(
+        "previous",
+        "the reference of a round's training: previous = the policy that the round starts from; initial = "
+        "the first policy",
+        choices=("previous", "initial"),
+    )
+    keep: float = key(
+        0.0,
+        "train also on this share, at most, of the pairs of the round before: those that the policy still "
+        "gets wrong, and whose problem was not asked again",
+        low=0,
+        high=1,
+    )
+    temperatures: list[float] = key(
+        [],
+        "sampling temperature of round 1, 2 and so on; the last one is that of all later rounds; empty = "
+        "sampling.temperature",
+        above=0,
+    )
+    rejected: str = key(
+        "own",
+        "where rejected responses come from: own = the policy that is trained; earlier = the weakest policy "
+        "of the earlier rounds that gave a wrong answer to the problem, else the policy itself",
+        choices=("own", "earlier"),
+    )
 
 
 @dataclass
@@ -65,8 +90,24 @@ class RoundsConfig(TrainConfig):
                 f"round.budget={self.round.budget} does not pay for one problem: raise it to "
                 f"pairing.samples={self.pairing.samples} or more"
             )
+        self.check_reference()
         if not self.start:
             raise UserError("start=false: `sage rounds` starts the ranks of its parts itself: leave it out")
+
+    def check_reference(self) -> None:
+        """Check that the first policy can be the reference of later rounds."""
+        if self.round.reference == "previous":
+            return
+        alone = {
+            "reference_model": "is a reference already: leave one of them out",
+            "model.adapter_path": "is no whole model: merge the adapter first",
+            "model.trust_remote_code": "would let a reference run code: use round.reference=previous",
+            "model.allow_missing": "leaves weights to chance: use round.reference=previous",
+        }
+        for name, reason in alone.items():
+            value = self.reference_model if name == "reference_model" else getattr(self.model, name[6:])
+            if value:
+                raise UserError(f"round.reference=initial: {name}={value} {reason}")
 
     def pairs_of_a_round(self, path: str | None) -> DataConfig:
         """The data of a round's training: the pairs that were built in `path`, and the held-out pairs."""
