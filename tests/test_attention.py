@@ -13,8 +13,8 @@ from sage.model.attention import Row, Span, Window, local_mask, packed_attention
 
 PREFIX = 6
 ROWS = {
-    0: [Span(0, 5, 7, 4), Span(16, 1, 1, 9), Span(27, 12, 3, 0)],
-    PREFIX: [Span(6, 5, 7, 4), Span(22, 1, 1, 9), Span(33, 6, 3, 0)],
+    0: [Span(0, 5, (7, 4)), Span(16, 1, (1, 4, 2, 3)), Span(27, 12, (3,))],
+    PREFIX: [Span(6, 5, (7, 4)), Span(22, 1, (1, 4, 2, 3)), Span(33, 6, (3,))],
 }
 LENGTH = 42
 
@@ -23,11 +23,11 @@ def dense_mask(before: int, window: int | None) -> torch.Tensor:
     """[LENGTH, LENGTH]: what each token may see, pair by pair and token by token."""
     mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
     prefix = list(range(before))
-    for start, prompt, chosen, rejected in ROWS[before]:
-        first = prefix + list(range(start, start + prompt + chosen))
-        second = first[: before + prompt]
-        second += list(range(start + prompt + chosen, start + prompt + chosen + rejected))
-        for text in (first, second):
+    for start, prompt, responses in ROWS[before]:
+        begin = start + prompt
+        for response in responses:
+            text = prefix + list(range(start, start + prompt)) + list(range(begin, begin + response))
+            begin += response
             for t, position in enumerate(text):
                 mask[position, text[max(0, t + 1 - (window or len(text))) : t + 1]] = True
     return mask

@@ -12,7 +12,7 @@ import transformers
 import sage.model.loading
 import sage.model.policy
 from sage.config import LoraConfig, ModelConfig
-from sage.data.packing import LAYOUTS, collate
+from sage.data.packing import LAYOUTS, MicroBatch, collate
 from sage.data.tokens import Pair
 from sage.model.loading import check_head, load_model, load_tokenizer, router_coefficient
 from sage.model.policy import OWN, Policy
@@ -127,6 +127,46 @@ def test_the_head_shares_the_models_weight(name):
     policy = Policy(model)
     assert policy.head.weight is model.get_output_embeddings().weight
     assert sum(p.numel() for p in policy.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@each_layout
+@pytest.mark.parametrize("name", ["llama", "gemma2", "lora"])
+def test_texts_of_several_pairs_are_computed_once(name, layout, tiny_model):
+    """Protects sets with several pairs per problem: log-probabilities, statistics and gradients are those of
+    the pairs one by one, with responses that stand in several pairs, on either side, or to two prompts."""
+    policy = Policy(lora(tiny_model) if name == "lora" else tiny(name))
+    for weight_name, parameter in policy.named_parameters():
+        if "lora_B" in weight_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    first, second, third = pairs(11)
+    rows = [
+        first,
+        second,
+        first._replace(chosen_ids=second.chosen_ids),
+        third._replace(rejected_ids=first.chosen_ids),
+        first._replace(chosen_ids=first.rejected_ids, rejected_ids=first.chosen_ids),
+        second._replace(prompt_ids=first.prompt_ids),
+        first,
+    ]
+    batch = collate(rows, layout, 11 if layout == "shared" else 0)
+    assert len(batch.response_tokens) == 8
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    weights = torch.linspace(-1, 2, len(rows))
+
+    def ask(batch: MicroBatch, weights: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        logps, stats = policy(batch, logit=True)
+        loss = (weights * (logps.chosen - 2 * logps.rejected)).sum()
+        gradients = torch.autograd.grad(loss, parameters)
+        return [x.detach() for x in (*logps, *stats)], list(gradients)
+
+    values, gradients = ask(batch, weights)
+    alone = [ask(collate([row], "padded"), weights[i : i + 1]) for i, row in enumerate(rows)]
+    for ours, theirs in zip(values, zip(*(v for v, _ in alone), strict=True), strict=True):
+        theirs = torch.cat(theirs)
+        assert ((ours - theirs).abs() <= 1e-5 * theirs.abs().clamp_min(1)).all()
+    for ours, theirs in zip(gradients, zip(*(g for _, g in alone), strict=True), strict=True):
+        theirs = torch.stack(theirs).sum(0)
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max() + 1e-6
 
 
 @each_layout

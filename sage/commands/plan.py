@@ -21,7 +21,7 @@ from rich.table import Table
 from sage.commands.inspect import tokenizer_folder
 from sage.config import EngineConfig, LoraConfig, ModelConfig, PlanConfig
 from sage.data.chat import ChatFormat
-from sage.data.packing import MicroBatch, collate, pair_tokens, plan
+from sage.data.packing import MicroBatch, collate, micro_tokens, pair_tokens, plan
 from sage.data.pairs import load_data
 from sage.data.tokens import Pair, tokenize_pairs
 from sage.model import loading
@@ -163,10 +163,13 @@ def micro_batch(cfg: PlanConfig, folder: str) -> Work:
     if cfg.data.path is None:
         console.print("the pairs are not built yet: planned for pairs of data.max_length tokens")
         response = cfg.data.max_length * 3 // 4
-        prompt = [0] * (cfg.data.max_length - response)
-        made = [Pair("", None, prompt, [0] * response, [0] * response)] * cfg.batch_size
-        lengths, prefix = np.array([[len(prompt), response, response]] * cfg.batch_size), 0
-        get = made.__getitem__
+        prompt = cfg.data.max_length - response
+        made = [  # no text twice
+            Pair("", None, [i >> bit & 1 for bit in range(prompt)], [0] * response, [1] * response)
+            for i in range(cfg.batch_size)
+        ]
+        lengths, prefix = np.array([[prompt, response, response]] * cfg.batch_size), 0
+        get, keys = made.__getitem__, np.arange(lengths.size).reshape(lengths.shape).__getitem__
     else:
         data = tokenize_pairs(
             load_data(cfg.data, cfg.cache_dir),
@@ -177,21 +180,19 @@ def micro_batch(cfg: PlanConfig, folder: str) -> Work:
             cache_dir=cfg.cache_dir,
             max_bad=cfg.data.max_bad,
         )
-        lengths, prefix, get = (
-            data.lengths(),
-            data.common_prefix if layout == "shared" else 0,
-            data.__getitem__,
-        )
+        lengths, prefix = data.lengths(), data.common_prefix if layout == "shared" else 0
+        get, keys = data.__getitem__, data.keys
     tokens = pair_tokens(lengths, layout, prefix)
     order, heaviest, most, rounds = Shuffled(len(lengths), cfg.seed), np.array([0]), 0, 1
     for _ in range(min(cfg.steps or STEPS, STEPS)):
         drawn = order.draw(cfg.batch_size)
-        plans = plan(lengths[drawn], cfg.micro_batch_tokens, cfg.world_size, layout, prefix)
+        plans = plan(lengths[drawn], cfg.micro_batch_tokens, cfg.world_size, layout, prefix, keys(drawn))
         rounds = max(rounds, len(plans[0]))
-        for members in (members for rank in plans for members in rank if members):
-            if (total := int(tokens[drawn[members]].sum())) > most:
-                heaviest, most = drawn[members], total
-    return Work([get(int(i)) for i in heaviest], most + prefix, prefix, layout, rounds, int(tokens.max()))
+        for members in (drawn[members] for rank in plans for members in rank if members):
+            _, total = micro_tokens(lengths[members], keys(members), layout, prefix)
+            if total > most:
+                heaviest, most = members, total
+    return Work([get(int(i)) for i in heaviest], most, prefix, layout, rounds, int(tokens.max()))
 
 
 # --- the estimate
@@ -202,8 +203,10 @@ def estimated(
 ) -> Estimate:
     policy = shell(folder, model, dtype)
     micro = micro_bytes(policy, work.batch(work.pairs), machine.cuda)
-    # A second point of the line, with all pairs twice. Most of a small one may not depend on its tokens.
-    more = work.batch(work.pairs * 2)
+    # A second point of the line, with all pairs twice. Most of a small one may not depend on its tokens. The
+    # second time their prompts are others, since a micro-batch computes the same text once.
+    others = [p._replace(prompt_ids=[*p.prompt_ids[:-1], -1 - p.prompt_ids[-1]]) for p in work.pairs]
+    more = work.batch([*work.pairs, *others])
     rise = micro_bytes(policy, more, machine.cuda).peak - micro.peak
     slope = max(rise / (more.input_ids.numel() - work.tokens), micro.kept / work.tokens)
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)

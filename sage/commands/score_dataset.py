@@ -1,8 +1,9 @@
 """Score a whole preference set, forward only: every pair's log-probabilities and scores.
 
 The forward pass writes its numbers to RUN_DIR/forward/, shard by shard. A killed run resumes with the shard
-that it was working on. Strata and some scores need the whole set, so RUN_DIR/scores/ is written when all
-shards are there. Then forward/ is removed. A file gets its name when it is whole.
+that it was working on. The pairs of one prompt lie side by side there, so that each text is computed once.
+Strata and some scores need the whole set, so RUN_DIR/scores/ is written when all shards are there, in the
+order of the source. Then forward/ is removed. A file gets its name when it is whole.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def score_dataset(run_dir: Path) -> None:
     started = time.perf_counter()
     done = run_models(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)
     if engine.rank == 0:
-        finish(cfg, run_dir, manifest, loss, scorers, done / (time.perf_counter() - started))
+        finish(cfg, run_dir, manifest, pairs, loss, scorers, done / (time.perf_counter() - started))
 
 
 def build_scorer(name: str, node: dict[str, Any]) -> Scorer:
@@ -120,9 +121,8 @@ def run_models(
     Returns the number of pairs whose file was missing. Without a `reference` the policy is its own.
     """
     folder.mkdir(exist_ok=True)
-    shards = [
-        np.arange(start, min(start + shard_pairs, len(pairs))) for start in range(0, len(pairs), shard_pairs)
-    ]
+    order = pairs.by_prompt()
+    shards = [order[start : start + shard_pairs] for start in range(0, len(pairs), shard_pairs)]
     # Rank 0 writes the files, so it decides.
     missing = main_only(lambda: [n for n in range(len(shards)) if not intact(shard_file(folder, n))])
     counts = [len(shards[number]) for number in missing]
@@ -172,13 +172,19 @@ def finish(
     cfg: ScoreConfig,
     run_dir: Path,
     manifest: dict[str, Any],
+    pairs: TokenizedPairs,
     loss: Loss,
     scorers: dict[str, Scorer],
     speed: float,
 ) -> None:
     """Write RUN_DIR/scores/, the best rows if `top` asks for them, and a summary."""
     parts = sorted((run_dir / FORWARD_FOLDER).glob("*.parquet"))
-    forward = pa.concat_tables([pq.read_table(part) for part in parts])
+    forward = pa.concat_tables([pq.read_table(part) for part in parts]).take(np.argsort(pairs.by_prompt()))
+    if forward["pair_id"].to_pylist() != pairs.pair_ids().tolist():
+        raise UserError(
+            f"{run_dir / FORWARD_FOLDER} was begun by another version of sage, with its pairs in another "
+            "order: choose another hydra.run.dir"
+        )
     stats = PairStats.of(loss, logps_of(forward, "policy"), logps_of(forward, "reference"), logit_of(forward))
     table = derive(forward, stats, scorers, cfg.strata, cfg.seed)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(manifest)})

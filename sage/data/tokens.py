@@ -6,10 +6,10 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +94,37 @@ class TokenizedPairs:
         known = {*self._keys()}
         known &= {*filter(known.__contains__, other._keys())}
         return sum(key in known for key in self._keys())
+
+    def keys(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n, 3]: a hash of the ids of prompt, chosen and rejected, the same in every process."""
+        found = np.empty((len(indices), len(IDS)), dtype=np.int64)
+        for column in range(len(IDS)):
+            found[:, column] = self._hashes(indices, column)
+        return found
+
+    def by_prompt(self) -> np.ndarray:
+        """All indices, with the pairs of one prompt side by side, by each prompt's first pair."""
+        prompts = self._hashes(np.arange(len(self)), 0)
+        _, first, inverse = np.unique(prompts, return_index=True, return_inverse=True)
+        return np.argsort(first[inverse], kind="stable")
+
+    def _hashes(self, indices: np.ndarray, column: int) -> np.ndarray:
+        chunks = self._chunks[column]
+        ends = np.cumsum([len(offsets) - 1 for offsets, _ in chunks])
+        found = np.empty(len(indices), dtype=np.int64)
+        places = zip(indices.tolist(), np.searchsorted(ends, indices, side="right").tolist(), strict=True)
+        for n, (index, chunk) in enumerate(places):
+            offsets, values = chunks[chunk]
+            row = index - int(ends[chunk])  # counted from the chunk's end
+            ids = values[offsets[row - 1] : offsets[row]]
+            found[n] = int.from_bytes(blake2b(ids, digest_size=8).digest(), "little", signed=True)
+        return found
+
+    @cached_property
+    def _chunks(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """Offsets and ids of each chunk of the columns of ids, mapped like the file."""
+        table = self.data.data.table
+        return [[(c.offsets.to_numpy(), c.values.to_numpy()) for c in table[name].chunks] for name in IDS]
 
     def _keys(self) -> Iterator[int]:
         """A hash of each pair's ids."""
@@ -192,7 +223,7 @@ def _cache_key(content: str, renderer: Renderer, max_length: int, limits: Limits
         transformers.__version__,
         tokenizers.__version__,
     ]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    digest = sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     # An earlier version of sage may have had other rules.
     digest.update(Path(str(thoughts.__file__)).read_bytes())
     digest.update(f"{source_digest('data')} {content}".encode())

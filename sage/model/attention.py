@@ -1,8 +1,8 @@
 """Attention over packed rows: a response sees its own prompt and its own past, and nothing else of the row.
 
-A row is a prefix that all its prompts begin with, followed by spans [prompt | chosen | rejected]. In a
-span, `rejected` may be absent, and `prompt` is the part behind the prefix. The attention is registered with
-transformers, so the model's own code runs unchanged. On a CPU it computes each response exactly, over its
+A row is a prefix that all its prompts begin with, followed by spans [prompt | response | response | ...]. In
+a span, `prompt` is the part behind the prefix. The attention is registered with transformers, so the model's
+own code runs unchanged. On a CPU it computes each response exactly, over its
 own text. On CUDA it is one FlexAttention over the row under a block mask.
 """
 
@@ -55,34 +55,38 @@ class Row:
         if self.prefix:
             yield slice(0, self.prefix), [slice(0, self.prefix)]
         before = [slice(0, self.prefix)] if self.prefix else []
-        for start, prompt, chosen, rejected in self.spans:
-            second = start + prompt + chosen
-            yield slice(start, second), [*before, slice(start, second)]
-            if rejected:
-                own = slice(second, second + rejected)
+        for start, prompt, responses in self.spans:
+            end = start + prompt + responses[0]
+            yield slice(start, end), [*before, slice(start, end)]
+            for response in responses[1:]:
+                own = slice(end, end + response)
                 yield own, [*before, slice(start, start + prompt), own]
+                end += response
 
     def block_mask(self, window: int | None) -> BlockMask:
         """The row as a FlexAttention mask. A token behind the last span sees only itself."""
         if window not in self.block_masks:
-            # Each token's part: -1 for the prefix, then 3 * span + (0 prompt, 1 chosen, 2 rejected), and
-            # its place in its own text. They are built on the CPU, so the device never waits.
-            parts, places = [torch.full((self.prefix,), -1)], [torch.arange(self.prefix)]
-            for i, (_, prompt, chosen, rejected) in enumerate(self.spans):
-                sizes = torch.tensor([prompt, chosen, rejected])
-                parts.append(torch.repeat_interleave(torch.arange(3), sizes) + 3 * i)
-                text = self.prefix + prompt
-                places.append(torch.arange(self.prefix, text + chosen))
-                places.append(torch.arange(text, text + rejected))
-            padding = self.length - sum(map(len, parts))
-            parts.append((len(self.spans) + torch.arange(padding)) * 3)
+            # Each token's span (-1 for the prefix), its part of it (0 for the prompt, then a number for each
+            # response), and its place in its own text. Built on the CPU, so the device never waits.
+            spans, parts = [torch.full((self.prefix,), -1)], [torch.zeros(self.prefix, dtype=torch.long)]
+            places = [torch.arange(self.prefix)]
+            for i, (_, prompt, responses) in enumerate(self.spans):
+                sizes = [prompt, *responses]
+                spans.append(torch.full((sum(sizes),), i))
+                parts.append(torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)))
+                first = self.prefix + prompt
+                places += [torch.arange(self.prefix, first), *(first + torch.arange(n) for n in responses)]
+            padding = self.length - sum(map(len, spans))
+            spans.append(len(self.spans) + torch.arange(padding))
+            parts.append(torch.zeros(padding, dtype=torch.long))
             places.append(torch.zeros(padding, dtype=torch.long))
-            part, place = (torch.cat(x).to(self.device, non_blocking=True) for x in (parts, places))
+            span, part, place = (
+                torch.cat(x).to(self.device, non_blocking=True) for x in (spans, parts, places)
+            )
 
             def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                same_pair = part[q] // 3 == part[k] // 3
-                own_text = same_pair & ((part[q] % 3 != 2) | (part[k] % 3 != 1))
-                seen = (k <= q) & ((part[k] < 0) | own_text)
+                own_text = (span[q] == span[k]) & ((part[k] == 0) | (part[q] == part[k]))
+                seen = (k <= q) & ((span[k] < 0) | own_text)
                 return seen if window is None else seen & (place[q] - place[k] < window)
 
             self.block_masks[window] = create_block_mask(
@@ -199,7 +203,7 @@ class _Texts(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         scaling, softcap, window = ctx.scaling, ctx.softcap, ctx.window
         grad_query = torch.empty_like(query)
-        # Sums over texts and blocks are float32, since a prompt is a key of both responses.
+        # Sums over texts and blocks are float32, since a prompt is a key of all its responses.
         grad_key, grad_value = (torch.zeros_like(x[0], dtype=_wide(x)) for x in (key, value))
         for queries, keys in ctx.row.texts():
             k, v = _take(key, keys), _take(value, keys)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sage.data.packing import MicroBatch, collate, pair_tokens, plan
+from sage.data.packing import MicroBatch, collate, micro_tokens, plan
 from sage.data.tokens import TokenizedPairs
 from sage.model.engine import Engine, Frozen
 from sage.model.logps import LogitStats, PairLogps
@@ -61,9 +61,11 @@ class PairForward:
         self, pairs: TokenizedPairs, indices: np.ndarray, backward: bool = False
     ) -> Iterator[Work]:
         """This rank's share of the pairs. Every rank yields the same number of items."""
-        lengths, prefix = pairs.lengths()[indices], self.prefix(pairs)
-        plans = plan(lengths, self.budget, self.engine.world_size, self.layout, prefix)
-        self.count(lengths, plans, prefix, backward)
+        lengths, keys, prefix = pairs.lengths()[indices], pairs.keys(indices), self.prefix(pairs)
+        plans = plan(lengths, self.budget, self.engine.world_size, self.layout, prefix, keys)
+        micro_batches = [members for rank in plans for members in rank if members]
+        tokens = [micro_tokens(lengths[m], keys[m], self.layout, prefix) for m in micro_batches]
+        self.count(len(indices), tokens, backward)
         mine = plans[self.engine.rank]
         for i, members in enumerate(mine):
             positions = np.array(members or [0])
@@ -75,16 +77,11 @@ class PairForward:
         """Tokens that this layout computes once a row for all prompts."""
         return pairs.common_prefix if self.layout == "shared" else 0
 
-    def count(self, lengths: np.ndarray, plans: list[list[list[int]]], prefix: int, backward: bool) -> None:
-        """Add the cost of a plan, over all ranks: tokens as the layout runs them, padding apart."""
-        layout = "shared" if self.layout == "shared" else "unshared"
-        rows = sum(bool(members) for rank in plans for members in rank)
-        padded = real = float(pair_tokens(lengths, layout, prefix).sum()) + prefix * rows
-        if self.layout == "padded":
-            tokens = pair_tokens(lengths, "padded")
-            padded = float(sum(len(m) * tokens[m].max() for rank in plans for m in rank if m))
+    def count(self, pairs: int, tokens: list[tuple[int, int]], backward: bool) -> None:
+        """Add the cost of a plan, over all ranks: tokens of each micro-batch without padding, and with it."""
+        real, padded = map(float, np.sum(tokens, axis=0))
         direction = "backward" if backward else "forward"
-        self.costs[f"{direction}_pairs"] += len(lengths)
+        self.costs[f"{direction}_pairs"] += pairs
         self.costs[f"{direction}_tokens"] += real
         self.costs["real_tokens"] += real
         self.costs["padded_tokens"] += padded

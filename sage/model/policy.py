@@ -126,16 +126,14 @@ class Policy(nn.Module):
         assert stats.logps is not None
         if tokens:
             return stats.logps
-        logps = PairLogps(*per_response(stats.logps, batch).chunk(2), *batch.response_tokens.chunk(2))
+        logps = PairLogps(*per_side(stats.logps, batch), *batch.response_tokens[batch.sides].chunk(2))
         if router:
             return logps, 0.0 if router_loss is None else self.router_coefficient * router_loss
         if not logit:
             return logps
         assert stats.sum_sq_probs is not None
-        squared_norms = per_response(1 - 2 * stats.logps.detach().exp() + stats.sum_sq_probs, batch)
-        uncertainties = per_response(1 - stats.sum_sq_probs, batch)
-        chosen_norm, rejected_norm = squared_norms.chunk(2)
-        return logps, LogitStats(chosen_norm + rejected_norm, *uncertainties.chunk(2))
+        chosen_norm, rejected_norm = per_side(1 - 2 * stats.logps.detach().exp() + stats.sum_sq_probs, batch)
+        return logps, LogitStats(chosen_norm + rejected_norm, *per_side(1 - stats.sum_sq_probs, batch))
 
     @contextmanager
     def mode(self, reference: bool) -> Iterator[None]:
@@ -313,10 +311,11 @@ def random_rates(model: nn.Module) -> list[tuple[Any, str, float]]:
     ]
 
 
-def per_response(values: Tensor, batch: MicroBatch) -> Tensor:
-    """Sum [s] per-token values over each response, [2n].
+def per_side(values: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Sum [s] per-token values over each text's response: for n chosen and n rejected, [n] each.
 
     Every slot is written once, so this sum, unlike index_add, is deterministic on CUDA.
     """
     table = values.new_zeros(len(batch.response_tokens) * batch.longest).scatter(0, batch.slots, values)
-    return table.view(-1, batch.longest).sum(1)
+    chosen, rejected = table.view(-1, batch.longest).sum(1)[batch.sides].chunk(2)
+    return chosen, rejected

@@ -117,9 +117,10 @@ def known_policy(reference: Reference, step: int) -> Cached | None:
 def compute(forward: PairForward, pairs: TokenizedPairs, folder: Path, title: str) -> PairLogps:
     """Log-probabilities of all pairs under the policy, on the CPU. Every rank calls this.
 
-    A large set is computed part by part, and rank 0 writes each part to `folder`. If the run is killed, the
-    next one continues after the last part.
+    A large set is computed part by part, with the pairs of one prompt side by side. Rank 0 writes each part
+    to `folder`. If the run is killed, the next one continues after the last part.
     """
+    order = pairs.by_prompt()
     parts = ranks.main_only(lambda: read_parts(folder))
     done = sum(len(part.chosen) for part in parts)
     tokens = float(pairs.lengths().sum()) / len(pairs)
@@ -127,16 +128,17 @@ def compute(forward: PairForward, pairs: TokenizedPairs, folder: Path, title: st
     with activity(title, len(pairs), done) as shown:
         for start in range(done, len(pairs), size):
             end = min(start + size, len(pairs))
-            part = forward.all_logps(pairs, np.arange(start, end))
+            part = forward.all_logps(pairs, order[start:end])
             parts.append(PairLogps(*(values.cpu().contiguous() for values in part)))
             if forward.engine.rank == 0 and end < len(pairs):
                 write_logps(folder / f"{start:010}-{end:010}.safetensors", parts[-1])
             shown.advance(end - start)
-    return PairLogps(*map(torch.cat, zip(*parts, strict=True)))
+    places = torch.from_numpy(np.argsort(order))
+    return PairLogps(*(torch.cat(values)[places] for values in zip(*parts, strict=True)))
 
 
 def read_parts(folder: Path) -> list[PairLogps]:
-    """The parts that follow each other from the first pair on, and are intact."""
+    """The parts that follow each other from the first pair of the pass on, and are intact."""
     parts, done = [], 0
     for file in sorted(folder.glob("*.safetensors")):
         start, end = map(int, file.stem.split("-"))

@@ -83,6 +83,6 @@ def texts_of(batch: MicroBatch) -> list[tuple[slice, slice]] | None:
         assert batch.attention_mask is not None
         lengths = batch.attention_mask.sum(1).tolist()
         return [(slice(i, i + 1), slice(0, length)) for i, length in enumerate(lengths)]
-    if batch.prefix or any(span.rejected for span in batch.spans):
+    if batch.prefix or any(len(span.responses) > 1 for span in batch.spans):
         return None
-    return [(slice(0, 1), slice(s.start, s.start + s.prompt + s.chosen)) for s in batch.spans]
+    return [(slice(0, 1), slice(s.start, s.start + s.prompt + s.responses[0])) for s in batch.spans]

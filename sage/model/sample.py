@@ -75,18 +75,23 @@ class Sample:
         order = np.argsort(pairs.lengths().sum(1), kind="stable")
         indices = dict.fromkeys(order[np.linspace(0, len(order) - 1, PAIRS).astype(int)].tolist())
         self.pairs = [shorten(pairs[index], 3 * i) for i, index in enumerate(indices)]
+        # One more pair of the first prompt, which shares a response with the first pair and adds one.
+        self.pairs.append(self.pairs[0]._replace(chosen_ids=self.pairs[-1].chosen_ids))
         self.short = len(self.pairs)
         lengths = lengths_of(pairs)
         if lengths.max() > PREFIX + PROMPT + RESPONSE:
             self.pairs.append(whole(pairs[int(lengths.argmax())]))
-        texts = [(pair.prompt_ids, pair.chosen_ids) for pair in self.pairs]
-        texts += [(pair.prompt_ids, pair.rejected_ids) for pair in self.pairs[: self.short]]
-        logps = [engine(alone(*text).to(engine.device), alone=True) for text in texts]
-        self.truth = torch.cat(logps)
-        prompt, response = texts[0]
+        sides = [[pair.chosen_ids for pair in self.pairs], [p.rejected_ids for p in self.pairs[: self.short]]]
+        # Log-probabilities of the tokens of each text, by the side and the number of its pair.
+        self.truth = {
+            (side, i): engine(alone(self.pairs[i].prompt_ids, response).to(engine.device), alone=True)
+            for side, responses in enumerate(sides)
+            for i, response in enumerate(responses)
+        }
+        prompt, response = self.pairs[0].prompt_ids, self.pairs[0].chosen_ids
         other = engine(alone(prompt[::-1], response).to(engine.device), alone=True)
         policy: Any = engine.policy
-        self.limits = limits(policy.dtype, float((other - logps[0]).abs().mean()))
+        self.limits = limits(policy.dtype, float((other - self.truth[0, 0]).abs().mean()))
 
     def batches(self, layout: str) -> Iterator[tuple[Tensor, MicroBatch]]:
         """Micro-batches of the layout, with the numbers of their pairs, and -1 for one without a truth."""
@@ -103,30 +108,29 @@ class Sample:
         if stranger:
             members = [*members, -1]
             beginning = first.prompt_ids[: prefix + 1]
-            rows.append(Pair("", None, beginning, first.rejected_ids[:2], first.chosen_ids[:2]))
+            while any(beginning == row.prompt_ids for row in rows):  # the stranger's prompt is its own
+                beginning = [*beginning, beginning[-1]]
+            rows.append(Pair("", None, beginning, first.rejected_ids[:2], first.rejected_ids[:2]))
         batch = collate(rows, layout, prefix)
         if batch.spans is not None:  # the stranger stands at the last positions of the longest text
-            start = batch.spans[-1 if layout == "shared" else -2].start
-            places = batch.position_ids[0, start:]
+            places = batch.position_ids[0, batch.spans[-1].start :]
             places += max(self.longest - 1 - int(places.max()), 0)
         return torch.tensor(members), batch
 
     def compare(self, engine: Engine | Frozen | Whole, layout: str) -> str | None:
         """None where the policy agrees with the truth, else how far it is off."""
-        sides = [[p.chosen_ids for p in self.pairs], [p.rejected_ids for p in self.pairs[: self.short]]]
-        places = [i for side in sides for i, response in enumerate(side) for _ in response]
-        members = torch.tensor(places, device=engine.device)  # the pair of each token of the truth
         for numbers, batch in self.batches(layout):
             logps = engine(batch.to(engine.device), tokens=True).detach()
-            response = batch.slots // batch.longest
-            pair = numbers[response % len(numbers)]
-            known = (pair >= 0) & ((pair < self.short) | (response < len(numbers)))
-            asked = torch.isin(members, numbers.to(engine.device))
-            errors = (logps[known.to(engine.device)] - self.truth[asked]).abs()
-            for group in (members[asked] < self.short, members[asked] >= self.short):
-                if not group.any():
-                    continue
-                mean, most = float(errors[group].mean()), float(errors[group].max())
+            text = batch.slots.to(engine.device) // batch.longest
+            short, long = list[Tensor](), list[Tensor]()  # errors of the shortened pairs, and of the long one
+            for k, number in enumerate(batch.sides.tolist()):
+                side, pair = k // len(numbers), int(numbers[k % len(numbers)])
+                if (side, pair) in self.truth:
+                    group = short if pair < self.short else long
+                    group.append((logps[text == number] - self.truth[side, pair]).abs())
+            for group in filter(None, (short, long)):
+                found = torch.cat(group)
+                mean, most = float(found.mean()), float(found.max())
                 if not (mean <= self.limits.mean and most <= self.limits.most):
                     return f"it changes a token's log-probability by {most:.2g} nats ({mean:.2g} on average)"
         return None
@@ -276,12 +280,4 @@ def whole(pair: Pair) -> Pair:
 def alone(prompt: list[int], response: list[int]) -> MicroBatch:
     """One text without padding or neighbours."""
     batch = collate([Pair("", None, prompt, response, response)], "padded")
-    n = len(response)
-    return batch._replace(
-        input_ids=batch.input_ids[:1],
-        position_ids=batch.position_ids[:1],
-        attention_mask=None,
-        positions=batch.positions[:n],
-        labels=batch.labels[:n],
-        slots=batch.slots[:n],
-    )
+    return batch._replace(attention_mask=None)

@@ -254,7 +254,7 @@ def read_sample(engine: Engine | Frozen, pairs: Sequence[TokenizedPairs], name: 
     fault, sample = None, None
     try:
         sample = Sample(engine, pairs)
-        if not bool(sample.truth.isfinite().all()):
+        if not all(bool(logps.isfinite().all()) for logps in sample.truth.values()):
             fault = "its own logits are not finite: look for NaN or infinity in its weights"
     except Exception as e:
         policy: Any = engine.policy

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sage.data.packing import collate, pair_tokens
+from sage.data.packing import collate, micro_tokens, pair_tokens
 from sage.losses import Loss
 from sage.training.hooks import Hook
 from sage.training.run import Run
@@ -119,10 +119,13 @@ def batch_moments(run: Run, objective: Loss, indices: np.ndarray, rng: np.random
     """Moments of the objective's gradient in the trained parameters, from all ranks' pairs `indices`."""
     forward, engine = run.forward, run.engine
     prefix = forward.prefix(run.pairs)
-    tokens = pair_tokens(run.pairs.lengths()[indices], forward.layout, prefix)
-    groups = cut(indices, max(1, (forward.budget - prefix) // int(tokens.max())), rng)
+    lengths = run.pairs.lengths()
+    largest = int(pair_tokens(lengths[indices], forward.layout, prefix).max())
+    groups = cut(indices, max(1, (forward.budget - prefix) // largest), rng)
     forward.costs["snr_pairs"] += len(indices)
-    forward.costs["snr_tokens"] += float(tokens.sum()) + prefix * len(groups)
+    for group in groups:
+        tokens, _ = micro_tokens(lengths[group], run.pairs.keys(group), forward.layout, prefix)
+        forward.costs["snr_tokens"] += tokens
 
     parameters = [p for p in engine.policy.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
