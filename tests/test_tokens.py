@@ -210,6 +210,21 @@ def test_common_prefix(heads, monkeypatch):
     assert TokenizedPairs(data, {}, "").common_prefix == (expected if expected >= 8 else 0)
 
 
+def test_keys_name_equal_texts_and_pairs_of_a_prompt_come_together():
+    """Protects the planning of texts that stand in several pairs, also across the chunks of a file."""
+    names = [([5], [1], [2]), ([6], [1], [3]), ([5], [3], [1]), ([7, 7], [2], [9]), ([6], [1, 1], [2])]
+    columns = zip(*names, strict=True)
+    ids = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(list, columns), strict=True))
+    parts = [datasets.Dataset.from_dict({k: v[i:j] for k, v in ids.items()}) for i, j in ((0, 2), (2, 5))]
+    pairs = TokenizedPairs(datasets.concatenate_datasets(parts), {}, "")
+    asked = np.array([3, 0, 4, 2, 1, 0])
+    keys, flat = pairs.keys(asked), [text for i in asked for text in names[i]]
+    assert keys.shape == (6, 3)
+    equal = keys.ravel()[:, None] == keys.ravel()
+    assert equal.tolist() == [[a == b for b in flat] for a in flat]
+    assert pairs.by_prompt().tolist() == [0, 2, 1, 4, 3]
+
+
 def test_held_out_pairs_that_are_training_pairs_are_counted(write, tokenise):
     pairs = [{**PLAIN, "pair_id": name, "chosen": f"It is {name}"} for name in "abcd"]
     tokenizer = make_tokenizer()
