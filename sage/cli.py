@@ -232,7 +232,7 @@ def explain(error: BaseException, word: str, arguments: Sequence[str]) -> str:
         if advice := unreadable(argument):
             return advice
     for pattern, advise in ADVICE.items():
-        if match := re.search(pattern, text):
+        if match := re.search(pattern, text, re.DOTALL):
             typed = [a for a in reversed(arguments) if key_of(a) == match[1]] or [f"{match[1]}=..."]
             named = next((a for a in typed if a.lstrip("+") in text), typed[0])
             return advise(named, match[1], text)
@@ -291,6 +291,10 @@ ADVICE: dict[str, Callable[[str, str, str], str]] = {
     NULL_GROUP: lambda *_: (
         "a key of a group that is null cannot be set; choose an option of the group first: "
         "+model/lora=default"
+    ),
+    r"Error merging override \+?(data\.sources\.[^=]+)=.*SourceConfig": lambda argument, key, _: (
+        f"{argument}: sources are added all at once: write '+data.sources={{NAME: {{path: FILE}}, ...}}' in "
+        "quotes"
     ),
     NOT_AN_OPTION: lambda *_: (
         "a config group takes the name of one of its options, such as loss=dpo, not a number"

@@ -49,7 +49,7 @@ def read_inputs(cfg: RunConfig) -> None:
 @read_inputs.register
 def _(cfg: TrainConfig) -> None:
     load_data(cfg.data, cfg.cache_dir)
-    if cfg.data.eval_path:
+    if cfg.data.has_held_out:
         load_data(cfg.data, cfg.cache_dir, held_out=True)
     for benchmark in cfg.benchmark.values():
         read_problems(benchmark)
@@ -159,7 +159,7 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
     assert isinstance(cfg, RunConfig)
     here, cfg.start = cfg.start, True  # what starts the ranks is no part of the run
     builds_its_own = isinstance(cfg, BuildPairsConfig | RoundsConfig)
-    if isinstance(cfg, TrainConfig) and not builds_its_own and cfg.data.path is None:
+    if isinstance(cfg, TrainConfig) and not builds_its_own and not cfg.data.has_pairs:
         if not here:
             raise UserError(
                 "start=false needs finished pairs, in a file that all machines see: build them with `sage "

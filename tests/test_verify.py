@@ -15,7 +15,7 @@ from sage import cli
 from sage.answering.answers import find_answer
 from sage.answering.verify import MEMORY, Verifier
 from sage.config import EvalConfig, ProblemsConfig, VerifyConfig, freeze
-from sage.config.groups import ResponseColumns
+from sage.config.data import ResponseColumns
 from sage.util.errors import UserError
 
 HARD = Path(__file__).parent / "data" / "verdicts.jsonl"

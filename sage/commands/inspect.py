@@ -20,10 +20,11 @@ from sage.config import DataConfig, InspectConfig, ModelConfig
 from sage.data.chat import ChatFormat, Renderer, response_ends
 from sage.data.columns import IDS, to_lists
 from sage.data.display import COLOURS, MARKUP, WARNINGS, foreign_markup, shown, texts_of, warnings_of
-from sage.data.pairs import Dropped, PairSet, load_data
+from sage.data.pairs import Dropped, PairSet, load_data, source_of
 from sage.data.source import resolve_path
 from sage.data.tokens import Pair, TokenizedPairs, tokenize_pairs
 from sage.model import loading
+from sage.training.sources import by_source
 from sage.util.errors import UserError
 from sage.util.files import write_whole
 from sage.util.progress import console
@@ -54,13 +55,13 @@ def inspect(cfg: InspectConfig) -> None:
     ends = response_ends(tokenizer, chat)
     for index in range(min(cfg.show, len(pairs))):
         console.print(shown(pairs[index], tokenizer, ends), end="\n\n")
-    for note in source.notes + pairs.notes:
+    for note in source.notes + pairs.notes + by_source(pairs, cfg.data, held_out=False):
         console.print(note)
     found = examine(pairs, source, tokenizer, chat, ends, cfg.json)
     for finding in wrong:
         found[finding.reason].append(finding.pair_id)
     print_lengths(pairs)
-    print_dropped(pairs, source)
+    print_dropped(pairs, source, bool(cfg.data.sources))
     print_warnings(found)
     if cfg.json:
         console.print(f"all of it: {cfg.json}")
@@ -83,7 +84,7 @@ def with_answers_checked(source: PairSet, data: DataConfig) -> tuple[PairSet, li
     dropped = [
         Dropped(
             finding.row,
-            f"{data.path}, row {finding.row}",
+            f"{data.path or source_of(finding.pair_id)}, row {finding.row}",
             pair_id,
             finding.reason,
             f"the true answer is {finding.answer}, the response's is {finding.extracted}",
@@ -92,7 +93,7 @@ def with_answers_checked(source: PairSet, data: DataConfig) -> tuple[PairSet, li
     ]
     left = source.without(first)
     if not left.count:
-        raise UserError(f"{data.path}: data.answers=drop leaves no pair; data.answers=check lists them")
+        raise UserError(f"{data.title()}: data.answers=drop leaves no pair; data.answers=check lists them")
     return replace(left, dropped=[*source.dropped, *dropped]), []
 
 
@@ -146,7 +147,7 @@ def examine(
 def template_in_prompts(source: PairSet, renderer: Renderer) -> list[str]:
     """The pairs whose prompt, as the source has it, holds the markup of a chat template."""
     marks = {*MARKUP, *renderer.end_tokens}
-    table = source.pairs.data.table
+    table = source.table("pair_id", "prompt")
     where = pc.match_substring_regex(table["prompt"], "|".join(map(re.escape, sorted(marks))))  # pyright: ignore
     return table["pair_id"].filter(where).to_pylist()
 
@@ -155,7 +156,7 @@ def dropped_rows(pairs: TokenizedPairs, source: PairSet) -> Iterator[dict[str, A
     """Every row that gives no pair: row, pair_id, reason, and a detail where the reason needs one."""
     for row in source.dropped:
         yield row._asdict()
-    table = source.pairs.data.table
+    table = source.table("pair_id", "row")
     rows = dict(zip(table["pair_id"].to_pylist(), table["row"].to_pylist(), strict=True))
     for reason, ids in pairs.dropped.items():
         for pair_id in ids:
@@ -183,15 +184,20 @@ def print_lengths(pairs: TokenizedPairs) -> None:
         console.print(f"{int(np.ceil(low)):>7} to {int(high):<7} {bar} {count}")
 
 
-def print_dropped(pairs: TokenizedPairs, source: PairSet) -> None:
+def print_dropped(pairs: TokenizedPairs, source: PairSet, many: bool) -> None:
+    """Count the dropped rows by reason, and name some; by source too if there are `many`."""
+
+    def name(row: dict[str, Any]) -> str:
+        return f"{source_of(row['pair_id'])}/{row['row']}" if many else str(row["row"])
+
     rows = list(dropped_rows(pairs, source))
     if rows:
         console.print(f"dropped: {len(rows)}")
     for reason, count in Counter(row["reason"] for row in rows).most_common():
         named = [row for row in rows if row["reason"] == reason][:SHOWN]
-        console.print(f"  {count} {reason}: rows {', '.join(str(row['row']) for row in named)}{more(count)}")
+        console.print(f"  {count} {reason}: rows {', '.join(map(name, named))}{more(count)}")
         if named[0]["detail"]:
-            console.print(f"    row {named[0]['row']}: {named[0]['detail']}", markup=False)
+            console.print(f"    row {name(named[0])}: {named[0]['detail']}", markup=False)
 
 
 def print_warnings(found: dict[str, list[str]]) -> None:

@@ -160,7 +160,7 @@ class Work(NamedTuple):
 def micro_batch(cfg: PlanConfig, folder: str) -> Work:
     """The heaviest micro-batch of the run's own pairs; where they are not built yet, of the longest pairs."""
     layout = cfg.data.packing if cfg.data.packing != "auto" else "shared"
-    if cfg.data.path is None:
+    if not cfg.data.has_pairs:
         console.print("the pairs are not built yet: planned for pairs of data.max_length tokens")
         response = cfg.data.max_length * 3 // 4
         prompt = cfg.data.max_length - response

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sage.config import SUMMARY_FILE, ScoreConfig, build, load
-from sage.data.pairs import load_data
+from sage.data.pairs import load_data, source_of
 from sage.data.source import write_rows
 from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
@@ -50,7 +50,7 @@ BINS, BAR_WIDTH = 16, 50  # of the histogram
 def score_dataset(run_dir: Path) -> None:
     """Start or resume the scoring whose frozen config is in `run_dir`. Every rank calls this."""
     cfg = load(run_dir)
-    assert isinstance(cfg, ScoreConfig) and cfg.data.path is not None
+    assert isinstance(cfg, ScoreConfig)
     loss: Loss = build("loss", cfg.loss)
     scorers = {"score": build_scorer("scorer", cfg.scorer)}
     scorers |= {f"score_{name}": build_scorer(f"scorers.{name}", node) for name, node in cfg.scorers.items()}
@@ -62,7 +62,7 @@ def score_dataset(run_dir: Path) -> None:
     pairs = read_pairs(cfg, bases["policy"].tokenizer, run_dir)
     identities = {name: {"path": base.cfg.path, **base.identity()} for name, base in bases.items()}
     manifest = {
-        "pairs": {"path": cfg.data.path, "count": len(pairs), "fingerprint": pairs.fingerprint},
+        "pairs": {"path": cfg.data.title(), "count": len(pairs), "fingerprint": pairs.fingerprint},
         "reference": identities["policy"],
         **identities,
         "loss": cfg.loss,
@@ -250,12 +250,19 @@ def derive(
 
 
 def write_top(cfg: ScoreConfig, run_dir: Path, pair_ids: list[str]) -> Path:
-    """Write the rows of these pairs, unchanged, to RUN_DIR/top."""
+    """Write the rows of these pairs, unchanged, to RUN_DIR/top; those of several sources to top/NAME."""
     data, wanted = cfg.data, set(pair_ids)
-    assert data.path is not None
-    source = load_data(data, cfg.cache_dir).pairs
-    rows = [row for row, pair_id in zip(source["row"], source["pair_id"], strict=True) if pair_id in wanted]
-    return write_rows(data.path, rows, run_dir / "top", split=data.split)
+    table = load_data(data, cfg.cache_dir).table("row", "pair_id")
+    rows: dict[str, list[int]] = {name: [] for name in data.sources}
+    for row, pair_id in zip(table["row"].to_pylist(), table["pair_id"].to_pylist(), strict=True):
+        if pair_id in wanted:
+            rows.setdefault(source_of(pair_id) if data.sources else "", []).append(row)
+    if data.path is not None:
+        return write_rows(data.path, rows[""], run_dir / "top", split=data.split)
+    (run_dir / "top").mkdir(exist_ok=True)
+    for name, source in data.sources.items():
+        write_rows(source.path, rows[name], run_dir / "top" / name, split=source.split)
+    return run_dir / "top"
 
 
 def show(cfg: ScoreConfig, table: pa.Table, scores: np.ndarray, summary: dict[str, Any]) -> None:

@@ -2,17 +2,14 @@
 
 from sage.config.checks import build, check, check_target, walk
 from sage.config.command import CommandConfig, RunConfig
+from sage.config.data import ChatConfig, DataConfig, PairColumns, ProblemsConfig, SourceConfig
 from sage.config.frozen import CONFIG_FILE, SUMMARY_FILE, differences, freeze, load, read_frozen, write
 from sage.config.groups import (
-    ChatConfig,
-    DataConfig,
     EngineConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
-    PairColumns,
     PairingConfig,
-    ProblemsConfig,
     SamplingConfig,
     TrackingConfig,
     key,
@@ -55,6 +52,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "ScoreConfig",
+    "SourceConfig",
     "TrackingConfig",
     "TrainConfig",
     "VerifyConfig",

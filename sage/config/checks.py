@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sage.config.groups import ProblemsConfig
+from sage.config.data import DataConfig, ProblemsConfig
 from sage.config.keys import suggestion
 from sage.util.errors import UserError
 
@@ -159,6 +160,23 @@ def check_benchmarks(benchmarks: dict[str, ProblemsConfig]) -> None:
                 f"benchmark.{name}.columns.samples: all problems of a benchmark get as many responses"
             )
         check_prompt(f"benchmark.{name}", problems)
+
+
+def check_sources(data: DataConfig) -> None:
+    if data.path is not None and data.sources:
+        raise UserError(f"data.path={data.path} and data.sources are both set: add data.path=null")
+    for name in data.sources:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(
+                f"data.sources: the name {name!r} begins the ids of its pairs, so it may hold only letters, "
+                "digits and the signs _ - ."
+            )
+    without = [name for name, source in data.sources.items() if source.weight is None]
+    if 0 < len(without) < len(data.sources):
+        raise UserError(
+            f"data.sources.{without[0]}.weight is not set, and other sources have weights: give all of them "
+            "a weight, or none"
+        )
 
 
 def check_patience(patience: int | None, select: str | None, eval_every: int) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from sage.config.checks import check_prompt
 from sage.config.command import RunConfig
-from sage.config.groups import DataConfig, PairColumns, ProblemsConfig, key
+from sage.config.data import DataConfig, PairColumns, ProblemsConfig
+from sage.config.groups import key
 from sage.config.keys import because
 from sage.config.schema import TrainConfig
 from sage.util.errors import UserError
@@ -114,6 +115,7 @@ class RoundsConfig(TrainConfig):
         return replace(
             self.data,
             path=path,
+            sources={},
             split="train",
             limit=None,
             columns=PairColumns(),
@@ -123,6 +125,6 @@ class RoundsConfig(TrainConfig):
         )
 
     def ignored(self) -> dict[str, str]:
-        keys = ("path", "split", "limit", "columns", "scores", "build", "answers")
+        keys = ("path", "sources", "split", "limit", "columns", "scores", "build", "answers")
         reason = "which builds the pairs of each round from data.problems"
         return {**RunConfig.ignored(self), **because(reason, *(f"data.{name}" for name in keys))}

@@ -8,19 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sage.config.checks import check_benchmarks, check_patience, check_prompt, check_target
+from sage.config.checks import check_benchmarks, check_patience, check_prompt, check_sources, check_target
 from sage.config.command import CommandConfig, RunConfig
-from sage.config.groups import (
-    ChatConfig,
-    DataConfig,
-    EngineConfig,
-    OptimizerConfig,
-    PairingConfig,
-    ProblemsConfig,
-    ResponseColumns,
-    TrackingConfig,
-    key,
-)
+from sage.config.data import ChatConfig, DataConfig, ProblemsConfig, ResponseColumns
+from sage.config.groups import EngineConfig, OptimizerConfig, PairingConfig, TrackingConfig, key
 from sage.config.keys import because
 from sage.util.errors import UserError
 
@@ -89,7 +80,7 @@ class TrainConfig(RunConfig):
             check_target(f"hooks.{name}", node, "hooks")
         check_benchmarks(self.benchmark)
         check_patience(self.patience, self.select, self.eval_every)
-        if self.data.path is None:
+        if not self.data.has_pairs:
             check_prompt("data.problems", self.data.problems)
         if self.steps is None and self.epochs is None:
             raise UserError("the length of the run is not set: give steps=N or epochs=X")
@@ -122,11 +113,13 @@ class TrainConfig(RunConfig):
         super().check()
         for group in ("loss", "scorer"):
             check_target(group, getattr(self, group))
-        if self.data.path is None and self.data.problems.path is None:
+        check_sources(self.data)
+        if not self.data.has_pairs and self.data.problems.path is None:
             raise UserError(
                 f"data.path is not set: give experiment {self.name!r} its preference pairs with "
                 "data.path=FILE (JSONL, Parquet, an Arrow folder or a hub name with prompt, chosen and "
-                "rejected), or problems to build them from with data.problems.path=FILE"
+                "rejected), several files with data.sources, or problems to build them from with "
+                "data.problems.path=FILE"
             )
         if self.data.max_length * 2 > self.micro_batch_tokens:
             raise UserError(
@@ -137,11 +130,18 @@ class TrainConfig(RunConfig):
 
     def ignored(self) -> dict[str, str]:
         ignored = super().ignored()
-        if self.data.path is None:
+        if self.data.eval_path is not None:
+            ignored |= because("since data.eval_path gives the held-out pairs", "data.eval_share")
+        if self.data.sources:
+            ignored |= because("since data.sources has its own", "data.split", "data.limit")
+            if self.data.eval_path is None:
+                ignored |= because("since data.sources has its own", "data.columns")
+        if not self.data.has_pairs:
             return ignored
-        ignored |= because("since data.path gives the pairs", "pairing", "data.problems", "data.build")
+        given = f"since data.{'sources' if self.data.sources else 'path'} gives the pairs"
+        ignored |= because(given, "pairing", "data.problems", "data.build")
         if not self.benchmark:
-            reason = "since data.path gives the pairs, and there is no benchmark"
+            reason = f"{given}, and there is no benchmark"
             ignored |= because(reason, "generation", "sampling")
         return ignored
 
@@ -225,7 +225,8 @@ class InspectConfig(TrainConfig):
     json: str | None = key(None, "write every pair and every dropped row to this file, as JSON lines")
 
     def check(self) -> None:
-        if self.data.path is None:
+        check_sources(self.data)
+        if not self.data.has_pairs:
             raise UserError(
                 "data.path is not set: inspect shows finished pairs. Give data.path=FILE; `sage "
                 "build-pairs` makes one"

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
-from sage.config import DataConfig
+from sage.config import DataConfig, SourceConfig
 from sage.data import store
 from sage.data.conversation import Turns
 from sage.data.reader import SCHEMA, Dropped, Reader
@@ -48,16 +51,21 @@ class PairSet:
     def pairs(self) -> datasets.Dataset:
         return self.open()
 
+    def table(self, *columns: str) -> pa.Table:
+        """These columns of the pairs; all columns if none is named."""
+        chosen = self.pairs.select_columns(list(columns)) if columns else self.pairs
+        return chosen.with_format("arrow")[:]  # pyright: ignore
+
+    def select(self, indices: Sequence[int]) -> PairSet:
+        """The pairs at these places, in this order."""
+        content = hashlib.sha256(json.dumps([self.content, *indices]).encode()).hexdigest()
+        return replace(self, open=lambda: self.pairs.select(indices), count=len(indices), content=content)
+
     def without(self, pair_ids: Collection[str]) -> PairSet:
         """The other pairs."""
         gone = {*pair_ids}
-        left = [
-            i
-            for i, pair_id in enumerate(self.pairs.data.column("pair_id").to_pylist())
-            if pair_id not in gone
-        ]
-        content = hashlib.sha256(json.dumps([self.content, sorted(gone)]).encode()).hexdigest()
-        return replace(self, open=lambda: self.pairs.select(left), count=len(left), content=content)
+        ids = self.table("pair_id")["pair_id"].to_pylist()
+        return self.select([i for i, pair_id in enumerate(ids) if pair_id not in gone])
 
 
 def load_pairs(path: str, **options: Any) -> datasets.Dataset:
@@ -66,24 +74,133 @@ def load_pairs(path: str, **options: Any) -> datasets.Dataset:
 
 
 def load_data(data: DataConfig, cache_dir: str | None, held_out: bool = False) -> PairSet:
-    """The training pairs that a config names, or its held-out ones. See `load_pair_set`."""
-    path = data.eval_path if held_out else data.path
-    assert path is not None
-    source = load_pair_set(
-        path,
-        cache_dir,
-        split=data.eval_split if held_out else data.split,
-        columns=data.columns.given(),
-        limit=data.eval_limit if held_out else data.limit,
-        max_bad=data.max_bad,
-        chat=data.chat_template is not False,
-    )
+    """The training pairs that a config names, or its held-out ones. See `load_pair_set`.
+
+    Raises:
+        UserError: a source cannot be read or has bad rows; or no pair is left, or none has an answer.
+    """
+    title = data.title(held_out)
+    options = {"max_bad": data.max_bad, "chat": data.chat_template is not False}
+    columns = data.columns.given()
+    if held_out and data.eval_path is not None:
+        options |= {"split": data.eval_split, "columns": columns, "limit": data.eval_limit}
+        source = load_pair_set(data.eval_path, cache_dir, **options)
+    else:
+        if data.sources:
+            source = mixed(data.sources, cache_dir, **options)
+        else:
+            assert data.path is not None
+            options |= {"split": data.split, "columns": columns, "limit": data.limit}
+            source = load_pair_set(data.path, cache_dir, **options)
+        if data.eval_share is not None and data.eval_path is None:
+            source = split_off(source, data.eval_share, held_out)
+            if held_out and data.eval_limit is not None:
+                source = source.select(range(min(data.eval_limit, source.count)))
     if data.answers and not source.answers:
+        node = "data.sources.NAME" if data.sources else "data"
         raise UserError(
-            f"data.answers={data.answers}: no row of {path} has an answer; name its column "
-            "with data.columns.answer"
+            f"data.answers={data.answers}: no row of {title} has an answer; name its column with "
+            f"{node}.columns.answer"
         )
     return source
+
+
+def split_off(source: PairSet, share: float, held_out: bool) -> PairSet:
+    """The pairs of about this share of the prompts, if `held_out`, or all others.
+
+    A hash of the prompt decides, so no prompt is on both sides, whatever else the source holds.
+    """
+    prompts = (prompt for chunk in source.table("prompt")["prompt"].chunks for prompt in chunk.to_pylist())
+    is_held_out = [fraction_of(problem_of(prompt)) < share for prompt in prompts]
+    if len({*is_held_out}) < 2:
+        raise UserError(
+            f"data.eval_share={share:g} of the prompts of {source.count} pairs holds out "
+            f"{'all' if is_held_out[0] else 'none'} of them: choose another share, or give held-out pairs "
+            "with data.eval_path=FILE"
+        )
+    part = source.select([i for i, held in enumerate(is_held_out) if held == held_out])
+    if held_out:
+        return replace(part, dropped=[], notes=[])  # those of the training pairs
+    away = f"{source.count - part.count} pairs are held out, by data.eval_share={share:g}"
+    return replace(part, notes=[*source.notes, away])
+
+
+def problem_of(prompt: str) -> bytes:
+    """What makes two prompts ask the same: the last message of the user, without case and white space.
+
+    `prompt` is a value of the column. Neither a system text nor a started answer counts.
+    """
+    turns = turns_of(prompt)
+    if not isinstance(turns, str):
+        said = [turn.get("content") or "" for turn in turns if turn["role"] == "user"]
+        turns = said[-1] if said else prompt
+    return " ".join(turns.casefold().split()).encode("utf-8", "surrogatepass")
+
+
+def fraction_of(name: bytes) -> float:
+    """A number from 0 to 1 that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name).digest()[:6], "big") / 2**48
+
+
+def mixed(sources: Mapping[str, SourceConfig], cache_dir: str | None, **options: Any) -> PairSet:
+    """The pairs of several sources, one source after the other. Their ids become NAME/ID.
+
+    With weights, the set is the largest one that has the sources in these proportions and no pair twice. The
+    draw depends only on the sources, so it is the same in every run.
+    """
+    found = {name: load_source(name, source, cache_dir, options) for name, source in sources.items()}
+    parts = dict(found)
+    weights = {name: source.weight for name, source in sources.items() if source.weight is not None}
+    if weights:
+        unit = min(found[name].count / weight for name, weight in weights.items())
+        for name, weight in weights.items():
+            wanted = max(math.floor(unit * weight + 1e-9), 1)
+            order = np.random.default_rng(list(name.encode())).permutation(found[name].count)
+            parts[name] = found[name].select(sorted(order[:wanted].tolist()))
+
+    def union() -> datasets.Dataset:
+        return datasets.Dataset(pa.concat_tables([named(name, part) for name, part in parts.items()]))
+
+    ids = [[name, part.content] for name, part in parts.items()]
+    notes = [f"{name}: {note}" for name, part in found.items() for note in part.notes]
+    for name, part in parts.items():
+        if part.count < found[name].count:
+            notes.append(f"{name}: {part.count} of {found[name].count} pairs are drawn, by the weights")
+    return PairSet(
+        union,
+        sum(part.count for part in parts.values()),
+        sum(part.answers for part in parts.values()),
+        hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        [
+            row._replace(pair_id=f"{name}/{row.pair_id or row.row}")
+            for name, part in found.items()
+            for row in part.dropped
+        ],
+        notes,
+    )
+
+
+def load_source(name: str, source: SourceConfig, cache_dir: str | None, options: dict[str, Any]) -> PairSet:
+    """The pairs of one of several sources; an error names the source's own keys."""
+    own = {"split": source.split, "columns": source.columns.given(), "limit": source.limit}
+    try:
+        return load_pair_set(source.path, cache_dir, **options, **own)
+    except UserError as e:
+        key = f"data.sources.{name}"
+        text = re.sub(r"\bdata\.(columns|split|path)\b", rf"{key}.\1", str(e))
+        raise UserError(f"{key}: {text}") from e
+
+
+def named(name: str, part: PairSet) -> pa.Table:
+    """The pairs of a source; their ids begin with its name."""
+    table = part.table()
+    ids = [f"{name}/{pair_id}" for pair_id in table["pair_id"].to_pylist()]
+    return table.set_column(table.column_names.index("pair_id"), "pair_id", pa.array(ids, pa.string()))
+
+
+def source_of(pair_id: str) -> str:
+    """The name of the source of a pair of `mixed`."""
+    return pair_id.partition("/")[0]
 
 
 def load_pair_set(path: str, cache_dir: str | None, **options: Any) -> PairSet:

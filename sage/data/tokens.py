@@ -95,6 +95,10 @@ class TokenizedPairs:
         known &= {*filter(known.__contains__, other._keys())}
         return sum(key in known for key in self._keys())
 
+    def repeated(self) -> int:
+        """How many pairs have the very ids of an earlier one."""
+        return len(self) - len({*self._keys()})
+
     def keys(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n, 3]: a hash of the ids of prompt, chosen and rejected, the same in every process."""
         found = np.empty((len(indices), len(IDS)), dtype=np.int64)

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from sage.data.pairs import load_pair_set
+from sage.config import read_frozen
+from sage.data.pairs import load_data
 from sage.reporting.runs import Run
 from sage.util.errors import UserError
 
@@ -125,26 +128,13 @@ def often(run: Run) -> tuple[list[Often], list[Often], dict[str, int]]:
 
 def texts_of(run: Run, pair_ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
     """Prompt, chosen and rejected of these pairs, from the run's own data; empty where it is gone."""
-    path = run.config.get("data.path")
-    if not path:
-        return {}
     wanted = set(pair_ids)
-    columns = {
-        key.removeprefix("data.columns."): value
-        for key, value in run.config.items()
-        if key.startswith("data.columns.") and value is not None
-    }
     try:
-        data = load_pair_set(
-            path,
-            run.config.get("cache_dir"),
-            split=run.config.get("data.split", "train"),
-            columns=columns,
-            limit=run.config.get("data.limit"),
-            max_bad=run.config.get("data.max_bad", 0.0),
-            chat=run.config.get("data.chat_template", True) is not False,
-        ).pairs
-    except (UserError, OSError):
+        cfg: Any = OmegaConf.to_object(read_frozen(run.path))
+        data = load_data(cfg.data, cfg.cache_dir).pairs if cfg.data.has_pairs else None
+    except (UserError, OmegaConfBaseException, OSError):
+        data = None
+    if data is None:
         return {}
     rows = [i for i, pair_id in enumerate(data["pair_id"]) if pair_id in wanted]
     texts = {}

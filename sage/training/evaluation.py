@@ -102,10 +102,13 @@ def check_select(cfg: TrainConfig, hooks: Iterable[type[Hook]]) -> str | None:
     if cfg.select is None:
         return None
     metric = Criterion.of(cfg.select).metric
-    names = [f"eval/{name}" for name in (*PER_PAIR, "pairs")] if cfg.data.eval_path else []
+    names = [f"eval/{name}" for name in (*PER_PAIR, "pairs")] if cfg.data.has_held_out else []
     names += [f"benchmark/{name}/{end}" for name in cfg.benchmark for end in ("accuracy", "low", "high")]
     if metric not in names and all(hook.evaluate is Hook.evaluate for hook in hooks):
-        remedy = "give held-out pairs with data.eval_path=FILE, or problems with +benchmark=NAME"
+        remedy = (
+            "give held-out pairs with data.eval_path=FILE or data.eval_share=0.05, or problems with "
+            "+benchmark=NAME"
+        )
         logged = f"they log {', '.join(names)}" if names else f"there are none: {remedy}"
         near = nearest(metric, names)
         raise UserError(f"select={cfg.select}: the evaluations of this run do not log it{near}; {logged}")

@@ -26,6 +26,7 @@ from sage.training.checkpoint import BEST_FOLDER, TrainState
 from sage.training.hooks import Hook
 from sage.training.metrics import peak_memory_gb
 from sage.training.selection import Choice, Selection
+from sage.training.sources import count_by_source
 from sage.training.tracking import METRICS_FILE, Tracker
 from sage.util import ranks, stopping
 from sage.util.files import write_json
@@ -172,6 +173,7 @@ class Run:
             "world_size": self.engine.world_size,
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "train_pairs": len(self.pairs),
+            **({"sources": count_by_source(self.pairs)} if self.cfg.data.sources else {}),
             "before": self.state.baseline,
             "after": after,
             "seconds": self.state.seconds,

@@ -39,6 +39,7 @@ from sage.training.references import other_references, own_references
 from sage.training.run import Run
 from sage.training.selection import Selection
 from sage.training.snr import SNR
+from sage.training.sources import Sources, by_source
 from sage.training.tracking import Tracker
 from sage.util import ranks
 from sage.util.errors import UserError
@@ -109,6 +110,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         built_in.append(HeldOut(data.held_out, *held_out_reference))
     if cfg.benchmark:
         built_in.append(Benchmarks())
+    if cfg.data.sources:
+        built_in.append(Sources(data.pairs))
     if cfg.tracking.snr_every:
         built_in.append(SNR(cfg.tracking.snr_every))
     run = Run(
@@ -143,11 +146,11 @@ class Data(NamedTuple):
 
 def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
     pairs = read_pairs(cfg, tokenizer, run_dir)
-    held_out = read_pairs(cfg, tokenizer, run_dir, held_out=True) if cfg.data.eval_path else None
+    held_out = read_pairs(cfg, tokenizer, run_dir, held_out=True) if cfg.data.has_held_out else None
     if held_out and not console.quiet and (common := held_out.also_in(pairs)):
         console.print(
-            f"warning: {common} of {len(held_out)} held-out pairs ({cfg.data.eval_path}) are training pairs "
-            "too: their loss does not show what the policy has learned in general",
+            f"warning: {common} of {len(held_out)} held-out pairs ({cfg.data.title(held_out=True)}) are "
+            "training pairs too: their loss does not show what the policy has learned in general",
             markup=False,
         )
     return Data(pairs, held_out, cfg.steps or math.ceil((cfg.epochs or 0) * len(pairs) / cfg.batch_size))
@@ -156,7 +159,7 @@ def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
 def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool = False) -> TokenizedPairs:
     """The config's pairs, or its held-out ones, tokenised; says how many there are, and what was dropped."""
     data = cfg.data
-    path = data.eval_path if held_out else data.path
+    title = data.title(held_out)
     source = ranks.machine_first(lambda: load_data(data, cfg.cache_dir, held_out))
     notes = list(source.notes)
     if data.answers:
@@ -164,10 +167,10 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
         with activity("verifying answers"):
             check = ranks.main_only(lambda: check_answers(source.pairs))
         notes.append(check.summary(drop))
-        list_rows(run_dir / "answers.jsonl", path, [found._asdict() for found in check.findings], held_out)
+        list_rows(run_dir / "answers.jsonl", title, [found._asdict() for found in check.findings], held_out)
         source = source.without({found.pair_id for found in check.findings}) if drop else source
         if not source.count:
-            raise UserError(f"{path}: data.answers=drop leaves no pair; data.answers=check lists them")
+            raise UserError(f"{title}: data.answers=drop leaves no pair; data.answers=check lists them")
     pairs = ranks.machine_first(
         lambda: tokenize_pairs(
             source,
@@ -179,7 +182,7 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
             max_bad=data.max_bad,
         )
     )
-    ranks.agreed(lambda: pairs.fingerprint, f"the tokenised pairs of {path}")
+    ranks.agreed(lambda: pairs.fingerprint, f"the tokenised pairs of {title}")
     dropped = [row._asdict() for row in source.dropped]
     dropped += [
         {"pair_id": pair_id, "reason": reason, "detail": pairs.details.get(pair_id)}
@@ -188,23 +191,24 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
     ]
     counts = dict(Counter(row["reason"] for row in dropped))
     notes.append(f"{len(pairs)} pairs" + (f", dropped: {counts}" if counts else ""))
+    notes += by_source(pairs, data, held_out)
     if source.dropped:
         notes.append(f"the first dropped row is {source.dropped[0].place}: {source.dropped[0].detail}")
     for note in [*pairs.notes, *notes]:
-        console.print(f"{path}: {note}", markup=False)
+        console.print(f"{title}: {note}", markup=False)
     if not held_out:
         ends = response_ends(tokenizer, ChatFormat.of(data))
         console.print(shown(pairs[0], tokenizer, ends, width=FIRST_PAIR_WIDTH), end="\n\n")
     if data.list_dropped:
-        list_rows(run_dir / "dropped.jsonl", path, dropped, held_out)
+        list_rows(run_dir / "dropped.jsonl", title, dropped, held_out)
     return pairs
 
 
-def list_rows(file: Path, path: str | None, rows: list[dict[str, Any]], held_out: bool) -> None:
+def list_rows(file: Path, title: str, rows: list[dict[str, Any]], held_out: bool) -> None:
     """List rows of the training pairs in a file of the run; those of the held-out pairs are added to it."""
     if not console.quiet and (rows or file.exists()):
         with file.open("a" if held_out else "w", encoding="utf-8") as out:
-            out.writelines(json.dumps({"path": path, **row}) + "\n" for row in rows)
+            out.writelines(json.dumps({"path": title, **row}) + "\n" for row in rows)
 
 
 def build_curriculum(cfg: TrainConfig, scorer: Scorer, data: Data) -> tuple[Scorer, Curriculum]:
