@@ -14,7 +14,7 @@ from sage import config
 from sage.answering.problems import COLUMNS
 from sage.commands.rounds_results import TIMES_FILE, folder_of
 from sage.config import ModelConfig, ProblemsConfig, RoundsConfig, RunConfig
-from sage.config.groups import ProblemColumns
+from sage.config.data import ProblemColumns
 from sage.util.files import write_text
 from sage.util.locks import alive
 from sage.util.progress import console
