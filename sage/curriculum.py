@@ -17,11 +17,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from sage.order import Shuffled, order_by_difficulty
+from sage.order import Shuffled, strata_by_difficulty
 from sage.scorers import MARGINS, PairStats, margin_of_kind
 from sage.util.errors import UserError
 from sage.util.progress import console
 
+MOST_STRATA = 1000  # a redraw looks at all pairs once for each
 # The policy's present statistics of these pairs. It costs a forward of each.
 StatsOf = Callable[[np.ndarray], PairStats]
 
@@ -101,6 +102,8 @@ class SageCurriculum(Curriculum):
         for name in ("every", "strata"):
             if not getattr(self, name) > 0:
                 raise UserError(f"curriculum.{name}={getattr(self, name)}: must be positive")
+        if self.strata > MOST_STRATA:
+            raise UserError(f"curriculum.strata={self.strata}: must be at most {MOST_STRATA}")
         if not 0 <= self.floor <= 1:
             raise UserError(f"curriculum.floor={self.floor}: must lie between 0 and 1")
         if self.margin not in MARGINS:
@@ -112,7 +115,7 @@ class SageCurriculum(Curriculum):
             console.print(f"{self.size} pairs are few: the curriculum splits them into {self.strata} strata")
         self.refreshed = -1  # the step of the latest refresh
         self.latest = np.full(self.size, np.nan)  # the margin when the pair was last seen
-        self.stratum = np.zeros(self.size, np.int64)  # 0 is the easiest
+        self.stratum = np.zeros(self.size, np.int16)  # 0 is the easiest
         self.competence = np.full(self.strata, np.nan)
         self.seen = np.zeros(self.strata)  # pairs seen since the refresh
         self.right = np.zeros(self.strata)  # those of them that were right; a tie is half right
@@ -135,20 +138,19 @@ class SageCurriculum(Curriculum):
         self.refreshed = step
         wrong = np.maximum(1 - self.competence, 1e-3)
         shares = self.floor / self.strata + (1 - self.floor) * wrong / wrong.sum()
-        self.quota = allot(shares, np.bincount(self.stratum, minlength=self.strata), self.pool_size)
+        sizes = np.bincount(self.stratum, minlength=self.strata)
+        self.quota = allot(shares, sizes, self.pool_size)
         rng = np.random.default_rng((self.seed, 4, step))
-        self.members = np.concatenate(
-            [
-                rng.choice(np.flatnonzero(self.stratum == k), quota, replace=False)
-                for k, quota in enumerate(self.quota)
-            ]
-        )
+        strata = np.split(np.argsort(self.stratum, kind="stable"), np.cumsum(sizes)[:-1])
+        chosen = [rng.choice(s, quota, replace=False) for s, quota in zip(strata, self.quota, strict=True)]
+        self.members = np.concatenate(chosen)
         self.order = Shuffled(len(self.members), self.seed + step)
 
     def cut(self) -> None:
         """Split the pairs into strata by their latest margins. Those without a finite one count as easy."""
-        ranks = order_by_difficulty(-np.nan_to_num(self.latest, nan=np.inf), self.seed)
-        self.stratum = ranks * self.strata // self.size
+        difficulty = -self.latest
+        difficulty[np.isnan(difficulty)] = -np.inf
+        self.stratum = strata_by_difficulty(difficulty, self.strata, self.seed)
 
     def count(self, indices: np.ndarray, margins: np.ndarray) -> None:
         finite = np.isfinite(margins)
@@ -181,7 +183,7 @@ class SageCurriculum(Curriculum):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.STATE:
-            setattr(self, name, state[name].numpy().copy())
+            setattr(self, name, state[name].numpy().astype(getattr(self, name).dtype))
         self.refreshed = state["refreshed"]
         self.order = Shuffled(len(self.members), self.seed + self.refreshed)
         super().load_state_dict(state)

@@ -81,10 +81,17 @@ class StaticFilter(ByDifficulty):
                 f"{self.size} pairs, and {setting.candidates} candidates are drawn at a time: keep more"
             )
         self.start, self.order = start, Shuffled(end - start, self.seed)
+        self.by_rank: np.ndarray | None = None
 
     def draw(self, n: int) -> np.ndarray:
         assert self.ranks is not None
-        return np.argsort(self.ranks)[self.start + self.order.draw(n)]
+        if self.by_rank is None:
+            self.by_rank = np.argsort(self.ranks)
+        return self.by_rank[self.start + self.order.draw(n)]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.by_rank = None
 
 
 @dataclass

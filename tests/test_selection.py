@@ -11,6 +11,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import get_class
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sage.baseline_scorers import (
     BetaDPO,
@@ -26,6 +28,7 @@ from sage.config.frozen import up_to_date
 from sage.curriculum import Curriculum, SageCurriculum, Setting, allot
 from sage.losses import DPO
 from sage.model.logps import LogitStats, PairLogps
+from sage.order import Shuffled, order_by_difficulty, strata_by_difficulty
 from sage.scorers import PairStats, Sage, SageLogit, curvature, select, signal
 from sage.static_curricula import EasyToHard, StaticFilter
 from sage.training.metrics import PER_PAIR
@@ -306,6 +309,28 @@ def test_a_pair_that_slips_is_drawn_more_often():
     assert np.isin(curriculum.members, easy).sum() > 20
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from([-math.inf, -1.0, 0.0, 0.5, math.nan]) | st.floats(-2, 2), min_size=1),
+    st.integers(1, 9),
+    st.integers(0, 3),
+)
+def test_strata_are_cut_from_the_order_by_difficulty(difficulty, strata, seed):
+    """Protects the choices of earlier runs, and equal difficulties on both sides of a cut."""
+    difficulty = np.array(difficulty)
+    expected = order_by_difficulty(difficulty, seed) * strata // len(difficulty)
+    assert strata_by_difficulty(difficulty, strata, seed).tolist() == expected.tolist()
+
+
+def test_passes_are_the_same_in_any_slices():
+    """Protects resume: the permutation that is kept between draws is the one of the position."""
+    whole, resumed = Shuffled(7, 3), Shuffled(7, 3)
+    drawn = np.concatenate([whole.draw(n) for n in (3, 5, 9, 1, 10)])
+    resumed.position = 8
+    assert resumed.draw(20).tolist() == drawn[8:].tolist()
+    assert all(sorted(drawn[i : i + 7]) == list(range(7)) for i in (0, 7, 14, 21))
+
+
 def test_implicit_rewards_tie_at_first():
     """Before the first step all implicit rewards are 0: every stratum is half right, and the pool is even."""
     curriculum = sage_curriculum(margin="implicit_reward")
@@ -387,6 +412,7 @@ def setting_of(scorer, n: int) -> Setting:
         (lambda: EasyToHard(setting(), start=0.0), "start=0.0"),
         (lambda: sage_curriculum(floor=-0.5), "curriculum.floor=-0.5"),
         (lambda: sage_curriculum(strata=0), "curriculum.strata=0"),
+        (lambda: sage_curriculum(strata=1001), "curriculum.strata=1001"),
         (lambda: sage_curriculum(every=0), "curriculum.every=0"),
         (lambda: sage_curriculum(margin="rewards"), "curriculum.margin=rewards"),
     ],

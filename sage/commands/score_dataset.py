@@ -32,7 +32,7 @@ from sage.model.engine import Frozen, init_distributed
 from sage.model.forward import PairForward
 from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, logit_of, logps_of
 from sage.model.selfcheck import settle
-from sage.order import difficulty_of, order_by_difficulty
+from sage.order import difficulty_of, strata_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
 from sage.training.base import check_policy, open_model, open_reference
 from sage.training.selection import read_margins
@@ -232,7 +232,7 @@ def derive(
     difficulty = difficulty_of("auto", pass_rates, lengths, mean_margin(stats.reference).numpy())
     assert difficulty is not None
     columns = {
-        "stratum": (order_by_difficulty(difficulty, seed) * strata // len(difficulty)).astype(np.int16),
+        "stratum": strata_by_difficulty(difficulty, strata, seed),
         "margin": u,
         "policy_mean": mean_margin(stats.policy),
         "signal": g,
