@@ -7,7 +7,7 @@ LOWEST := .venv-lowest/bin
 # Two processes share the test files. A file stays in one process, because its runs are shared by its tests.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test quick peer lowest gpu torture lint docs clean
+.PHONY: help demo test suite quick peer lowest gpu torture lint style types docs clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -15,7 +15,10 @@ help: ## this list
 demo: .venv/stamp-demo ## a small model unlearns its mistakes, by SAGE and by plain DPO, on a CPU
 	SAGE=$(BIN)/sage scripts/demo.sh runs/demo/$$(date +%Y-%m-%d_%H-%M-%S)
 
-test: lint ## lint, types and all tests but the comparison with TRL
+test: style ## lint, types and all tests but the comparison with TRL
+	$(MAKE) --jobs 2 types suite
+
+suite: .venv/stamp-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m 'not peer'
 
 quick: .venv/stamp-dev ## the tests that take seconds
@@ -33,9 +36,13 @@ gpu: .venv/stamp-dev ## the first numbers of a GPU: doctor, kernels, a DPO step;
 torture: .venv/stamp-dev ## hours of kills and damage, for nights; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py runs/torture
 
-lint: .venv/stamp-dev ## ruff and pyright
+lint: style types ## ruff and pyright
+
+style: .venv/stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/stamp-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: .venv/stamp-dev ## docs/config.md, from the schema and conf/

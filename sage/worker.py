@@ -5,6 +5,7 @@ RUN_DIR/config.yaml names the command. A rank reads nothing but this folder.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -67,6 +68,7 @@ def main() -> None:
     stopping.install(run_dir, rank)
     try:
         held = hold(run_dir, rank)
+        gc.disable()  # imports make half a million objects that stay: looking for garbage takes a second
         from hydra.utils import get_method
         from transformers.utils import logging
 
@@ -79,6 +81,8 @@ def main() -> None:
         check_world(run_dir, cfg.world_size)
         with activity("loading PyTorch and DeepSpeed"):
             job = get_method(JOBS[cfg.command])
+        gc.freeze()
+        gc.enable()
         job(run_dir)
         held.release()
         if stopping.asked():  # too late to stop anything

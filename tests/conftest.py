@@ -27,6 +27,12 @@ CHATML = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: a long file that came last would run while other processes idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def make_tokenizer():
     """A byte-level BPE of 320 tokens with a ChatML template. Its pad token is the end token, as is common."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

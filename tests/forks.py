@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import random
 import signal
 import socket
 import sys
@@ -32,22 +31,14 @@ from sage.util import processes, ranks, stopping
 
 T = TypeVar("T")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_SILENT": "true"}
-# What runs import, and what DeepSpeed and transformers import when they are first used.
-IMPORTED = [
-    *(job.rpartition(".")[0] for job in worker.JOBS.values()),
-    "sage.cli",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "peft",
-    "transformers.models.llama.modeling_llama",
-]
 
 
 @cache
 def server() -> forkserver.ForkServer:
     """Starts processes as forks of one that has imported all that runs need, and has done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):
+    context.set_forkserver_preload(["imported"])
+    with mock.patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": os.path.dirname(__file__)}, clear=True):
         forkserver.ensure_running()
     return context
 
@@ -92,12 +83,50 @@ def on_ranks(world_size: int, job: Callable[..., T], *arguments: object, seconds
 def be_rank(file: Path, place: dict[str, object], job: Callable[..., object], arguments: tuple) -> None:
     """Do a job as a rank. What it returns and says is in files."""
     gc.freeze()  # what the server imported never becomes garbage
-    output = os.open(file.with_suffix(".txt"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    write_to(file.with_suffix(".txt"))
     os.environ.update({name: str(value) for name, value in place.items()})
     file.write_bytes(pickle.dumps(job(*arguments)))
     ranks.leave()
+
+
+class Started:
+    """A job in a fork of the server, in a session and with an environment of its own."""
+
+    def __init__(self, job: Callable[..., object], *arguments: object, env: Mapping[str, str] = ENVIRONMENT):
+        self.folder = tempfile.TemporaryDirectory()
+        self.file = Path(self.folder.name, "output")
+        self.process = server().Process(target=be_started, args=(self.file, dict(env), job, arguments))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def end(self, seconds: float = 300.0) -> tuple[int, str]:
+        """Its exit status, and what it has written to standard output and standard error."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "it still runs"
+        said = self.file.read_text()
+        self.folder.cleanup()
+        return self.process.exitcode, said
+
+
+def be_started(
+    file: Path, env: Mapping[str, str], job: Callable[..., object], arguments: tuple[object, ...]
+) -> None:
+    os.setsid()
+    gc.freeze()
+    write_to(file)
+    os.environ.clear()
+    os.environ.update(env)
+    for signum in stopping.SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
+    job(*arguments)
+
+
+def command(*words: str, env: Mapping[str, str] = ENVIRONMENT, ranks: int = 2) -> Started:
+    """A `sage` command line. Its ranks are forks, too: at most so many in all."""
+    return Started(be_command, words, ranks, env=env)
 
 
 class Forked:
@@ -160,69 +189,49 @@ class Forked:
         return status
 
 
-def kill_often(
-    job: Callable[[Path], object],
-    new_run: Callable[[str], Path],
-    kills: int,
-    share: tuple[float, float],
-) -> tuple[Path, list[Path]]:
-    """Do `job` once undisturbed, and then in runs that are killed and started again, `kills` times in all.
-
-    Args:
-        new_run: makes the folder of a run by its name.
-        share: a kill comes after between these shares of the undisturbed run's time.
-
-    Returns:
-        The folder of the undisturbed run, and those of the others.
-    """
-    began = time.monotonic()
-    whole = new_run("whole")
-    assert Forked(partial(job, whole)).wait() == 0
-    seconds, rng, done, runs = time.monotonic() - began, random.Random(0), 0, []
-    while done < kills:
-        runs.append(new_run(f"killed_{len(runs)}"))
-        status = None
-        while status != 0:
-            process = Forked(partial(job, runs[-1]))
-            if done < kills:
-                time.sleep(rng.uniform(*share) * seconds)
-                os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-            assert status in (0, -signal.SIGKILL)
-            done += status == -signal.SIGKILL
-    return whole, runs
-
-
 class ForkedCommand(Forked):
-    """A `sage` command line in a forked process that works in `place`. Its ranks are forked, too.
-
-    The ranks wait in forks made before the command begins: it soon has threads, of the store that ranks meet
-    at.
-    """
+    """A `sage` command line in a forked process that works in `place`. Its ranks are forked, too."""
 
     def __init__(self, words: Sequence[str], env: Mapping[str, str], place: Path, output: Path, ranks: int):
-        self.words, self.place, self.output, self.ranks = words, place, output, ranks
-        super().__init__(self.command, env)
+        super().__init__(partial(self.command, words, place, output, ranks), env)
 
-    def command(self) -> None:
-        os.chdir(self.place)
-        output = os.open(self.output, os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_WRONLY, 0o600)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        with stopping.blocked():
-            waiting = [WaitingRank() for _ in range(self.ranks)]
+    @staticmethod
+    def command(words: Sequence[str], place: Path, output: Path, ranks: int) -> None:
+        os.chdir(place)
+        write_to(output)
+        be_command(words, ranks)
 
-        def start(
-            command: list[str], env: Mapping[str, str], start_new_session: bool, pass_fds: Sequence[int]
-        ):
-            assert start_new_session
-            rank = waiting.pop(0)
-            rank.begin(command, env, pass_fds)
-            return rank
 
-        processes.subprocess = type("Module", (), {"Popen": start})  # pyright: ignore
-        sys.argv = ["sage", *self.words]
-        cli.main()
+def write_to(file: Path) -> None:
+    """Standard output and standard error go to this file from here on."""
+    output = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_WRONLY, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+def be_worker(run_dir: Path) -> None:
+    """Do what a rank of one does."""
+    sys.argv = ["sage.worker", str(run_dir)]
+    worker.main()
+
+
+def be_command(words: Sequence[str], ranks: int) -> None:
+    """Do what a `sage` command line does.
+
+    Its ranks wait in forks made before it begins: it soon has threads, of the store that ranks meet at.
+    """
+    with stopping.blocked():
+        waiting = [WaitingRank() for _ in range(ranks)]
+
+    def start(command: list[str], env: Mapping[str, str], start_new_session: bool, pass_fds: Sequence[int]):
+        assert start_new_session
+        rank = waiting.pop(0)
+        rank.begin(command, env, pass_fds)
+        return rank
+
+    processes.subprocess = type("Module", (), {"Popen": start})  # pyright: ignore
+    sys.argv = ["sage", *words]
+    cli.main()
 
 
 class WaitingRank(Forked):

@@ -11,17 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_pairs, write_jsonl
-from forks import kill_often
-from hydra.utils import get_method
 from many_runs import ERROR_FILE, column, execute, freeze, interrupted, weights
-from whole_runs import files
+from whole_runs import files, kill_often
 
 from sage.config import load
 from sage.training.best import Criterion
 from sage.training.evaluation import check_select
 from sage.training.hooks import Hook
 from sage.util.errors import UserError
-from sage.worker import JOBS
 
 STEPS = 6
 
@@ -221,8 +218,7 @@ def test_resume_has_the_best_of_its_checkpoint(runs, tmp_path):
 def test_kills_while_the_best_is_written(common, tmp_path):
     """Five kills of a run that improves in every step, and so is nearly always writing best/."""
     given = [*common, *scripted(*range(STEPS + 1)), "select=extra/score", "save_every=2"]
-    job = get_method(JOBS["train"])  # imported before the fork
-    whole, killed = kill_often(job, lambda name: freeze(tmp_path / name, *given), 5, (0.5, 1.0))
+    whole, killed = kill_often("train", given, tmp_path, 5, (0.5, 1.0))
     expected = files(whole)
     for after in map(files, killed):
         for name in ("best/model.safetensors", "best/config.json", "final/model.safetensors"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from whole_runs import SAGE, files, kill_after, sage
+from whole_runs import files, kill_after, sage
 
 from sage import config, launch
 from sage.answering.attempts import Attempt, read_attempts, write_lines
@@ -248,7 +248,7 @@ def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path,
     whole, run_dir = files(tmp_path / "whole"), tmp_path / "killed"
     assert set(whole) == {"generations.jsonl", "pairs.jsonl", "manifest.json"}
 
-    kill_after(run_dir, [SAGE, "build-pairs", *words, f"hydra.run.dir={run_dir}"], 1)
+    kill_after(run_dir, ["build-pairs", *words, f"hydra.run.dir={run_dir}"], 1)
     made = list(run_dir.glob("progress/chunk_*.jsonl"))
     assert 0 < len(made) < 6 and not (run_dir / "manifest.json").exists()
     text = made[0].read_text()
@@ -279,7 +279,7 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
     with pytest.raises(UserError, match=r"data.build=never.*sage build-pairs"):
         launch.built_pairs(dataclasses.replace(plan, data=dataclasses.replace(plan.data, build="never")))
     train = ["train", *words, *training, f"hydra.run.dir={tmp_path / 'a'}"]
-    err = kill_after(tmp_path / "cache" / "built", [SAGE, *train, "world_size=2"], 1, signal.SIGTERM)
+    err = kill_after(tmp_path / "cache" / "built", [*train, "world_size=2"], 1, signal.SIGTERM)
     assert "SIGTERM ended the run: run the same command again" in err and "sage resume" not in err
     assert list((tmp_path / "cache" / "built").glob("*/progress/chunk_*.jsonl"))
     out = sage(*train)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from conftest import make_pairs, write_jsonl
 from filelock import FileLock
+from forks import ENVIRONMENT, command
 from many_runs import (
-    ENVIRONMENT,
     ERROR_FILE,
     column,
     execute,
@@ -219,30 +219,11 @@ def test_an_adapters_checkpoint_leaves_its_frozen_base_out(one):
         assert not state.get("frozen_param_fragments"), name
 
 
-def sage(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "sage", *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_kill_and_resume(two, common, tmp_path):
     """The real thing: `sage train` on two ranks under ZeRO-2, kill -9 of all its processes, `sage resume`."""
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "sage",
-        "train",
-        *common,
-        "world_size=2",
-        "engine=zero2",
-        f"hydra.run.dir={run}",
-    ]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "sage", "train", *common, "world_size=2", "engine=zero2"]
+    process = subprocess.Popen([*words, f"hydra.run.dir={run}"], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     while not (run / "checkpoints" / "step_4").exists():
         assert process.poll() is None
         time.sleep(0.002)
@@ -254,22 +235,22 @@ def test_kill_and_resume(two, common, tmp_path):
         member.kill()
     process.wait()
     assert not (run / "summary.json").exists()
-    done = sage("resume", str(run))
-    assert done.returncode == 0, done.stderr
+    status, said = command("resume", str(run)).end()
+    assert status == 0, said
     assert column(run, "step") == list(range(1, 9))
     assert column(run, "loss") == column(two / "whole" / "zero2", "loss")
     ours, theirs = weights(run / "final"), weights(two / "whole" / "zero2" / "final")
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    again = sage("resume", str(run))
-    assert again.returncode == 2 and "finished" in again.stderr
+    status, said = command("resume", str(run)).end()
+    assert status == 2 and "finished" in said
 
 
 def test_a_rank_that_still_runs_is_not_joined(common, tmp_path):
     """Protects a run from two writers: kill -9 of the launcher alone leaves its ranks running."""
     run = freeze(tmp_path / "run", *common)
     with FileLock(run / ".rank0.lock"):
-        done = sage("resume", str(run))
-    assert done.returncode == 2 and "rank 0" in done.stderr and "still runs" in done.stderr
+        status, said = command("resume", str(run)).end()
+    assert status == 2 and "rank 0" in said and "still runs" in said
     assert not (run / "metrics.jsonl").exists()
 
 

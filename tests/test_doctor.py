@@ -3,52 +3,62 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
+import time
 
 import pytest
-from forks import ENVIRONMENT
+from forks import Started
 
 from sage.commands import doctor
 from sage.commands.doctor import FAILED, NOTE, OK, Row
-from sage.util import processes
 
-BROKEN = """
-import os, sys, time
-from sage.commands import doctor_checks
-
-doctor_checks.LIMIT = 2.0
-doctor_checks.init_distributed = lambda: "cpu"
 
 def wrong(folder, device):
+    from sage.commands import doctor_checks
+
     raise doctor_checks.Wrong("3 is not 4")
 
-doctor_checks.CHECKS = {
+
+BROKEN = {
     "device": lambda folder, device: "fine",
     "exchange": lambda folder, device: time.sleep(60),
     "head": lambda folder, device: os.abort(),
     "attention": wrong,
     "zero0": lambda folder, device: "still fine",
 }
-doctor_checks.main()
-"""
+
+
+def try_out(*words: str) -> None:
+    """What a rank of `sage doctor` does."""
+    from sage.commands import doctor_checks
+
+    sys.argv = ["doctor_checks", *words]
+    doctor_checks.main()
+
+
+def try_out_broken(*words: str) -> None:
+    from sage.commands import doctor_checks
+
+    doctor_checks.LIMIT = 2.0
+    doctor_checks.init_distributed = lambda: "cpu"  # pyright: ignore
+    doctor_checks.CHECKS = BROKEN
+    try_out(*words)
+
+
+def run_broken(world: int, command: list[str], *_: object) -> int:
+    status = Started(try_out_broken, *command[2:]).end()[0]
+    return status if status >= 0 else 128 - status
 
 
 @pytest.mark.slow
 def test_a_check_that_hangs_crashes_or_fails_is_a_row_and_the_others_still_run(tmp_path, monkeypatch):
     """Protects the table from the very faults that it is to show: a hanging NCCL, a kernel that crashes."""
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN)
-    names = ("device", "exchange", "head", "attention", "zero0")
-    monkeypatch.setattr(doctor, "CHECKS", {name: (name, "advice") for name in names})
-    monkeypatch.setattr(
-        doctor,
-        "run_ranks",
-        lambda world, command, *rest: processes.run_ranks(world, [str(script), *command[2:]], *rest),
-    )
+    monkeypatch.setattr(doctor, "CHECKS", {name: (name, "advice") for name in BROKEN})
+    monkeypatch.setattr(doctor, "run_ranks", run_broken)
     doctor.run_checks(tmp_path, 1)
-    rows = {name: doctor.row_of(name, tmp_path, 1) for name in names}
-    assert [rows[name].state for name in names] == [OK, FAILED, FAILED, FAILED, OK]
+    rows = {name: doctor.row_of(name, tmp_path, 1) for name in BROKEN}
+    assert [row.state for row in rows.values()] == [OK, FAILED, FAILED, FAILED, OK]
     assert rows["attention"].detail == "rank 0: 3 is not 4" and rows["attention"].advice == "advice"
     assert (
         "sleep" in (tmp_path / "rank_0.log").read_text() or "Timeout" in (tmp_path / "rank_0.log").read_text()
@@ -58,10 +68,9 @@ def test_a_check_that_hangs_crashes_or_fails_is_a_row_and_the_others_still_run(t
 @pytest.mark.slow
 def test_everything_works_on_the_cpu(tmp_path):
     """The checks themselves, by one rank: they pass where sage works, so a failure means something."""
-    command = [sys.executable, "-m", "sage.commands.doctor_checks", str(tmp_path), *doctor.CHECKS]
-    done = subprocess.run(command, env=ENVIRONMENT, timeout=300)
+    status, said = Started(try_out, str(tmp_path), *doctor.CHECKS).end()
     rows = [doctor.row_of(name, tmp_path, 1) for name in doctor.CHECKS]
-    assert done.returncode == 0 and {row.state for row in rows} == {OK}, rows
+    assert status == 0 and {row.state for row in rows} == {OK}, (rows, said)
 
 
 def test_the_exit_status_and_the_json_name_what_failed(sage, monkeypatch, tmp_path):

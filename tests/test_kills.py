@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
-from forks import ENVIRONMENT, kill_often
-from hydra import compose, initialize_config_module
-from hydra.utils import get_method
+from forks import Forked, Started, be_command
 from many_runs import column, execute, freeze
-from whole_runs import SAGE, files, left_over
+from whole_runs import SAGE, files, kill_often, present
 
-from sage import config
-from sage.worker import JOBS
-
+NEW_USER, NEW_MOUNTS = 0x10000000, 0x20000  # CLONE_NEWUSER and CLONE_NEWNS of Linux
 WORDS = {
     "build-pairs": [
         "data=gsm8k",
@@ -42,34 +42,24 @@ def test_ten_kills(command, tiny_model, problem_file, tmp_path):
         "model.dtype=float32",
         "generation.batch_size=2",
         "generation.chunk=2",
-        "sampling.max_new_tokens=40",
+        "sampling.max_new_tokens=12",
         f"cache_dir={tmp_path}",
         *(w.format(problems=problem_file) for w in WORDS[command]),
     ]
-    with initialize_config_module("sage.conf", version_base="1.3"):
-        cfg = config.load(compose(command.replace("-", "_"), overrides))
-
-    def new_run(name: str) -> Path:
-        config.freeze(cfg, tmp_path / name)
-        return tmp_path / name
-
-    whole, killed = kill_often(get_method(JOBS[command]), new_run, 10, (0.1, 0.8))
+    whole, killed = kill_often(command, overrides, tmp_path, 10, (0.1, 0.8))
     for run_dir in killed:
         assert files(run_dir) == files(whole)
 
 
 class Training:
-    """`sage train` or `sage resume` in processes of its own, which a variable marks."""
+    """`sage train` or `sage resume`, whose processes work in a folder of their own. If not `real`, they are
+    forks.
+    """
 
-    def __init__(self, run_dir: Path, *words: str):
-        self.run_dir, self.mark = run_dir, str(run_dir)
-        self.process = subprocess.Popen(
-            [SAGE, *words],
-            env={**ENVIRONMENT, "SAGE_TEST": self.mark},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def __init__(self, run_dir: Path, *words: str, real: bool = False):
+        self.run_dir, self.place = run_dir, run_dir.with_name("place")
+        self.place.mkdir(exist_ok=True)
+        self.process = Started(be_real if real else be_forked, self.place, words)
 
     def steps(self) -> int:
         log = self.run_dir / "metrics.jsonl"
@@ -84,20 +74,30 @@ class Training:
     def signal_when(self, signum: int, true: Callable[[], bool]) -> list[str]:
         """Send the signal once it is time, and return the lines that name `sage resume`."""
         while not true():
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.poll() is None, self.process.end()
             time.sleep(0.01)
-        self.process.send_signal(signum)
+        os.kill(self.process.pid, signum)
         status, output = self.end()
         assert status == 128 + signum and "Traceback" not in output, output
         return [line for line in output.splitlines() if "sage resume" in line]
 
     def end(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=300)
+        status, output = self.process.end()
         deadline = time.monotonic() + 60.0
-        while left_over(f"SAGE_TEST={self.mark}"):  # the kernel takes a moment
+        while present(self.place):  # the kernel takes a moment
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        return self.process.returncode, output
+        return status, output
+
+
+def be_real(place: Path, words: Sequence[str]) -> None:
+    os.chdir(place)
+    os.execv(SAGE, [SAGE, *words])
+
+
+def be_forked(place: Path, words: Sequence[str]) -> None:
+    os.chdir(place)
+    be_command(words, ranks=2)
 
 
 def training(ranks: int, model: Path, pairs: Path, cache: Path) -> list[str]:
@@ -139,7 +139,7 @@ def test_sigterm_with_two_ranks_loses_no_step(tiny_model, pair_file, tmp_path):
 def test_ctrl_c_before_the_first_step_and_in_the_middle_loses_no_step(tiny_model, pair_file, tmp_path):
     words = training(1, tiny_model, pair_file, tmp_path)
     whole, stopped = freeze(tmp_path / "whole", *words), tmp_path / "stopped"
-    run = Training(stopped, "train", *words, f"hydra.run.dir={stopped}")
+    run = Training(stopped, "train", *words, f"hydra.run.dir={stopped}", real=True)
     said = run.signal_when(signal.SIGINT, run.has_ranks)
     assert said == [f"SIGINT ended the run: go on with `sage resume {stopped}`"]
     assert not (stopped / "checkpoints").exists()
@@ -149,25 +149,44 @@ def test_ctrl_c_before_the_first_step_and_in_the_middle_loses_no_step(tiny_model
     check_equal(stopped, whole)
 
 
+def be_torture(folder: Path) -> None:
+    import torture
+
+    sys.argv = ["torture.py", str(folder), "--short"]
+    torture.main()
+
+
 @pytest.mark.slow
 def test_a_short_torture(tmp_path):
     """Ten trials of `make torture`, over the commands and what disturbs them."""
-    command = [sys.executable, str(Path(__file__).with_name("torture.py")), str(tmp_path), "--short"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    status, said = Started(be_torture, tmp_path).end(seconds=900.0)
     trials = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     lost = [trial for trial in trials if trial["lost"]]
     assert not lost, "\n".join(str(part) for trial in lost for part in (trial, *trial["said"]))
-    assert done.returncode == 0 and len(trials) == 10, done.stdout + done.stderr
+    assert status == 0 and len(trials) == 10, said
     assert sum(trial["times"] for trial in trials) >= 5  # a run that was quick may have ended before
 
 
-FULL = """
-mount -t tmpfs -o size={size} tmpfs {disk} || exit 77
-{sage} {command} hydra.run.dir={disk}/run
-echo status $?
-mount -o remount,size=64m {disk}
-{sage} resume {disk}/run && cp -r {disk}/run {out}
-"""
+NO_DISK = 77  # exit status
+
+
+def fill_a_disk(folder: Path, size: str, words: list[str]) -> None:
+    """Run a command on a file system that is too small, and resume it on a larger one, which no other process
+    sees. A copy of the run stays.
+    """
+    disk, user, group = folder / "disk", os.getuid(), os.getgid()
+    disk.mkdir()
+    if ctypes.CDLL(None).unshare(NEW_USER | NEW_MOUNTS):
+        sys.exit(NO_DISK)
+    for name, value in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", name).write_text(value)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]).returncode:
+        sys.exit(NO_DISK)
+    run_dir = disk / "run"
+    print("status", Forked(partial(be_command, [*words, f"hydra.run.dir={run_dir}"], 1)).wait(), flush=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+    assert Forked(partial(be_command, ["resume", str(run_dir)], 1)).wait() == 0
+    shutil.copytree(run_dir, folder / "run")
 
 
 @pytest.mark.slow
@@ -183,23 +202,13 @@ def test_a_full_disk_loses_nothing(command, size, tiny_model, problem_file, pair
     else:
         words += ["generation.batch_size=2", "generation.chunk=2", "sampling.max_new_tokens=40"]
         words += [word.format(problems=problem_file) for word in WORDS[command]]
-    (tmp_path / "disk").mkdir()
-    script = FULL.format(
-        size=size,
-        disk=tmp_path / "disk",
-        out=tmp_path / "run",
-        sage=SAGE,
-        command=" ".join([command, *words]),
-    )
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    if done.returncode in (1, 77) and "status" not in done.stdout:
-        pytest.skip(f"no file system of our own can be mounted here: {done.stderr.strip()}")
-    assert done.returncode == 0 and "status 2" in done.stdout, done.stdout + done.stderr
-    (message,) = [line for line in done.stderr.splitlines() if "error" in line]
-    assert "is full" in message and "sage resume" in message and "Traceback" not in done.stderr
-    get_method(JOBS[command])(freeze(tmp_path / "whole", *words, command=command))
+    status, said = Started(fill_a_disk, tmp_path, size, [command, *words]).end()
+    if status == NO_DISK:
+        pytest.skip(f"no file system of our own can be mounted here: {said.strip()}")
+    assert status == 0 and "status 2" in said, said
+    (message,) = [line for line in said.splitlines() if "error" in line]
+    assert "is full" in message and "sage resume" in message and "Traceback" not in said
+    execute(1, [freeze(tmp_path / "whole", *words, command=command)])
     whole, resumed = (files(tmp_path / name) for name in ("whole", "run"))
     if command == "train":
         assert resumed["final/model.safetensors"] == whole["final/model.safetensors"]

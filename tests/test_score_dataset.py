@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_pairs, refused, write_jsonl
-from forks import ENVIRONMENT
+from forks import Started, be_worker
 from many_runs import ERROR_FILE, column, execute, freeze, largest_difference, metrics
 
 from sage.data.chat import ChatFormat
@@ -218,12 +216,12 @@ def files(run: Path) -> dict[str, bytes]:
 def test_a_killed_run_goes_on_and_leaves_the_same_files(runs, common, tmp_path):
     """Protects whole shards: a resume keeps what a kill -9 left, and ends with equal files, byte for byte."""
     run = freeze(tmp_path / "run", *common, *IN_SINGLES, command="score-dataset")
-    worker = subprocess.Popen([sys.executable, "-m", "sage.worker", str(run)], env=ENVIRONMENT)
+    worker = Started(be_worker, run)
     deadline = time.monotonic() + 120
     while not (run / "forward" / "00004.parquet").exists() and time.monotonic() < deadline:
         time.sleep(0.001)
     os.kill(worker.pid, signal.SIGKILL)
-    worker.wait()
+    assert worker.end()[0] == -signal.SIGKILL
     left = sorted((run / "forward").glob("*.parquet"))
     assert 5 <= len(left) < 60 and not (run / "scores").exists()
     damaged = left[1]
@@ -231,15 +229,10 @@ def test_a_killed_run_goes_on_and_leaves_the_same_files(runs, common, tmp_path):
     content[len(content) // 3] ^= 1
     damaged.write_bytes(content)
 
-    resumed = subprocess.run(
-        [sys.executable, "-m", "sage.worker", str(run)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert f"{damaged} is damaged, so it is made again" in resumed.stdout
-    done = int(re.findall(r"pairs: (\d+)\n", resumed.stdout)[0])
+    status, said = Started(be_worker, run).end()
+    assert status == 0, said
+    assert f"{damaged} is damaged, so it is made again" in said
+    done = int(re.findall(r"pairs: (\d+)\n", said)[0])
     assert 61 - len(left) <= done <= 62 - len(left)  # the last file may have been without its checksum
     told = {"config.yaml", "summary.json"}  # they tell the time and the folder
     ours, theirs = files(run), files(runs / "undisturbed")

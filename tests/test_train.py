@@ -6,8 +6,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_pairs, write_jsonl
-from forks import ENVIRONMENT
+from forks import command
 from many_runs import ERROR_FILE, column, execute, freeze, largest_difference, metrics, weights
 
 from sage.config import OptimizerConfig
@@ -515,15 +513,10 @@ def test_nan_exits_2_with_one_message(common, tmp_path):
         "optimizer.warmup_ratio=0",
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "sage", "train", *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert sum(line.startswith("error:") and "not finite" in line for line in done.stderr.splitlines()) == 1
+    status, said = command("train", *arguments).end()
+    assert status == 2
+    assert "Traceback" not in said
+    assert sum(line.startswith("error:") and "not finite" in line for line in said.splitlines()) == 1
 
 
 @slow

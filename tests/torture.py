@@ -33,7 +33,7 @@ import psutil
 from forks import ENVIRONMENT, ForkedCommand
 from hydra.utils import get_method
 from many_runs import column
-from whole_runs import files
+from whole_runs import files, present
 
 from sage import worker
 
@@ -218,16 +218,6 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-
-
-def present(place: Path) -> list[int]:
-    """Live processes of a trial, by where they work, whatever their parent, group or session."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(place):
-                found.append(process.pid)
-    return found
 
 
 def handles_signals(pid: int) -> bool:
