@@ -177,7 +177,7 @@ def test_page_stands_alone_and_shows_the_extremes(made):
 
 
 def test_groups_are_named_by_what_differs(sweep):
-    runs, _ = find([str(sweep)])
+    runs, *_ = find([str(sweep)])
     labels = [g.label for g in group(runs)]
     assert labels == ["scorer=Uniform", "scorer=Sage"]
     assert [sorted(r.seed for r in g.runs) for g in group(runs)] == [[0, 1, 2], [0, 1, 2]]
@@ -269,7 +269,7 @@ def test_a_curve_covers_only_what_all_seeds_cover(tmp_path, pairs):
     """Protects a mean from jumping where one seed's run ends."""
     write_run(tmp_path / "a", pairs, "seed=0", steps=20)
     write_run(tmp_path / "b", pairs, "seed=1", steps=10)
-    runs, _ = find([str(tmp_path)])
+    runs, *_ = find([str(tmp_path)])
     curve = mean_curve(runs, "loss", "step", 100)
     assert curve is not None and curve[0].max() == 10
 

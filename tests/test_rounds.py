@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
 import shutil
-import signal
-import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import refused, write_jsonl
+from forks import kill_often
 from hydra import compose, initialize_config_module
 from hydra.utils import get_method
 from whole_runs import files
@@ -27,9 +28,10 @@ from sage.answering.attempts import Attempt, read_attempts, write_lines
 from sage.answering.problems import load_problems, read_problems
 from sage.commands.build_pairs import other_attempts
 from sage.commands.pairing import make_pairs
+from sage.commands.report import report
 from sage.commands.rounds import check_attempts, rounds
 from sage.commands.rounds_pool import stay
-from sage.reporting.runs import read
+from sage.reporting.runs import Rounds, read
 from sage.util.errors import UserError
 from sage.util.files import sha256
 from sage.util.locks import lock
@@ -358,6 +360,47 @@ def test_older_pairs_stay_while_they_are_wrong(begin, monkeypatch):
     assert any(result["kept_pairs"] for result in summary_of(run_dir)["rounds"][2:])
 
 
+def test_the_report_of_rounds(begin, monkeypatch, capsys):
+    """Its tables are those of the outcomes on disk, also after a kill. Each part is named by its round."""
+    run_dir = begin("run", "round.keep=1", "pairing.samples=4", "rounds=2")
+    rounds(run_dir, Parts(monkeypatch, skill=4))
+    report([str(run_dir)])
+    assert "Accuracy after each round" in capsys.readouterr().out
+    rows = {name: table_of(run_dir, name) for name in ("rounds", "rounds_accuracy", "rounds_cost", "runs")}
+    seen, last = {}, {}
+    for number, row in enumerate(rows["rounds"], 1):
+        asked = {o["problem_id"]: o for o in outcomes(run_dir / f"round_{number}")}
+        solved = [i for i, o in asked.items() if i in last and o["right"] and not last[i]["right"]]
+        lost = [i for i, o in asked.items() if i in last and not o["right"] and last[i]["right"]]
+        last = seen = {**seen, **asked}
+        always = sum(o["right"] == o["samples"] for o in seen.values())
+        never = sum(o["right"] == 0 for o in seen.values())
+        assert int(row["newly solved"]) == len(solved) and int(row["newly lost"]) == len(lost)
+        assert (int(row["always right"]), int(row["never right"])) == (always, never)
+        assert int(row["sometimes right"]) == len(seen) - always - never
+        assert int(row["responses"]) == sum(o["samples"] for o in asked.values())
+    found = summary_of(run_dir)["rounds"]
+    for row, result in zip(rows["rounds_accuracy"], found, strict=True):
+        measured = result["benchmarks"]["arithmetic"]
+        assert float(row["accuracy"]) == measured["accuracy"] and row["benchmark"] == "arithmetic"
+        assert row["newly solved"] == (str(len(measured["gained"])) if result["round"] else "")
+    assert [row["trained"] for row in rows["rounds_cost"]] == ["", *["4"] * (len(found) - 1)]
+    assert [row["run"] for row in rows["runs"]] == [f"round_{n}/train" for n in range(1, len(found))]
+    page = (run_dir / "report.html").read_text()
+    assert "accuracy on arithmetic" in page and "pass rates as last seen: run" in page
+
+    with suppress(Killed):
+        rounds(begin("killed"), Parts(monkeypatch, skill=4, kill=45))
+    report([str(begin("killed"))])
+    assert len(table_of(begin("killed"), "rounds")) == 1
+    assert "rounds killed: interrupted" in capsys.readouterr().out
+
+
+def table_of(run_dir: Path, name: str) -> list[dict[str, str]]:
+    with (run_dir / "report_tables" / f"{name}.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
 def test_the_best_round_is_kept_and_patience_ends(begin, monkeypatch):
     select = "select=benchmark/arithmetic/accuracy"
     rounds(begin("up", select, "patience=1"), Parts(monkeypatch))
@@ -410,57 +453,32 @@ def in_this_process(world_size: int, folder: Path) -> None:
     get_method(JOBS[config.load(folder).command])(folder)
 
 
-def forked(run_dir: Path) -> int:
-    """The rounds in a forked process, with a session of its own. Importing torch takes most of the time."""
-    if (pid := os.fork()) == 0:
-        status = 1
-        try:
-            os.setsid()
-            rounds(run_dir, in_this_process)
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
 @pytest.mark.slow
 def test_real_parts(tmp_path):
-    """Rounds of real sampling, training and evaluation, killed at random moments.
+    """Rounds of real sampling, scoring, training and evaluation, killed at random moments.
 
-    SAGE_ROUNDS and SAGE_KILLS set the numbers of rounds (1) and of kills (1).
+    SAGE_ROUNDS and SAGE_KILLS set the numbers of rounds (1) and of kills (2).
     """
+    number, kills = (int(os.environ.get(name, n)) for name, n in (("SAGE_ROUNDS", 1), ("SAGE_KILLS", 2)))
     small = ["data.problems.limit=10", "benchmark_limit=4", "data.eval_path=null", "pairing.samples=4"]
-    short = [
-        "steps=2",
-        "batch_size=4",
-        "eval_every=0",
-        "save_every=1",
-        "generation.chunk=16",
-        "model.dtype=float32",
-    ]
-    words = ["+experiment=arithmetic", "+benchmark=arithmetic_validation", *small, *short]
-    words += [f"rounds={os.environ.get('SAGE_ROUNDS', '1')}"]
+    short = ["steps=2", "batch_size=4", "eval_every=0", "save_every=1", "generation.chunk=16"]
+    options = ["round.keep=1", "round.rejected=earlier", "round.reference=initial", f"rounds={number}"]
+    words = ["+experiment=arithmetic", "+benchmark=arithmetic_validation", *small, *short, *options]
     for job in JOBS.values():
         get_method(job)  # imports before the fork
-    began = time.monotonic()
-    assert os.waitpid(forked(freeze(tmp_path / "whole", *words)), 0)[1] == 0
-    seconds, expected = time.monotonic() - began, results(tmp_path / "whole")
-    kills, wanted, rng, run = 0, int(os.environ.get("SAGE_KILLS", "1")), random.Random(0), 0
-    while kills < wanted:
-        run_dir, status = freeze(tmp_path / f"killed_{run}", *words), None
-        while status != 0:
-            pid = forked(run_dir)
-            if kills < wanted:
-                time.sleep(rng.uniform(0.05, 0.9) * seconds)
-                os.killpg(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
-            assert status in (0, signal.SIGKILL)
-            kills += status == signal.SIGKILL
+
+    whole, killed = kill_often(
+        partial(rounds, start=in_this_process),
+        lambda name: freeze(tmp_path / name, *words, "model.dtype=float32"),
+        kills,
+        (0.05, 0.9),
+    )
+    expected = results(whole)
+    for run_dir in killed:
         got = results(run_dir)
         assert got.keys() == expected.keys() and not [n for n in got if got[n] != expected[n]]
-        run += 1
-    assert (tmp_path / "whole/final/model.safetensors").is_file()
-    assert summary_of(tmp_path / "whole")["rounds"][1]["backward_pairs"] == 8
+    assert (whole / "final/model.safetensors").is_file()
+    assert summary_of(whole)["rounds"][1]["backward_pairs"] == 8
 
 
 # --- what is refused
@@ -511,4 +529,4 @@ def test_rounds_that_still_run_are_not_started_twice(tmp_path):
     with pytest.raises(UserError, match="still run"):
         rounds(run_dir, in_this_process)
     held.release()
-    assert read(run_dir) is None  # nothing to report yet
+    assert read(run_dir) == Rounds(run_dir)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from rich.table import Table as RichTable
 
 from sage.reporting import compare, page, tables
 from sage.reporting.groups import group
-from sage.reporting.runs import find
+from sage.reporting.rounds import RoundsRun
+from sage.reporting.runs import Rounds, find
 from sage.util.errors import UserError
 from sage.util.files import write_whole
 from sage.util.progress import console
@@ -24,7 +27,7 @@ LONGEST = 20  # rows of a table on the terminal
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="sage report",
-        description="Summarise training runs, sweeps and evaluations. Runs that differ only in their "
+        description="Summarise training runs, sweeps, rounds and evaluations. Runs that differ only in their "
         "seed are averaged.",
         epilog="Writes report.html, which opens without network, and report_tables/*.csv.",
     )
@@ -48,20 +51,21 @@ def report(words: list[str]) -> None:
     if args.every <= 0:
         raise UserError(f"--every {args.every}: must be above 0")
     while True:
-        runs, evaluations = find(args.paths)
+        runs, evaluations, folders = find(args.paths)
+        rounds = read_all(folders)
         known = {name for run in runs for name in run.metrics}
         if args.metric and args.metric not in known:
             raise UserError(
                 f"--metric {args.metric}: no run logged it; there are: {', '.join(sorted(known))}"
             )
-        html, found, notes = page.report(runs, evaluations, args.metric, args.target)
+        html, found, notes = page.report(runs, evaluations, rounds, args.metric, args.target)
         page.write(html, output / PAGE)
         for table in found:
             tables.write_csv(table, output / FOLDER)
         if runs:
             points = compare.every_point(group(runs))
             write_whole(output / FOLDER / "metrics.csv", partial(write_csv, points))
-        if not args.watch or not any(run.status == "running" for run in runs):
+        if not args.watch or not any(run.status == "running" for run in (*runs, *rounds)):
             break
         steps = ", ".join(f"{run.path.name}: step {run.steps}" for run in runs if run.status == "running")
         console.print(f"{output / PAGE}: written again ({steps})")
@@ -74,6 +78,19 @@ def report(words: list[str]) -> None:
     for note in notes:
         console.print(f"note: {note}")
     console.print(f"page: {output / PAGE}\ntables: {output / FOLDER}")
+
+
+def read_all(folders: Sequence[Rounds]) -> list[RoundsRun]:
+    """What rounds did so far. Several are named by their folders below the one that holds all."""
+    if not folders:
+        return []
+    from sage.commands.rounds_results import read_rounds  # here, because it loads torch and transformers
+
+    common = Path(os.path.commonpath([f.path.absolute() for f in folders])) if len(folders) > 1 else None
+    return [
+        read_rounds(f.path, str(f.path.absolute().relative_to(common)) if common else f.path.absolute().name)
+        for f in folders
+    ]
 
 
 def show(table: tables.Table) -> None:

@@ -14,8 +14,10 @@ from sage.answering.asking import Outcome
 from sage.answering.attempts import Attempt
 from sage.commands.build_pairs import MANIFEST_FILE
 from sage.commands.evaluate import compare_attempts
-from sage.config import SUMMARY_FILE
+from sage.config import SUMMARY_FILE, RoundsConfig, load
+from sage.reporting.rounds import RoundsRun
 from sage.util.files import write_text
+from sage.util.locks import alive
 
 OUTCOMES_FILE, TIMES_FILE = "outcomes.jsonl", "times.jsonl"
 OLDER_FOLDER, POOL_FILE = "older", "pool.jsonl"
@@ -92,6 +94,27 @@ def seconds(run_dir: Path, number: int) -> dict[str, float]:
             if folder == folder_of(run_dir, number).name:
                 total[part] += row["seconds"]
     return {part: round(value, 1) for part, value in total.items()}
+
+
+def read_rounds(run_dir: Path, name: str) -> RoundsRun:
+    """The rounds in a run directory, as far as they are done. `name` stands for them in tables."""
+    cfg = load(run_dir)
+    assert isinstance(cfg, RoundsConfig)
+    benchmarks, file, found = list(cfg.benchmark), run_dir / SUMMARY_FILE, []
+    if file.exists():
+        status, found = "finished", read_json(file)["rounds"]
+    else:
+        status = "running" if alive(run_dir) else "interrupted"
+        while done(folder_of(run_dir, len(found)), len(found), benchmarks):
+            found.append(results(run_dir, len(found), benchmarks))
+    asked = [read_outcomes(folder_of(run_dir, result["round"])) for result in found[1:]]
+    return RoundsRun(name, status, found, asked)
+
+
+def done(folder: Path, number: int, benchmarks: Sequence[str]) -> bool:
+    """Whether a round is finished, with its evaluation if there are benchmarks."""
+    last = [*(["train"] if number else []), *(["eval"] if benchmarks else [])]
+    return all((folder / part / SUMMARY_FILE).exists() for part in last)
 
 
 def table(found: Sequence[dict[str, Any]]) -> Table:

@@ -41,7 +41,7 @@ def overview(groups: Sequence[Group], metric: str | None) -> Table:
         for run in group.runs:
             ends = {name: float(clock.values[-1]) for name, clock in run.clocks.items()}
             row = [
-                run.path.name if run.path.name.strip() else str(run.path),
+                run.name if run.name.strip() else str(run.path),
                 group.key,
                 run.seed,
                 run.status,

@@ -95,7 +95,7 @@ def label(run: Run, keys: Sequence[str], runs: Sequence[Run]) -> str:
             alike = [r for r in runs if r.config.get(target) == run.config.get(target)]
             if len({str(r.config.get(key)) for r in alike}) > 1:
                 parts.append(f"{key}={value}")
-    return ", ".join(parts) or str(run.config.get("name", run.path.name))
+    return ", ".join(parts) or str(run.config.get("name", run.name))
 
 
 def main_metric(runs: Sequence[Run]) -> str | None:

@@ -14,8 +14,10 @@ import jinja2
 import numpy as np
 
 from sage.reporting import choices, compare, pictures
+from sage.reporting import rounds as of_rounds
 from sage.reporting.groups import Group, group, main_metric, mean_curve
-from sage.reporting.runs import AXES, Evaluation, Run
+from sage.reporting.rounds import RoundsRun
+from sage.reporting.runs import AXES, Evaluation, Run, rounds_of
 from sage.reporting.tables import Table, latex, markdown, read_csv
 from sage.training.best import is_test
 from sage.training.pair_log import FOLDER as SAMPLES_FOLDER
@@ -38,7 +40,11 @@ DETAILED = 8  # runs whose selection is shown
 
 
 def report(
-    runs: Sequence[Run], evaluations: Sequence[Evaluation], metric: str | None, target: float | None
+    runs: Sequence[Run],
+    evaluations: Sequence[Evaluation],
+    rounds: Sequence[RoundsRun],
+    metric: str | None,
+    target: float | None,
 ) -> tuple[str, list[Table], list[str]]:
     """The page as HTML, its tables, and its notes.
 
@@ -47,8 +53,9 @@ def report(
         target: a value of the metric, see `compare.comparison`.
     """
     groups = group(runs)
+    alone = [e for e in evaluations if not rounds_of(e.path)]  # those of rounds are in their tables
     metric = metric or main_metric(runs)
-    tables: list[Table] = []
+    tables = of_rounds.tables(rounds)
     if runs:
         tables += [compare.settings(groups), compare.overview(groups, metric)]
         names = {name for run in runs for name in run.metrics}
@@ -56,8 +63,9 @@ def report(
         tables.append(compare.endings(groups, ends))
     if len(groups) > 1 and metric:
         tables += [compare.comparison(groups, metric, target), compare.wins(groups, metric)]
-    tables += [t for t in (compare.benchmarks(groups), compare.evaluations(evaluations)) if t]
-    warnings = notes(groups, metric)
+    tables += [t for t in (compare.benchmarks(groups), compare.evaluations(alone)) if t]
+    warnings = notes(groups, metric) if runs else []
+    warnings += [f"rounds {r.name}: {r.status}" for r in rounds if r.status != "finished"]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sage.reporting", "."),
         autoescape=True,
@@ -75,9 +83,11 @@ def report(
         else [],
         axes=AXES,
         sections=curves(groups, colors),
+        rounds=of_rounds.figures(rounds),
+        rounds_legend=[(r.name, c) for r, c in zip(rounds, pictures.palette(len(rounds)), strict=True)],
         details=[detail(run) for run in islice((r for r in runs if r.samples is not None), DETAILED)],
         notes=warnings,
-        extras=[(run.path.name, read_csv(file)) for run in runs for file in run.extras],
+        extras=[(run.name, read_csv(file)) for run in runs for file in run.extras],
     )
     return html, tables, warnings
 
@@ -110,7 +120,7 @@ def notes(groups: Sequence[Group], metric: str | None) -> list[str]:
         )
     early = [run for run in runs if run.status == "finished" and run.steps < (run.config.get("steps") or 0)]
     if early:
-        ends = ", ".join(f"{run.path.name} after step {run.steps}" for run in early[:5])
+        ends = ", ".join(f"{run.name} after step {run.steps}" for run in early[:5])
         found.append(f"{len(early)} of {len(runs)} runs ended early: {ends}")
     if (scored := sum((run.path / SAMPLES_FOLDER).is_dir() for run in runs)) > DETAILED:
         found.append(f"what selection did is shown for the first {DETAILED} of {scored} runs")

@@ -56,6 +56,11 @@ class Run:
     extras: list[Path] = field(default_factory=list)  # tables that a hook of the run wrote
 
     @property
+    def name(self) -> str:
+        place = self.path.absolute()
+        return f"{place.parent.name}/{place.name}" if rounds_of(place) else place.name
+
+    @property
     def seed(self) -> int:
         return self.config["seed"]
 
@@ -116,14 +121,21 @@ class Evaluation(NamedTuple):
     summary: dict[str, Any]
 
 
-def find(paths: Sequence[str]) -> tuple[list[Run], list[Evaluation]]:
-    """All training runs and finished evaluations at or below these paths.
+class Rounds(NamedTuple):
+    """A `sage rounds`. The training runs and evaluations in its folder are found, too."""
+
+    path: Path
+
+
+def find(paths: Sequence[str]) -> tuple[list[Run], list[Evaluation], list[Rounds]]:
+    """All training runs, finished evaluations and folders of rounds at or below these paths.
 
     Raises:
         UserError: a path holds neither, or a run cannot be read.
     """
     runs: list[Run] = []
     evaluations: list[Evaluation] = []
+    rounds: list[Rounds] = []
     for name in paths:
         root = Path(name).expanduser()
         folders = list(dict.fromkeys(walk(root)))
@@ -136,13 +148,20 @@ def find(paths: Sequence[str]) -> tuple[list[Run], list[Evaluation]]:
             elif isinstance(part, Evaluation):
                 evaluations.append(part)
                 found += 1
+            elif isinstance(part, Rounds):
+                rounds.append(part)
+                found += 1
         if not found:
             raise UserError(
                 f"{name}: no training run and no finished evaluation here; "
                 f"a run directory holds {CONFIG_FILE} and {METRICS_FILE}"
             )
     unique = {run.path.resolve(): run for run in runs}
-    return list(unique.values()), list({e.path.resolve(): e for e in evaluations}.values())
+    return (
+        list(unique.values()),
+        list({e.path.resolve(): e for e in evaluations}.values()),
+        list({r.path.resolve(): r for r in rounds}.values()),
+    )
 
 
 def walk(root: Path, depth: int = 4) -> Iterator[Path]:
@@ -161,7 +180,7 @@ def natural(path: Path) -> tuple[int, int | str]:
     return (0, int(path.name)) if path.name.isdigit() else (1, path.name)
 
 
-def read(folder: Path) -> Run | Evaluation | None:
+def read(folder: Path) -> Run | Evaluation | Rounds | None:
     """What a run directory holds, or None for a command that has nothing to report, like build-pairs."""
     cfg = read_frozen(folder)
     command = cfg.command
@@ -169,12 +188,29 @@ def read(folder: Path) -> Run | Evaluation | None:
     summary = read_summary(summary_file) if summary_file.is_file() else None
     if command == "eval":
         return Evaluation(folder, summary) if summary else None
+    if command == "rounds":
+        return Rounds(folder)
     if command != "train":
         return None
     metrics, damaged = read_metrics(folder / METRICS_FILE)
     config = dict(flatten(OmegaConf.to_container(cfg)))
+    if rounds := rounds_of(folder):
+        config = {key: inside(value, rounds) for key, value in config.items()}
+        config["seed"] = read_frozen(rounds).seed
     status = "finished" if summary is not None else "running" if alive(folder) else "interrupted"
     return Run(folder, config, metrics, summary, status, damaged, sorted((folder / "report").glob("*.csv")))
+
+
+def rounds_of(folder: Path) -> Path | None:
+    """The folder of the `sage rounds` that a run directory is a part of."""
+    root = folder.absolute().parent.parent
+    part = folder.absolute().parent.name.startswith("round_") and (root / CONFIG_FILE).is_file()
+    return root if part else None
+
+
+def inside(value: Any, root: Path) -> Any:
+    """A file's name below `root`, so that the same round of other rounds has the same setting."""
+    return value.removeprefix(f"{root}/") if isinstance(value, str) else value
 
 
 def read_summary(file: Path) -> dict[str, Any]:
