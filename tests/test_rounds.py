@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import random
@@ -434,6 +435,35 @@ def test_rounds_without_pairs_or_verdicts_are_refused(begin, monkeypatch):
     assert (begin("later") / "final/skill").read_text() == "-44"
     with pytest.raises(UserError, match="timed out or crashed on all"):
         rounds(begin("slow"), Parts(monkeypatch, rule="boxed/timeout"))
+
+
+def test_a_full_disk_is_one_message(begin, monkeypatch):
+    """In a file of the rounds it is theirs; in a part it is the part's, which has spoken."""
+    rounds(begin("whole", "rounds=1"), Parts(monkeypatch))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for number, name in enumerate(["problems.jsonl", "times.jsonl", "summary.json"]):
+        parts, run_dir = Parts(monkeypatch), begin(f"full_{number}", "rounds=1")
+
+        def write(file: Path, text: str, name=name, parts=parts, run_dir=run_dir) -> None:
+            if file.name == name and (name != "summary.json" or file.parent == run_dir):
+                raise full
+            parts.write_text(file, text)
+
+        for module in ("rounds", "rounds_parts", "rounds_results"):
+            monkeypatch.setattr(f"sage.commands.{module}.write_text", write)
+        monkeypatch.setattr("sage.commands.rounds.write_json", lambda f, v, w=write: w(f, json.dumps(v)))
+        with pytest.raises(UserError, match=r"disk of .*full_\d is full: make room, then .*sage resume"):
+            rounds(run_dir, parts)
+        monkeypatch.undo()
+        rounds(run_dir, Parts(monkeypatch))
+        assert results(run_dir) == results(begin("whole"))
+
+    def fails(world_size: int, folder: Path) -> None:
+        monkeypatch.setattr("sage.commands.rounds_parts.write_text", lambda *_: (_ for _ in ()).throw(full))
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit, match="2"):
+        rounds(begin("part", "rounds=1"), fails)
 
 
 def test_a_damaged_file_of_pairs_is_built_again(begin, monkeypatch):

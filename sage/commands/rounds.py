@@ -54,7 +54,8 @@ from sage.config import (
 from sage.model import loading
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
-from sage.util.errors import UserError
+from sage.util import stopping
+from sage.util.errors import UserError, disk_full
 from sage.util.files import link_folder, write_json, write_text
 from sage.util.locks import RANK_LOCK, lock
 from sage.util.progress import console
@@ -73,7 +74,7 @@ def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
         start: runs the command whose frozen config is in a folder, in a number of ranks, and waits for it.
 
     Raises:
-        UserError: a round gives nothing to train on.
+        UserError: a round gives nothing to train on, or the disk is full.
         SystemExit: a part has failed, and has said why; or a signal ended it.
     """
     cfg = config.load(run_dir)
@@ -84,6 +85,10 @@ def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
         raise UserError(f"{run_dir}: these rounds still run: wait for them, or kill them") from e
     try:
         Rounds(cfg, run_dir, Parts(cfg, run_dir, start)).run()
+    except OSError as e:
+        if not disk_full(e):
+            raise
+        raise UserError(f"the disk of {run_dir} is full: make room, then {stopping.go_on(run_dir)}") from e
     finally:
         held.release()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,10 +73,16 @@ class Parts:
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Note how long a part ran, also if it fails."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            file = self.run_dir / TIMES_FILE  # written whole: a kill must not leave half a line
+        began, file = time.monotonic(), self.run_dir / TIMES_FILE
+
+        def note() -> None:  # written whole: a kill must not leave half a line
             before = file.read_text(encoding="utf-8") if file.exists() else ""
             write_text(file, before + json.dumps({"part": part, "seconds": time.monotonic() - began}) + "\n")
+
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # a full disk, of which the part has spoken
+                note()
+            raise
+        note()
