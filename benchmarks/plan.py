@@ -16,8 +16,9 @@ import torch
 from hydra import compose, initialize_config_module
 
 from sage import config
-from sage.commands.plan import GB, estimated, machine_of, micro_batch
+from sage.commands.plan import machine_of, source_of_pairs
 from sage.model import loading
+from sage.training.estimate import GB, estimated, heaviest
 
 COMMON = [
     *("+experiment=demo", "+baseline=dpo", "data.eval_path=null", "data.limit=40", "data.max_length=256"),
@@ -40,7 +41,8 @@ def expected(overrides: list[str]) -> float:
     assert isinstance(cfg, config.PlanConfig)
     folder, device = loading.resolve_model(cfg.model, cfg.cache_dir), torch.device("cpu")
     dtype = loading.compute_dtype(cfg.model, device)
-    work = micro_batch(cfg, folder)
+    assert isinstance(cfg.micro_batch_tokens, int)
+    work = heaviest(cfg, source_of_pairs(cfg, folder), cfg.micro_batch_tokens)
     return estimated(cfg, cfg.model, machine_of(cfg, device), folder, dtype, work).peak() / GB
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import refused
+from hydra import compose, initialize_config_module
+from many_runs import column, execute, freeze, interrupted
 
+from sage import config
 from sage.config import EngineConfig, LoraConfig, ModelConfig
 from sage.data.packing import collate
 from sage.data.tokens import Pair
 from sage.model import loading, memory
 from sage.model.footprint import footprint
 from sage.model.policy import Policy
+from sage.training.estimate import MARGIN, Machine, Source, estimated, heaviest, largest_budget
+from sage.util.errors import UserError
 
 PAIRS = [Pair("a", None, [5] * 20, [6] * 30, [7] * 25), Pair("b", None, [5] * 9, [8] * 12, [9] * 40)]
 
@@ -107,3 +113,67 @@ def test_a_plan_says_what_fits_and_what_to_change(sage, tiny_model, pair_file, t
     found = json.loads(file.read_text())
     assert status == 0 and not found["fits"] and "DOES NOT FIT" in out
     refused(sage(*words, "data.max_length=2048"), "micro_batch_tokens=1024 cannot hold one pair")
+
+
+def test_auto_is_the_largest_micro_batch_that_fits(tiny_model, tmp_path):
+    """Checked from both sides: the estimate at the choice leaves the margin, and a quarter more does not."""
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        overrides = ["model=hf", f"model.path={tiny_model}", "data.path=x", "steps=3", "batch_size=64"]
+        cfg = config.load(compose("train", [*overrides, "data.max_length=60", "micro_batch_tokens=auto"]))
+    assert isinstance(cfg, config.TrainConfig)
+    rng = torch.Generator().manual_seed(0)
+    sizes = torch.randint(5, 25, (200, 3), generator=rng).tolist()
+    made = [Pair(str(i), None, [i] * p, [i] * c, [i + 1] * r) for i, (p, c, r) in enumerate(sizes)]
+    source = Source(np.array(sizes), 0, "shared", made.__getitem__)
+
+    def at(budget: int):
+        work = heaviest(cfg, source, budget)
+        return estimated(cfg, cfg.model, machine, str(tiny_model), torch.float32, work)
+
+    def choose(room: float) -> tuple[int, str]:
+        return largest_budget(
+            cfg, str(tiny_model), torch.float32, source, Machine(False, room, 1e6, "a machine")
+        )
+
+    machine = Machine(False, 1.0, 1e6, "a machine")
+    small, whole = at(120).peak(), at(10**9).peak()
+    assert choose(2 * whole)[0] == heaviest(cfg, source, 10**9).tokens
+    assert "all of a rank's pairs of a step" in choose(2 * whole)[1]
+    room = (small + whole) / 2 / (1 - MARGIN)
+    tokens, why = choose(room)
+    assert "the largest that fits" in why and choose(room) == (tokens, why)
+    usable = room * (1 - MARGIN)
+    assert at(tokens).peak() <= usable and at(tokens).most_tokens(usable) < tokens * 5 // 4
+    with pytest.raises(
+        UserError, match=r"micro_batch_tokens=auto: two rows of data\.max_length=60 .* do not fit"
+    ):
+        choose(at(120).peak() * 0.9)
+
+
+def test_a_micro_batch_is_a_number_or_auto(train, tmp_path):
+    refused(train("micro_batch_tokens=most"), "micro_batch_tokens=most: must be a number or auto")
+    refused(train("micro_batch_tokens=1"), "micro_batch_tokens=1: must be at least 2")
+
+
+@pytest.mark.slow
+def test_auto_is_frozen_and_a_resume_keeps_it(tiny_model, pair_file, tmp_path):
+    common = [
+        "model=hf",
+        f"model.path={tiny_model}",
+        f"data.path={pair_file}",
+        "batch_size=8",
+        "world_size=2",
+    ]
+    common += ["data.max_length=128", f"cache_dir={tmp_path / 'cache'}", "micro_batch_tokens=auto"]
+    run = freeze(tmp_path / "run", *common, "steps=2", "save_every=1")
+    scored = freeze(tmp_path / "scored", *common, command="score-dataset")
+    execute(2, [run, scored])
+    chosen = config.read_frozen(run).micro_batch_tokens
+    assert isinstance(chosen, int) and chosen >= 256
+    assert isinstance(config.read_frozen(scored).micro_batch_tokens, int)
+    resumed = interrupted(run, 1, tmp_path / "resumed")
+    text = (resumed / "config.yaml").read_text()
+    (resumed / "config.yaml").write_text(text.replace(f"tokens: {chosen}", "tokens: 300"))
+    execute(2, [resumed])
+    assert config.read_frozen(resumed).micro_batch_tokens == 300, "a resume does not choose again"
+    assert column(resumed, "loss") == pytest.approx(column(run, "loss"), abs=1e-6)

@@ -1,98 +1,41 @@
 """What will a run take? Bytes per rank, the largest micro-batch that fits, and seconds per step.
 
-No weights are loaded for the bytes: the model's own code runs on the meta device (`sage.model.memory`), on a
-micro-batch of the run's own pairs. What the engine takes follows from its design (`sage.model.footprint`).
+No weights are loaded for the bytes: see `sage.training.estimate`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from rich.table import Table
 
 from sage.commands.inspect import tokenizer_folder
 from sage.config import EngineConfig, LoraConfig, ModelConfig, PlanConfig
 from sage.data.chat import ChatFormat
-from sage.data.packing import MicroBatch, collate, micro_tokens, pair_tokens, plan
 from sage.data.pairs import load_data
 from sage.data.tokens import Pair, tokenize_pairs
 from sage.model import loading
-from sage.model.footprint import Footprint, footprint
-from sage.model.memory import MicroBytes, micro_bytes, shell
 from sage.model.policy import Policy
-from sage.order import Shuffled
+from sage.training.estimate import (
+    CUDA_CONTEXT,
+    GB,
+    Estimate,
+    Machine,
+    Source,
+    Work,
+    estimated,
+    heaviest,
+    largest_budget,
+    this_machine,
+)
 from sage.util.files import write_json
-from sage.util.processes import machine_memory
 from sage.util.progress import activity, console
-
-GB = 1e9
-STEPS = 50  # steps' batches that are drawn to find the heaviest micro-batch
-CUDA_CONTEXT = 0.8 * GB  # what the driver and NCCL take, beside torch's allocator
-NAMES = {
-    "step": "the optimizer's step",
-    "buckets": "buffers of the exchange",
-    "spare": "left by loading, and kernels",
-    "export": "copies for the export",
-}
-SPARE = 0.05  # share of the memory that fragments
-
-
-class Machine(NamedTuple):
-    """What a rank has: bytes of room, and bytes that it takes before anything of the run."""
-
-    cuda: bool
-    room: float
-    base: float
-    name: str
-
-
-class Estimate(NamedTuple):
-    """Bytes of one rank. A micro-batch of t tokens takes line[0] + line[1] * t of them."""
-
-    machine: Machine
-    engine: Footprint
-    micro: MicroBytes
-    line: tuple[float, float]
-
-    def parts(self) -> dict[str, float]:
-        engine = {
-            NAMES.get(f.name, f.name): value
-            for f in fields(self.engine)
-            if f.name != "host" and (value := getattr(self.engine, f.name))
-        }
-        before = "CUDA context" if self.machine.cuda else "Python and its libraries"
-        return {
-            before: self.machine.base,
-            **engine,
-            "activations": self.micro.kept,
-            "head, in the backward pass": self.micro.head,
-        }
-
-    def peak(self, micro: float | None = None) -> float:
-        """The most that a rank holds, if a micro-batch takes `micro` bytes."""
-        own = self.micro.peak if micro is None else micro
-        engine = self.engine
-        if self.machine.cuda:
-            return self.machine.base + engine.kept() + max(own + engine.buckets, engine.step)
-        # A CPU's allocator keeps the many small pieces that a micro-batch freed, so all else comes on top.
-        return self.machine.base + engine.kept() + own + engine.buckets + engine.spare + engine.export
-
-    def most_tokens(self) -> int:
-        """Tokens of the largest micro-batch that fits; 0 if not even the engine does."""
-        left = self.machine.room * (1 - SPARE) - self.peak(0.0) - self.line[0]
-        return max(int(left / self.line[1]), 0)
-
-    @property
-    def fits(self) -> bool:
-        return self.peak() <= self.machine.room * (1 - SPARE)
 
 
 def plan_run(cfg: PlanConfig) -> None:
@@ -106,9 +49,12 @@ def plan_run(cfg: PlanConfig) -> None:
     if cfg.gpu_gb and cfg.model.dtype == "auto":
         dtype = torch.bfloat16
     folder = tokenizer_folder(cfg.model, cfg.cache_dir)
-    work = micro_batch(cfg, folder)
-    machine = machine_of(cfg, device)
+    source, machine = source_of_pairs(cfg, folder), machine_of(cfg, device)
     with activity("running the model's code on the meta device"):
+        if not isinstance(cfg.micro_batch_tokens, int):
+            cfg.micro_batch_tokens, why = largest_budget(cfg, folder, dtype, source, machine)
+            console.print(f"micro_batch_tokens=auto: {cfg.micro_batch_tokens}, {why}", markup=False)
+        work = heaviest(cfg, source, cfg.micro_batch_tokens)
         estimate = estimated(cfg, cfg.model, machine, folder, dtype, work)
     advice = [] if estimate.fits else list(changes(cfg, estimate, folder, dtype, work))
     seconds = None
@@ -135,88 +81,32 @@ def plan_run(cfg: PlanConfig) -> None:
 def machine_of(cfg: PlanConfig, device: torch.device) -> Machine:
     if cfg.gpu_gb:
         return Machine(True, cfg.gpu_gb * GB, CUDA_CONTEXT, f"a GPU of {cfg.gpu_gb:g} GB")
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return Machine(True, float(free), CUDA_CONTEXT, torch.cuda.get_device_name(device))
-    free = min(psutil.virtual_memory().available, machine_memory())
-    own = psutil.Process().memory_info().rss  # this process has imported what a rank imports
-    return Machine(False, free / cfg.world_size, own, "this machine's memory, shared by the ranks")
+    return this_machine(cfg.world_size, device)
 
 
-class Work(NamedTuple):
-    """The heaviest micro-batch of some steps, and how many of them a rank computes in a step."""
-
-    pairs: list[Pair]
-    tokens: int
-    prefix: int
-    layout: str
-    per_step: int
-    longest: int  # tokens of the longest pair of all, by this layout
-
-    def batch(self, pairs: Sequence[Pair]) -> MicroBatch:
-        return collate(pairs, self.layout, self.prefix)
-
-
-def micro_batch(cfg: PlanConfig, folder: str) -> Work:
-    """The heaviest micro-batch of the run's own pairs; where they are not built yet, of the longest pairs."""
+def source_of_pairs(cfg: PlanConfig, folder: str) -> Source:
+    """The run's own pairs; where they are not built yet, pairs of data.max_length tokens."""
     layout = cfg.data.packing if cfg.data.packing != "auto" else "shared"
     if not cfg.data.has_pairs:
         console.print("the pairs are not built yet: planned for pairs of data.max_length tokens")
         response = cfg.data.max_length * 3 // 4
         prompt = cfg.data.max_length - response
-        made = [  # no text twice
-            Pair("", None, [i >> bit & 1 for bit in range(prompt)], [0] * response, [1] * response)
-            for i in range(cfg.batch_size)
-        ]
-        lengths, prefix = np.array([[prompt, response, response]] * cfg.batch_size), 0
-        get, keys = made.__getitem__, np.arange(lengths.size).reshape(lengths.shape).__getitem__
-    else:
-        data = tokenize_pairs(
-            load_data(cfg.data, cfg.cache_dir),
-            loading.load_tokenizer(folder, cfg.model),
-            chat=ChatFormat.of(cfg.data),
-            max_length=cfg.data.max_length,
-            num_proc=cfg.data.num_proc,
-            cache_dir=cfg.cache_dir,
-            max_bad=cfg.data.max_bad,
-        )
-        lengths, prefix = data.lengths(), data.common_prefix if layout == "shared" else 0
-        get, keys = data.__getitem__, data.keys
-    tokens = pair_tokens(lengths, layout, prefix)
-    order, heaviest, most, rounds = Shuffled(len(lengths), cfg.seed), np.array([0]), 0, 1
-    for _ in range(min(cfg.steps or STEPS, STEPS)):
-        drawn = order.draw(cfg.batch_size)
-        plans = plan(lengths[drawn], cfg.micro_batch_tokens, cfg.world_size, layout, prefix, keys(drawn))
-        rounds = max(rounds, len(plans[0]))
-        for members in (drawn[members] for rank in plans for members in rank if members):
-            _, total = micro_tokens(lengths[members], keys(members), layout, prefix)
-            if total > most:
-                heaviest, most = members, total
-    return Work([get(int(i)) for i in heaviest], most, prefix, layout, rounds, int(tokens.max()))
+        lengths = np.array([[prompt, response, response]] * cfg.batch_size)
 
+        def made(i: int) -> Pair:  # no two share a text
+            return Pair("", None, [i] * prompt, [2 * i] * response, [2 * i + 1] * response)
 
-# --- the estimate
-
-
-def estimated(
-    cfg: PlanConfig, model: ModelConfig, machine: Machine, folder: str, dtype: torch.dtype, work: Work
-) -> Estimate:
-    policy = shell(folder, model, dtype)
-    micro = micro_bytes(policy, work.batch(work.pairs), machine.cuda)
-    # A second point of the line, with all pairs twice. Most of a small one may not depend on its tokens. The
-    # second time their prompts are others, since a micro-batch computes the same text once.
-    others = [p._replace(prompt_ids=[*p.prompt_ids[:-1], -1 - p.prompt_ids[-1]]) for p in work.pairs]
-    more = work.batch([*work.pairs, *others])
-    rise = micro_bytes(policy, more, machine.cuda).peak - micro.peak
-    slope = max(rise / (more.input_ids.numel() - work.tokens), micro.kept / work.tokens)
-    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
-    engine = footprint(trainable, frozen, dtype.itemsize, cfg.engine, cfg.world_size, machine.cuda)
-    own_base = cfg.model.lora and not cfg.model.adapter_path and not cfg.reference_model
-    if cfg.reference == "online" and not own_base:
-        sharded = cfg.world_size if cfg.engine.zero_stage == 3 else 1
-        engine.reference = (trainable + frozen) * dtype.itemsize / sharded
-    return Estimate(machine, engine, micro, (micro.peak - slope * work.tokens, slope))
+        return Source(lengths, 0, layout, made)
+    data = tokenize_pairs(
+        load_data(cfg.data, cfg.cache_dir),
+        loading.load_tokenizer(folder, cfg.model),
+        chat=ChatFormat.of(cfg.data),
+        max_length=cfg.data.max_length,
+        num_proc=cfg.data.num_proc,
+        cache_dir=cfg.cache_dir,
+        max_bad=cfg.data.max_bad,
+    )
+    return Source.of(data, layout)
 
 
 def measured_seconds(

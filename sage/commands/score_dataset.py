@@ -35,6 +35,7 @@ from sage.model.selfcheck import settle
 from sage.order import difficulty_of, strata_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
 from sage.training.base import check_policy, open_model, open_reference
+from sage.training.estimate import settle_budget, this_machine
 from sage.training.selection import read_margins
 from sage.training.setup import read_pairs
 from sage.util.checksums import intact, seal_file
@@ -71,13 +72,14 @@ def score_dataset(run_dir: Path) -> None:
     }
     main_only(lambda: claim(run_dir, manifest))
 
-    forwards = []
+    forwards, machine = [], this_machine(cfg.world_size, device, starting=True)
     for base in bases.values():
         policy = base.load(cfg.engine).requires_grad_(False)
         known = check_policy(policy, base, cfg.engine, device, [pairs], cfg.data.packing)
         engine = Frozen(policy, cfg.engine.zero_stage == 3, base.dtype, device)
         layout = settle(engine, [pairs], cfg.data.packing, base.cfg.path, known)
-        forwards.append(PairForward(engine, cfg.micro_batch_tokens, layout))
+        budget = settle_budget(cfg, run_dir, base, pairs, layout, machine)
+        forwards.append(PairForward(engine, budget, layout))
     started = time.perf_counter()
     done = run_models(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)
     if engine.rank == 0:

@@ -40,7 +40,12 @@ class TrainConfig(RunConfig):
     steps: int | None = key(None, "optimizer steps; give this or epochs", low=1)
     epochs: float | None = key(None, "passes over the training pairs; give this or steps", above=0)
     batch_size: int = key(32, "pairs per optimizer step, over all ranks", low=1)
-    micro_batch_tokens: int = key(16384, "tokens, with padding, in one forward pass of one rank", low=2)
+    micro_batch_tokens: int | str = key(
+        16384,
+        "tokens, with padding, in one forward pass of one rank; auto = the most that fit, by the estimate of "
+        "`sage plan`",
+        low=2,
+    )
     reference: str = key(
         "cached",
         "reference log-probabilities: cached = computed once and kept on disk; online = computed in "
@@ -121,7 +126,10 @@ class TrainConfig(RunConfig):
                 "rejected), several files with data.sources, or problems to build them from with "
                 "data.problems.path=FILE"
             )
-        if self.data.max_length * 2 > self.micro_batch_tokens:
+        if isinstance(self.micro_batch_tokens, str):
+            if self.micro_batch_tokens != "auto":
+                raise UserError(f"micro_batch_tokens={self.micro_batch_tokens}: must be a number or auto")
+        elif self.data.max_length * 2 > self.micro_batch_tokens:
             raise UserError(
                 f"micro_batch_tokens={self.micro_batch_tokens} cannot hold one pair of data.max_length="
                 f"{self.data.max_length} (two rows): set micro_batch_tokens={self.data.max_length * 2}, or "

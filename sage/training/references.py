@@ -76,7 +76,7 @@ def other_references(
             known = check_policy(model, other, cfg.engine, forward.engine.device, sets, packing)
             frozen = Frozen(model, cfg.engine.zero_stage == 3, other.dtype, forward.engine.device)
             layout = settle(frozen, sets, packing, other.cfg.path, known)
-        return PairForward(frozen, cfg.micro_batch_tokens, layout)
+        return PairForward(frozen, forward.budget, layout)
 
     def reference_of(pairs: TokenizedPairs, name: str) -> Reference:
         passes = loaded()

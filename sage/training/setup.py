@@ -32,6 +32,7 @@ from sage.training import checkpoint
 from sage.training.base import BaseModel, check_policy, open_model, open_reference
 from sage.training.best import Criterion
 from sage.training.checkpoint import TrainState
+from sage.training.estimate import settle_budget, this_machine
 from sage.training.evaluation import Benchmarks, HeldOut, check_select
 from sage.training.hooks import Hook
 from sage.training.pair_log import PairLog
@@ -79,7 +80,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     if cfg.data.scores:
         scored = Scored(cfg.data.scores, data.pairs, identities[-1], of_policy=other is None)
 
-    engine, forward = build_engine(cfg, base, data, device)
+    engine, forward = build_engine(cfg, run_dir, base, data, device)
     given = identities[-1], forward, data.sets, scored
     if loss.reference_free:
         references = [Absent(pairs) for pairs in data.sets]
@@ -227,9 +228,10 @@ def build_curriculum(cfg: TrainConfig, scorer: Scorer, data: Data) -> tuple[Scor
 
 
 def build_engine(
-    cfg: TrainConfig, base: BaseModel, data: Data, device: torch.device
+    cfg: TrainConfig, run_dir: Path, base: BaseModel, data: Data, device: torch.device
 ) -> tuple[Engine, PairForward]:
     """Load the policy, put it under the engine, and check it against the model's own code."""
+    machine = this_machine(cfg.world_size, device, starting=True)
     with activity("loading the model"):
         policy = base.load(cfg.engine)
     with activity("checking log-probabilities against the model's own code"):
@@ -238,7 +240,8 @@ def build_engine(
         engine = Engine(policy, cfg.engine, cfg.optimizer, base.dtype, device)
     with activity("checking log-probabilities under DeepSpeed"):
         layout = settle(engine, data.sets, cfg.data.packing, cfg.model.path, known)
-    return engine, PairForward(engine, cfg.micro_batch_tokens, layout)
+    budget = settle_budget(cfg, run_dir, base, data.pairs, layout, machine)
+    return engine, PairForward(engine, budget, layout)
 
 
 def restore(
