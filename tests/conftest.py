@@ -7,11 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import pytest
 import torch
 import tqdm
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 # tqdm's monitor thread takes its lock now and then. A test that forks at that moment has a child that waits
 # for the lock for ever.
 tqdm.tqdm.monitor_interval = 0
