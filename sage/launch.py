@@ -129,6 +129,13 @@ def check_model(cfg: ModelConfig, key: str = "model.path") -> None:
 def check_writable(folder: Path, key: str) -> None:
     """Make a folder if need be, and refuse one that no file can be written to."""
     try:
+        os.path.abspath(folder).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{key}={str(folder)!a}: its path is not UTF-8, so Arrow cannot write there: choose another with "
+            f"{key}=FOLDER"
+        ) from e
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -168,6 +175,7 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
         cfg.data.path = str(built_pairs(cfg))
     if cfg.resume == "auto" and (run_dir / config.CONFIG_FILE).exists():
         return requeued(cfg, run_dir, here)
+    check_writable(run_dir, "hydra.run.dir")
     preflight(cfg, here)
     config.freeze(cfg, run_dir)
     print(f"run directory: {run_dir}", flush=True)
@@ -212,6 +220,7 @@ def resume(run_dir: Path, steps: int | None = None, world_size: int | None = Non
         more = "; steps=N gives it more" if type(cfg) is TrainConfig else ""
         raise UserError(f"{run_dir}: this run is finished; its summary.json holds the results{more}")
     config.check(cfg)
+    check_writable(run_dir, "hydra.run.dir")
     preflight(cfg, here)
     if steps is not None or cfg.world_size != before:
         if alive(run_dir):

@@ -280,6 +280,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         ("older", "(KeyError: 'queue')"),
         ("newer", "(TypeError: "),
         ("adam", "holds the state of FusedAdam, and this run's optimizer is AdamW"),
+        ("inputs", "that began with another content of data.eval_path"),
         ("head", "with padded rows and the triton head, and here the self-check chooses shared rows"),
     ):
         run = interrupted(whole, 4, tmp_path / name)
@@ -289,6 +290,8 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         assert state["optimizer"] == "AdamW"
         if name == "older":
             del state["selection"]["queue"]
+        elif name == "inputs":
+            state["inputs"] = {"data.eval_path": "of other pairs"}
         elif name == "head":
             assert state["computation"] == "shared rows and the tiled head"
             state["computation"] = "padded rows and the triton head"

@@ -334,6 +334,46 @@ def test_a_stream_outlives_its_reader():
     os.close(writing)
 
 
+def test_a_stream_outlives_its_terminal_and_a_full_disk():
+    """A lost terminal has an error of its own (EIO). A full disk loses what it refuses, and no more."""
+    ours, terminal = os.openpty()
+    os.close(ours)
+    for opened in (terminal, os.open("/dev/full", os.O_WRONLY)):
+        before = os.fstat(opened).st_rdev
+        with io.TextIOWrapper(Outliving(opened, "w", closefd=False), write_through=True) as stream:
+            for _ in range(2):
+                stream.write("a line\n")
+        nowhere = os.fstat(opened).st_rdev == os.stat(os.devnull).st_rdev
+        assert nowhere == (opened == terminal) and (nowhere or before == os.fstat(opened).st_rdev)
+        os.close(opened)
+
+
+def test_a_pipe_that_does_not_block_gets_everything():
+    """Some programs leave such a pipe to those that they start."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with io.BufferedWriter(Outliving(writing, "w")) as stream:
+        reader = subprocess.Popen(["wc", "-c"], stdin=reading, stdout=subprocess.PIPE)
+        stream.write(b"x" * 1_000_000)
+    os.close(reading)
+    assert reader.communicate()[0].split() == [b"1000000"]
+
+
+def test_standard_streams_that_are_closed_or_cannot_show_a_character(tmp_path):
+    """A file that is opened later must not get the number of a closed stream, and with it what is printed."""
+    program = (
+        "import os, sys; from sage.util.output import outlive_reader; outlive_reader(); print('\\u2501')\n"
+        "assert os.open(os.devnull, os.O_RDONLY) > 2 and all(map(os.get_inheritable, range(3)))\n"
+        "sys.stdout.flush()"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)}"
+    for streams in ("<&- >&- 2>&-", "<&-", ">&-", f">{tmp_path}/out 2>&-"):
+        assert subprocess.run(["bash", "-c", f"{command} {streams}"], check=False).returncode == 0, streams
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], env=ascii_only, capture_output=True, check=True)
+    assert done.stdout == b"\\u2501\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["train", "--help"], ["train", "--cfg", "job", "+experiment=demo"]])
 def test_a_command_ends_quietly_when_its_reader_leaves(words, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import combinations
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import SHARED_DATA
 from hydra import compose, initialize_config_module
+from safetensors.torch import load_file, save_file
 from whole_runs import files
 
 from sage import config
@@ -163,14 +165,20 @@ def test_compare_by_hand(tmp_path):
 
 
 def test_two_benchmarks_and_their_comparison(tiny_model, problem_file, tmp_path, capsys):
-    """Every file of a run of the tiny model, and a comparison with another seed's. (Kills: test_kills.py.)"""
+    """Every file of a run of the tiny model, and a comparison with another seed's. (Kills: test_kills.py.)
+
+    A run that goes on after a part of it was answered does not mix two models or two sets of problems.
+    """
+    model, problems = tmp_path / "model", tmp_path / "problems.jsonl"
+    shutil.copytree(tiny_model, model)
+    shutil.copy(problem_file, problems)
     words = [
         "model=hf",
-        f"model.path={tiny_model}",
+        f"model.path={model}",
         "model.dtype=float32",
         "benchmark=[gsm8k,gaokao2023en]",
         f"benchmark.gsm8k.path={problem_file}",
-        f"benchmark.gaokao2023en.path={problem_file}",
+        f"benchmark.gaokao2023en.path={problems}",
         "benchmark.gaokao2023en.answer_from=hash",
         "samples=2",
         "sampling.temperature=1",
@@ -201,3 +209,14 @@ def test_two_benchmarks_and_their_comparison(tiny_model, problem_file, tmp_path,
     assert set(result) == {"gsm8k", "gaokao2023en"} and result["gsm8k"]["problems"] == 8
     with pytest.raises(UserError, match="not a finished evaluation"):
         compare(tmp_path, run_dir)
+
+    (run_dir / "summary.json").unlink()  # as if it had been killed before its end
+    rows = problems.read_text()
+    problems.write_text(rows.replace("apples", "pears"))
+    with pytest.raises(UserError, match="gaokao2023en was begun with another set of problems"):
+        evaluate(run_dir)
+    problems.write_text(rows)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * w for name, w in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="gsm8k was begun with another model"):
+        evaluate(run_dir)

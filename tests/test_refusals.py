@@ -191,6 +191,20 @@ def test_places_that_cannot_be_written(train, tmp_path, key, place):
     refused(train(f"{key}={folder}"), str(folder))
 
 
+@pytest.mark.parametrize("key", ["cache_dir", "hydra.run.dir"])
+def test_a_place_whose_name_is_not_utf8(train, tmp_path, key):
+    """Such a name is legal, but Arrow fails on it at the first step."""
+    name = os.fsdecode(bytes(tmp_path) + b"/\xff")
+    refused(train(f'{key}="{name}"'), key, "is not UTF-8")
+
+
+def test_a_user_without_a_home_folder(train, monkeypatch):
+    """Containers run with numbers of users that no passwd file names."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    refused(train('cache_dir="~/cache"'), "set HOME", "cache_dir=FOLDER")
+
+
 def test_a_damaged_conversion_is_noticed(tiny_model, tmp_path):
     """A converted model is trained on as it is, so a changed byte in it would change the run."""
     folder = tmp_path / "converted"

@@ -24,6 +24,7 @@ from sage.data.chat import ChatFormat
 from sage.data.pairs import load_pairs, read_pair_set
 from sage.data.source import write_rows
 from sage.data.tokens import tokenize_pairs
+from sage.util.checksums import claim
 from sage.util.errors import UserError
 from sage.util.progress import console
 
@@ -288,13 +289,15 @@ def test_what_does_not_fit_is_refused_by_name(runs, name, parts):
 
 def test_a_folder_begun_with_something_else_is_refused(tmp_path):
     """Protects a resumed run from a model, pairs or settings that changed under it."""
-    from sage.commands.score_dataset import claim
-
     manifest = {"pairs": {"count": 60}, "policy": {"weights": "a"}}
-    claim(tmp_path, manifest)
-    claim(tmp_path, manifest)
+    file = tmp_path / "manifest.json"
+    claim(file, manifest)
+    claim(file, manifest)
     with pytest.raises(UserError, match=r"another policy.*hydra\.run\.dir"):
-        claim(tmp_path, {**manifest, "policy": {"weights": "b"}})
+        claim(file, {**manifest, "policy": {"weights": "b"}})
+    file.write_text("[]")
+    with pytest.raises(UserError, match="is damaged"):
+        claim(file, manifest)
 
 
 @slow

@@ -161,6 +161,8 @@ def test_tensorboard_that_is_not_installed(monkeypatch):
 
 def test_rewind_says_how_far_the_log_went(tmp_path):
     file = Path(tmp_path, "metrics.jsonl")
-    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"step": 6')
+    damaged = [b'{"step": 6', b'{"st\xffep": 1}', b"7", b'{"step": "x"}', b"\0" * 9, b"[" * 100_000]
+    lines = [json.dumps({"step": step}).encode() for step in range(1, 6)]
+    file.write_bytes(b"\n".join(lines + damaged))
     assert tracking.rewind(file, 3) == 5
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]

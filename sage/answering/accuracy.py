@@ -17,16 +17,22 @@ from sage.util import ranks
 
 
 def run_benchmarks(
-    sampler: Sampler, benchmarks: Mapping[str, ProblemsConfig], limit: int | None, samples: int, folder: Path
+    sampler: Sampler,
+    benchmarks: Mapping[str, ProblemsConfig],
+    limit: int | None,
+    samples: int,
+    folder: Path,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Answer the first `limit` problems of each benchmark, and measure. Only rank 0 gets results.
 
-    The attempts are kept in `folder`/BENCHMARK. What an interrupted run left there is used.
+    The attempts are kept in `folder`/BENCHMARK. What an interrupted run left there is used, if
+    its problems and `weights`, the fingerprint of its model, were the same.
     """
     results = {}
     for name, benchmark in benchmarks.items():
         problems = ranks.main_only(lambda benchmark=benchmark: read_problems(benchmark)[:limit])
-        attempts = sampler.attempts(problems, samples, benchmark.prompt, folder / name, name)
+        attempts = sampler.attempts(problems, samples, benchmark.prompt, folder / name, name, weights)
         if sampler.rank == 0:
             results[name] = measure(attempts)
     return results

@@ -3,6 +3,7 @@ resume.
 
     folder/progress/chunk_N.jsonl   during the work; written whole or not at all, with a checksum beside it
     folder/generations.jsonl        one attempt a line, in the problems' order; written after the last chunk
+    folder/.begun.json              what the attempts depend on, which must not change under a run
 
 A chunk holds whole problems and is generated from an empty batch, so a resumed run makes the same chunks as
 an undisturbed one. Ranks take chunks in turn.
@@ -29,11 +30,11 @@ from sage.config import ModelConfig, SamplingConfig
 from sage.data.chat import ChatFormat, encode_prompts, response_ends
 from sage.model import loading
 from sage.util import ranks, stopping
-from sage.util.checksums import intact, seal_file
+from sage.util.checksums import claim, digest, intact, seal_file
 from sage.util.files import write_text
 from sage.util.progress import Activity, activity, console
 
-GENERATIONS_FILE = "generations.jsonl"
+GENERATIONS_FILE, BEGUN_FILE = "generations.jsonl", ".begun.json"
 PROBE_TOKENS = 16
 
 
@@ -102,7 +103,13 @@ class Sampler:
         self.stack.close()
 
     def attempts(
-        self, problems: Sequence[Problem], samples: int, prompt: str, folder: Path, name: str
+        self,
+        problems: Sequence[Problem],
+        samples: int,
+        prompt: str,
+        folder: Path,
+        name: str,
+        weights: str | None = None,
     ) -> list[Attempt]:
         """Attempts at each problem, in order. Ranks other than 0 get an empty list.
 
@@ -111,15 +118,23 @@ class Sampler:
             prompt: the text of a prompt, with {problem} in it.
             folder: where the attempts are kept. An interrupted run's attempts in it are used.
             name: a name for the progress bar.
+            weights: fingerprint of the model; None if it cannot have changed under an interrupted run.
 
         Raises:
+            UserError: the attempts in `folder` were begun with another model or other problems.
             Stopped: a signal came in the middle of a training run.
         """
         final, finished = folder / GENERATIONS_FILE, folder / "progress"
+        prompts = [prompt.replace("{problem}", problem.prompt) for problem in problems]
+        ids = ranks.main_only(lambda: encode_prompts(self.tokenizer, prompts, self.chat))
+        inputs = {
+            "model": weights,
+            "set of problems": digest([asdict(problem) for problem in problems]),
+            "tokenizer or chat template": digest([ids, sorted(self.source.ends)]),
+        }
+        ranks.main_only(lambda: claim(folder / BEGUN_FILE, inputs))
         if not ranks.main_only(final.exists):
             finished.mkdir(parents=True, exist_ok=True)
-            prompts = [prompt.replace("{problem}", problem.prompt) for problem in problems]
-            ids = ranks.main_only(lambda: encode_prompts(self.tokenizer, prompts, self.chat))
             counts = [problem.samples or samples for problem in problems]
             chunks = self.chunks(ids, counts)
             missing = [

@@ -7,7 +7,6 @@ RUN_DIR/manifest.json       the recipe and counts; written last
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 from collections import Counter
@@ -23,6 +22,7 @@ from sage.config import BuildPairsConfig, TrainConfig, build, load
 from sage.data.chat import ChatFormat, encode_prompts, response_ends, tokenizer_fingerprint
 from sage.model import loading
 from sage.util import ranks
+from sage.util.checksums import digest
 from sage.util.errors import UserError
 from sage.util.files import sha256, write_json
 from sage.util.progress import console
@@ -50,7 +50,7 @@ def build_pairs(run_dir: Path) -> None:
     weights = loading.weights_of(sampler.source.folder, cfg.model)
     with sampler:
         attempts = sampler.attempts(
-            problems, cfg.pairing.samples, cfg.data.problems.prompt, run_dir, "responses"
+            problems, cfg.pairing.samples, cfg.data.problems.prompt, run_dir, "responses", weights
         )
         if sampler.rank != 0:
             return
@@ -155,10 +155,6 @@ def recipe(cfg: TrainConfig, weights: str, tokenizer: Any, problems: Sequence[Pr
         },
         "seed": cfg.seed,
     }
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def intact(folder: Path) -> bool:

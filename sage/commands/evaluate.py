@@ -41,7 +41,7 @@ def evaluate(run_dir: Path) -> None:
     )
     weights = loading.weights_of(sampler.source.folder, cfg.model)
     with sampler:
-        results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, cfg.samples, run_dir)
+        results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, cfg.samples, run_dir, weights)
     if sampler.rank != 0:
         return
     summary = {

@@ -38,7 +38,7 @@ from sage.training.base import check_policy, open_model, open_reference
 from sage.training.estimate import settle_budget, this_machine
 from sage.training.selection import read_margins
 from sage.training.setup import read_pairs
-from sage.util.checksums import intact, seal_file
+from sage.util.checksums import claim, intact, seal_file
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
 from sage.util.progress import console, track
@@ -70,7 +70,7 @@ def score_dataset(run_dir: Path) -> None:
         "scorer": cfg.scorer,
         "scorers": cfg.scorers,
     }
-    main_only(lambda: claim(run_dir, manifest))
+    main_only(lambda: claim(run_dir / MANIFEST_FILE, manifest))
 
     forwards, machine = [], this_machine(cfg.world_size, device, starting=True)
     for base in bases.values():
@@ -91,24 +91,6 @@ def build_scorer(name: str, node: dict[str, Any]) -> Scorer:
     if not scorer.makes_scores:
         raise UserError(f"{name}._target_={node['_target_']} gives pairs no score: choose another")
     return scorer
-
-
-def claim(run_dir: Path, manifest: dict[str, Any]) -> None:
-    """Write what this folder's numbers depend on, or refuse if the folder was begun with something else.
-
-    Raises:
-        UserError: naming the first part that differs.
-    """
-    file = run_dir / MANIFEST_FILE
-    if not file.exists():
-        write_json(file, manifest)
-    begun = json.loads(file.read_text())
-    for part, value in manifest.items():
-        if begun.get(part) != value:
-            raise UserError(
-                f"{run_dir} was begun with another {part}: {begun.get(part)}, and now it is {value}; "
-                "their scores must not be mixed: choose another hydra.run.dir"
-            )
 
 
 def run_models(

@@ -233,7 +233,7 @@ def read_metrics(file: Path) -> tuple[dict[str, Series], int]:
                 try:
                     row = json.loads(line)
                     step = int(row.pop("step"))
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     damaged += 1  # a kill cut it short, or it is being written now
                     continue
                 for name, value in row.items():

@@ -38,10 +38,11 @@ class TrainState:
 
     data_fingerprint: str
     world_size: int
-    # Older versions left these three empty.
+    # Older versions left these four empty.
     model: str = ""  # fingerprint of the initial model's files
     optimizer: str = ""  # class of the optimizer, whose state the engine keeps
     computation: str = ""  # layout and head that the self-check chose
+    inputs: dict[str, str] = field(default_factory=dict)  # key -> fingerprint of the file that it names
     step: int = 0
     selection: dict[str, Any] = field(default_factory=dict)  # with the curriculum's and the scorer's
     costs: dict[str, float] = field(default_factory=dict)
@@ -157,7 +158,7 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     """Load a checkpoint into the engine and the generators, and return its TrainState.
 
     Raises:
-        UserError: the checkpoint belongs to other pairs, another initial model or another optimizer.
+        UserError: the checkpoint belongs to other inputs, another initial model or another optimizer.
     """
     saved = TrainState(**torch.load(folder / SIDECAR, weights_only=True))
     if saved.data_fingerprint != state.data_fingerprint:
@@ -167,6 +168,12 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
             f"{folder}: the files of model.path, model.adapter_path or reference_model have changed since "
             "this run began, so its reference would change: put the old files back, or start a new run"
         )
+    for key, fingerprint in saved.inputs.items():
+        if state.inputs.get(key) != fingerprint:
+            raise UserError(
+                f"{folder} belongs to a run that began with another content of {key}, and its results would "
+                "mix the two: put the old file back, or start a new run"
+            )
     if saved.optimizer and saved.optimizer != state.optimizer:
         raise UserError(
             f"{folder} holds the state of {saved.optimizer}, and this run's optimizer is {state.optimizer}: "
@@ -180,7 +187,7 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
         )
     engine.load(folder, saved.world_size)
     set_rng_state(saved.rng[engine.rank % len(saved.rng)])
-    ours = ("world_size", "model", "optimizer", "computation")
+    ours = ("world_size", "model", "optimizer", "computation", "inputs")
     return replace(saved, **{name: getattr(state, name) for name in ours})
 
 

@@ -49,7 +49,7 @@ class PairLog:
         """Delete the files of the steps after `step`, which are about to run again."""
         if self.main:
             for file in self.folder.glob("*.parquet"):
-                if int(file.stem) > step:
+                if file.stem.isdigit() and int(file.stem) > step:  # others are not ours
                     file.unlink()
 
     def wants(self, event: int) -> bool:

@@ -10,12 +10,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from sage.answering.check import check_answers
+from sage.answering.problems import read_problems
 from sage.config import TrainConfig, build, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat, response_ends
@@ -43,6 +46,7 @@ from sage.training.snr import SNR
 from sage.training.sources import Sources, by_source
 from sage.training.tracking import Tracker
 from sage.util import ranks
+from sage.util.checksums import digest
 from sage.util.errors import UserError
 from sage.util.progress import activity, console
 
@@ -102,6 +106,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         ", reference ".join(found["weights"] for found in identities),
         engine.optimizer_class,
         f"{forward.layout} rows and the {engine.policy.backend} head",
+        other_inputs(cfg, data, selection),
     )
     state = restore(run_dir, engine, forward, selection, fresh)
     if cfg.select and engine.rank == 0:
@@ -133,6 +138,19 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     )
     ranks.barrier()  # DeepSpeed's own groups do not wait for rank 0 as long as ours does
     return run
+
+
+def other_inputs(cfg: TrainConfig, data: Data, selection: Selection) -> dict[str, str]:
+    """Fingerprints of what a run reads besides its training pairs and its model, by the key that names it."""
+    found = {}
+    if data.held_out is not None:
+        found["data.eval_path"] = data.held_out.fingerprint
+    if selection.other_margin is not None:
+        found["scorer.margins_from"] = digest(selection.other_margin.tolist())
+    for name, benchmark in cfg.benchmark.items():
+        problems = ranks.main_only(partial(read_problems, benchmark))[: cfg.benchmark_limit]
+        found[f"benchmark.{name}.path"] = digest([asdict(problem) for problem in problems])
+    return found
 
 
 class Data(NamedTuple):

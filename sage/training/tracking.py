@@ -89,13 +89,13 @@ def check_tracking(tracking: TrackingConfig) -> None:
 
 
 def rewind(path: Path, step: int) -> int:
-    """Move away the lines after `step`, and a line that a kill cut short. Returns the last step of all."""
+    """Move away the lines after `step`, and those that a kill or a fault damaged. Returns the last step."""
     keep, superseded, last = [], [], -1
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             number = json.loads(line)["step"]
             late, last = number > step, max(last, number)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             late = True
         (superseded if late else keep).append(line + "\n")
     if superseded:

@@ -1,15 +1,18 @@
 """Checksums of what a run goes on from, so that damage is noticed before anything is read from it.
 
 `seal` and `damaged` are for whole folders: ranks share the work, and every rank calls them. `seal_file` and
-`intact` are for single files.
+`intact` are for single files. `claim` keeps together what was made from the same inputs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from sage.util import ranks
+from sage.util.errors import UserError
 from sage.util.files import crc32, write_json, write_text
 from sage.util.progress import console
 
@@ -55,6 +58,33 @@ def intact(file: Path) -> bool:
         console.print(f"{file} is damaged, so it is made again", markup=False)
         return False
     return True
+
+
+def digest(value: Any) -> str:
+    """Hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def claim(file: Path, inputs: dict[str, Any]) -> None:
+    """Write what the results in a folder depend on, or refuse if the folder was begun with something else.
+
+    Raises:
+        UserError: naming the first part that differs.
+    """
+    if not file.exists():
+        write_json(file, inputs)
+    try:
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        differing = [part for part, value in inputs.items() if begun.get(part) != value]
+    except (ValueError, AttributeError) as e:
+        raise UserError(
+            f"{file} is damaged, so nobody knows what its folder was begun with: choose another hydra.run.dir"
+        ) from e
+    for part in differing:
+        raise UserError(
+            f"{file.parent} was begun with another {part}: {begun.get(part)}, and now it is {inputs[part]}; "
+            "their results must not be mixed: put back what it began with, or choose another hydra.run.dir"
+        )
 
 
 def _beside(file: Path) -> Path:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 NO_MEMORY = ("out of memory", "can't allocate memory")  # the words of CUDA and of torch's allocator on CPUs
 NO_ROOM = ("No space left on device", "unexpected pos")  # the words of safetensors and of torch.save
 
+NO_HOME = "Could not determine home directory"  # the words of pathlib
+
 
 class UserError(ValueError):
     """Something that the user can fix: the message names the key, file or row and says what to do.
@@ -49,6 +51,8 @@ def refusal(error: BaseException) -> UserError | None:
             "raise the limit with `ulimit -n`" if files_open else "make it usable, or choose another place"
         )
         return UserError(f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}: {remedy}")
+    if isinstance(error, RuntimeError) and NO_HOME in str(error):
+        return UserError("a path begins with ~, and this user has no home: set HOME, or cache_dir=FOLDER")
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return UserError(
             f"out of memory: {first_line(error)}. Lower micro_batch_tokens and data.max_length, set "

@@ -1,41 +1,64 @@
-"""Standard output and standard error that outlive their reader."""
+"""Standard output and standard error that never end a run."""
 
+import errno
 import io
 import os
+import select
 import sys
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Outliving(io.FileIO):
-    """A file descriptor that writes to nowhere once its reader is gone, as after `sage train ... | head`."""
+    """A file descriptor whose text is lost where it cannot be written: no error ends the process.
+
+    Its reader may be gone, as after `sage train ... | head`, or its terminal, as after a lost connection.
+    Then it writes to nowhere. On a full disk it goes on once there is room.
+    """
 
     def write(self, data) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
-            return super().write(data)
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            while (written := super().write(data)) is None:  # whoever made the pipe set it to be non-blocking
+                select.select([], [self], [])
+            return written
+        except OSError as e:
+            if e.errno not in NO_ROOM:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
             return len(data)
 
 
 def outlive_reader() -> None:
     """Replace sys.stdout and sys.stderr, so that the process goes on when nobody reads them any more.
 
-    Whoever has replaced them already, such as a test or a notebook, keeps theirs.
+    Characters that their encoding lacks are written as escapes. Standard streams that are closed are opened:
+    otherwise the next file that is opened gets their number, and what is printed. Whoever has replaced the
+    streams already, such as a test or a notebook, keeps theirs.
     """
-    for name in ("stdout", "stderr"):
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            assert opened == descriptor  # the lowest free number
+            os.set_inheritable(descriptor, True)
+    for descriptor, name in enumerate(("stdout", "stderr"), start=1):
         stream = getattr(sys, name)
-        if stream is None or stream is not getattr(sys, f"__{name}__"):
+        if stream is not getattr(sys, f"__{name}__"):
             continue
-        stream.flush()
-        raw = Outliving(stream.fileno(), "w", closefd=False)
+        encoding, errors, by_line = "utf-8", "strict", False
+        if stream is not None:
+            stream.flush()
+            encoding, errors, by_line = stream.encoding, stream.errors, stream.line_buffering
+            descriptor = stream.fileno()
         setattr(
             sys,
             name,
             io.TextIOWrapper(
-                io.BufferedWriter(raw),
-                encoding=stream.encoding,
-                errors=stream.errors,
-                line_buffering=stream.line_buffering or name == "stderr",
+                io.BufferedWriter(Outliving(descriptor, "w", closefd=False)),
+                encoding=encoding,
+                errors="backslashreplace" if errors == "strict" else errors,
+                line_buffering=by_line or name == "stderr",
             ),
         )
