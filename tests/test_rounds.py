@@ -11,17 +11,14 @@ import shutil
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import refused, write_jsonl
-from forks import kill_often
 from hydra import compose, initialize_config_module
-from hydra.utils import get_method
-from whole_runs import files
+from whole_runs import files, in_this_process, kill_often
 
 from sage import config
 from sage.answering.asking import Outcome, choose, samples_of
@@ -36,7 +33,6 @@ from sage.reporting.runs import Rounds, read
 from sage.util.errors import UserError
 from sage.util.files import sha256
 from sage.util.locks import lock
-from sage.worker import JOBS
 
 # --- which problems
 
@@ -479,10 +475,6 @@ def test_a_damaged_file_of_pairs_is_built_again(begin, monkeypatch):
 # --- the real parts
 
 
-def in_this_process(world_size: int, folder: Path) -> None:
-    get_method(JOBS[config.load(folder).command])(folder)
-
-
 @pytest.mark.slow
 def test_real_parts(tmp_path):
     """Rounds of real sampling, scoring, training and evaluation, killed at random moments.
@@ -494,15 +486,8 @@ def test_real_parts(tmp_path):
     short = ["steps=2", "batch_size=4", "eval_every=0", "save_every=1", "generation.chunk=16"]
     options = ["round.keep=1", "round.rejected=earlier", "round.reference=initial", f"rounds={number}"]
     words = ["+experiment=arithmetic", "+benchmark=arithmetic_validation", *small, *short, *options]
-    for job in JOBS.values():
-        get_method(job)  # imports before the fork
-
-    whole, killed = kill_often(
-        partial(rounds, start=in_this_process),
-        lambda name: freeze(tmp_path / name, *words, "model.dtype=float32"),
-        kills,
-        (0.05, 0.9),
-    )
+    words += [f"cache_dir={tmp_path / 'cache'}", "model.dtype=float32"]
+    whole, killed = kill_often("rounds", words, tmp_path, kills, (0.05, 0.9))
     expected = results(whole)
     for run_dir in killed:
         got = results(run_dir)

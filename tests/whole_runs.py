@@ -16,6 +16,8 @@ from forks import Forked, command, on_ranks
 from hydra.utils import get_method
 from many_runs import freeze
 
+from sage import config
+from sage.commands.rounds import rounds
 from sage.worker import JOBS
 
 SAGE = str(Path(sys.executable).with_name("sage"))
@@ -45,7 +47,7 @@ def kill_often(
 def be_killer(
     command: str, overrides: list[str], folder: Path, kills: int, share: tuple[float, float]
 ) -> tuple[Path, list[Path]]:
-    job = get_method(JOBS[command])
+    job = partial(rounds, start=in_this_process) if command == "rounds" else get_method(JOBS[command])
     whole = freeze(folder / "whole", *overrides, command=command)
     began = time.monotonic()
     assert Forked(partial(job, whole)).wait() == 0
@@ -62,6 +64,11 @@ def be_killer(
             assert status in (0, -signal.SIGKILL)
             done += status == -signal.SIGKILL
     return whole, runs
+
+
+def in_this_process(world_size: int, folder: Path) -> None:
+    """Do a part of rounds, which `sage` does in ranks."""
+    get_method(JOBS[config.load(folder).command])(folder)
 
 
 def files(run_dir: Path) -> dict[str, bytes]:
