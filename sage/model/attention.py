@@ -9,7 +9,7 @@ own text. On CUDA it is one FlexAttention over the row under a block mask.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sage.data.packing import Span
+from sage.model.kernels.recompute import bfloat16_factors
 
 IMPLEMENTATION = "sage_packed"
 # Queries in one block on a CPU. Half of a short text's scores lie ahead of the query and are skipped.
@@ -266,7 +267,7 @@ def _scores(
 ) -> Tensor:
     """[kv_heads, heads / kv_heads * own, seen] of a block of `own` queries, the last of the keys, in the
     wider dtype."""
-    with _bfloat16_factors() if q.dtype == torch.bfloat16 else nullcontext():
+    with bfloat16_factors() if q.dtype == torch.bfloat16 else nullcontext():
         scores = _scaled_product(q.to(k.dtype), k.transpose(1, 2), scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -283,18 +284,6 @@ def _scores(
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """scaling * a @ b for batches, rounded once."""
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
-
-
-@contextmanager
-def _bfloat16_factors() -> Iterator[None]:
-    """float32 products of bfloat16 factors. They stay exact, and a CPU with bfloat16 units makes them
-    faster."""
-    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -4,6 +4,8 @@ On a CPU the four matrix products take nine tenths of the time, at the speed of 
 exponential takes most of the rest. So the size of the tile is all that is left to tune.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,7 @@ def token_stats(
         label_logit = hidden.new_full((n,), torch.nan, dtype=dtype)
         peaks, totals = hidden.new_empty(2, -(-v // cols), n, dtype=dtype)
         squares = torch.empty_like(peaks) if "sum_sq_probs" in stats else None
+        in_bfloat16 = hidden.dtype == torch.bfloat16 and not hidden.is_cuda
         if not hidden.is_cuda:  # a CPU cannot multiply half precision into a float32 result
             hidden = hidden.to(dtype)
         wide = None if hidden.dtype == weight.dtype else hidden.new_empty(min(cols, v), hidden.shape[1])
@@ -47,7 +50,8 @@ def token_stats(
             if wide is not None:
                 tile_of_weight = wide[: len(tile_of_weight)].copy_(tile_of_weight)
             for cut_n in cuts(n, rows):
-                logits = _logits(hidden[cut_n], tile_of_weight, tile_of_bias, softcap, scale, buffer)
+                with recompute.bfloat16_factors() if in_bfloat16 else nullcontext():
+                    logits = _logits(hidden[cut_n], tile_of_weight, tile_of_bias, softcap, scale, buffer)
                 index, inside = _within(labels[cut_n] - cut_v.start, logits.shape[1])
                 found = logits.gather(1, index[:, None]).squeeze(1)
                 label_logit[cut_n] = torch.where(inside, found, label_logit[cut_n])
