@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -123,6 +125,22 @@ def test_signals_that_come_together_are_one(tmp_path):
     status, said = launcher.end()
     assert status == 143 and (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
     assert len(said) == 2 and "after its step 7" in said[-1]
+
+
+@pytest.mark.parametrize("own, status", [(0, 143), (signal.SIGINT, 130)])
+def test_a_rank_that_got_no_signal_ends_with_the_one_that_did(own, status, monkeypatch):
+    """A cluster may signal one machine and not, or not yet, the other."""
+    from sage.training.run import Run  # here, because the other tests need no torch
+
+    monkeypatch.setattr(stopping, "_arrivals", stopping.Arrivals())
+    monkeypatch.setattr("sage.util.ranks.gather", lambda mine: [mine, signal.SIGTERM])
+    if own:
+        stopping.heard(own)
+    run: Any = SimpleNamespace(save=lambda: None, tracker=SimpleNamespace(close=lambda: None))
+    run.state = SimpleNamespace(step=7)
+    with pytest.raises(stopping.Stopped, match="after its step 7"):
+        Run.stop(run, "after its step")
+    assert stopping.status() == status and stopping._arrivals.name == signal.Signals(status - 128).name
 
 
 def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path):

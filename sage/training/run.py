@@ -142,6 +142,7 @@ class Run:
     def stop(self, where: str) -> NoReturn:
         self.save()
         self.tracker.close()
+        stopping.heard(max(ranks.gather(stopping.first())))  # a cluster may signal one machine before another
         raise Stopped(f"{where} {self.state.step}")
 
     def evaluation_due(self) -> bool:

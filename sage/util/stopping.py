@@ -95,6 +95,17 @@ def asked() -> bool:
     return bool(_arrivals.first)
 
 
+def first() -> int:
+    """The number of the first signal that this rank has got; 0 if none has come."""
+    return _arrivals.first
+
+
+def heard(signum: int) -> None:
+    """Another rank has got a signal, for which this one ends too. Its own may come late, or never."""
+    if not asked():
+        _arrivals.add(signum)
+
+
 def status() -> int:
     """The exit status that the signal asks for; 0 if none has come."""
     return _arrivals.status
