@@ -17,6 +17,8 @@ def small(tiny_model, pair_file, problem_file, tmp_path):
 
     def overrides(name: str) -> list[str]:
         benchmark = ["benchmark_limit=2", f"benchmark.gsm8k.path={problem_file}"] if "gsm8k" in name else []
+        if benchmark:
+            benchmark.append("data.eval_share=0.2")  # of few pairs, the experiment's share is none
         return [
             *(f"+experiment={name}", f"model.path={tiny_model}", f"data.path={pair_file}", "data.limit=40"),
             *("data.eval_path=null", "data.columns={}", "data.max_length=130", "micro_batch_tokens=520"),

@@ -52,7 +52,10 @@ def find_decoder(
 
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """Casts 16-bit weights to float32, if there is room for them, and back."""
+    """Casts 16-bit weights to float32, if there is room for both, and puts the same tensors back.
+
+    The weights may be views of an engine's own memory, so a copy of them would not do.
+    """
     tensors = [
         t for t in [*model.parameters(), *model.buffers()] if t.dtype in (torch.float16, torch.bfloat16)
     ]
@@ -60,14 +63,14 @@ def in_float32(model: Any) -> Iterator[None]:
         size = sum(t.numel() * t.element_size() for t in tensors)
         if torch.cuda.mem_get_info(tensors[0].device)[0] < 2 * size:
             tensors = []
-    dtypes = [t.dtype for t in tensors]
+    own = [t.data for t in tensors]
     for tensor in tensors:
         tensor.data = tensor.data.float()
     try:
         yield
     finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
+        for tensor, data in zip(tensors, own, strict=True):
+            tensor.data = data
 
 
 def first_that_agrees(

@@ -158,6 +158,30 @@ class Policy(nn.Module):
         for holder, name, value in self.rates:
             setattr(holder, name, 0.0 if training else value)
 
+    @property
+    def can_answer(self) -> bool:
+        """Whether `answering` computes what the exported folder would: no adapter, no attached rope."""
+        return self.causal is self.model and self.ropes is None
+
+    @contextmanager
+    def answering(self) -> Iterator[Any]:
+        """The transformers model as its exported folder would load, to generate with for a while."""
+        assert self.can_answer
+        training = self.model.training
+        if training:
+            self.set_mode(False)
+        self.use_attention(self.attention)
+        try:
+            yield self.causal
+        finally:
+            if training:
+                self.set_mode(True)
+            # Generation runs in inference mode. What a model keeps from there could not be trained with.
+            for module in self.model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_inference():
+                        setattr(module, name, buffer.clone())
+
     def own_logps(self, batch: MicroBatch) -> Tensor:
         """The truth that the self-check compares with."""
         causal = self.causal

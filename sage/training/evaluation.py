@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,14 @@ import torch
 
 from sage.answering.accuracy import run_benchmarks
 from sage.answering.attempts import Sampler
-from sage.config import TrainConfig, build, nearest
+from sage.answering.generation import HF, Backend, HFGenerator, Source
+from sage.config import SamplingConfig, TrainConfig, build, nearest
 from sage.data.chat import ChatFormat
 from sage.data.tokens import TokenizedPairs
+from sage.model.loading import load_tokenizer
+from sage.model.policy import Policy
 from sage.model.reference import Reference, known_policy, reference_logps
+from sage.model.sharding import is_sharded
 from sage.training.best import Criterion, is_test
 from sage.training.hooks import Hook
 from sage.training.metrics import PER_PAIR, means, per_pair
@@ -49,26 +54,46 @@ class HeldOut(Hook):
         return {**metrics, "eval/pairs": len(everything)}
 
 
+class Live(Backend):
+    """`generation=hf` with the run's own policy, which is not loaded again."""
+
+    def __init__(self, policy: Policy, options: HF):
+        self.policy, self.options, self.chunk = policy, options, options.chunk
+
+    @contextmanager
+    def open(self, source: Source, sampling: SamplingConfig) -> Iterator[HFGenerator]:
+        tokenizer = load_tokenizer(source.folder, source.model)
+        with self.policy.answering() as model:
+            yield HFGenerator(model, tokenizer, source.ends, sampling, self.options)
+
+
 class Benchmarks(Hook):
     """Greedy accuracy on the config's benchmarks and its interval, as benchmark/*.
 
-    Rank 0 has these metrics, the others none. The policy is exported and loaded from that folder, as
-    `sage eval` does. So this works with every engine, sharding and adapter.
+    Rank 0 has these metrics, the others none. The policy answers as it is, if every rank holds it whole.
+    Shards, an adapter and vLLM need a folder: the policy is exported and loaded from there, as `sage eval`
+    does. The answers are the same.
     """
 
     def evaluate(self, run: Run) -> dict[str, float]:
         cfg, engine = run.cfg, run.engine
         folder = run.run_dir / "benchmarks" / f"step_{run.state.step}"
-        exported = folder / "policy"
-        run.export(exported)
-        model = replace(cfg.model, path=str(exported), lora=None, adapter_path=None)
+        policy, backend, model = engine.policy, build("generation", cfg.generation), cfg.model
+        assert isinstance(policy, Policy)
+        exported = None
+        if type(backend) is HF and policy.can_answer and not is_sharded(policy):
+            backend = Live(policy, backend)
+        else:
+            exported = folder / "policy"
+            run.export(exported)
+            model = replace(cfg.model, path=str(exported), lora=None, adapter_path=None)
         greedy = replace(cfg.sampling, temperature=0.0)
         cuda = [engine.device] if engine.device.type == "cuda" else []
         with (
             torch.random.fork_rng(cuda),
             Sampler(
                 model,
-                build("generation", cfg.generation),
+                backend,
                 greedy,
                 seed=cfg.seed,
                 chat=ChatFormat.of(cfg.data),
@@ -77,7 +102,7 @@ class Benchmarks(Hook):
         ):
             results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder)
         ranks.barrier()
-        if engine.rank == 0:
+        if exported and engine.rank == 0:
             shutil.rmtree(exported)
         metrics: dict[str, float] = {}
         for name, result in results.items():
