@@ -96,14 +96,15 @@ def preflight(cfg: RunConfig, here: bool = True) -> None:
 
     `here`: the ranks will start on this machine.
     """
-    import torch
+    if here and cfg.world_size > 1:
+        import torch  # here, because it takes seconds
 
-    gpus = torch.cuda.device_count()
-    if here and gpus and cfg.world_size > gpus:
-        raise UserError(
-            f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it, or give "
-            "start=false for several machines"
-        )
+        gpus = torch.cuda.device_count()
+        if gpus and cfg.world_size > gpus:
+            raise UserError(
+                f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it, or give "
+                "start=false for several machines"
+            )
     check_writable(Path(cfg.cache_dir).expanduser(), "cache_dir")
     check_model(cfg.model)
     if isinstance(cfg, TrainConfig) and cfg.reference_model:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from importlib.resources import files
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sage.config.data import DataConfig, ProblemsConfig
-from sage.config.keys import suggestion
+from sage.config.keys import groups, suggestion
 from sage.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,6 +115,20 @@ def options_of(cls: Any) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
 
 
+def is_option(group: str, node: Mapping[str, Any]) -> bool:
+    """Whether a group holds one of sage's own options unchanged.
+
+    It is right then, as the tests show. To look at its class would import torch, which takes seconds.
+    """
+    folder = files("sage.conf") / group
+    return any(
+        f"_target_: {node.get('_target_')}\n" in text
+        and OmegaConf.to_container(OmegaConf.create(text)) == node
+        for option in groups().get(group, ())
+        for text in [(folder / f"{option}.yaml").read_text()]
+    )
+
+
 def check_target(key: str, node: dict[str, Any], group: str | None = None) -> None:
     """Check the options of a `_target_` group (by default the one that `key` names) before a model is loaded.
 
@@ -125,6 +140,8 @@ def check_target(key: str, node: dict[str, Any], group: str | None = None) -> No
         UserError: the class is not one of the group's, or an option is unknown, of the wrong type or out of
             range.
     """
+    if is_option(group or key, node):
+        return
     cls, target = class_of(key, node, group), node["_target_"]
     options = options_of(cls)
     given = {name: value for name, value in node.items() if name != "_target_"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from sage.config.checks import check_prompt
+from sage.config.checks import check_prompt, check_target
 from sage.config.command import RunConfig
 from sage.config.data import DataConfig, PairColumns, ProblemsConfig
 from sage.config.groups import key
@@ -75,6 +75,7 @@ class RoundsConfig(TrainConfig):
                 "data.problems.path=FILE"
             )
         check_prompt("data.problems", self.data.problems)
+        check_target("generation", self.generation)
         metrics = [f"benchmark/{name}/accuracy" for name in self.benchmark]
         if self.select is not None and self.select not in metrics:
             raise UserError(

@@ -79,8 +79,9 @@ class TrainConfig(RunConfig):
 
     def check(self) -> None:
         self.check_forward()
-        for group in ("curriculum", "generation"):
-            check_target(group, getattr(self, group))
+        check_target("curriculum", self.curriculum)
+        if self.benchmark or not self.data.has_pairs:  # else nothing is generated
+            check_target("generation", self.generation)
         for name, node in self.hooks.items():
             check_target(f"hooks.{name}", node, "hooks")
         check_benchmarks(self.benchmark)

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
+from unittest.mock import patch
 
 # Checkpoints are data: nothing in them is executed, whatever flag a library passes to torch.load.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -38,6 +39,9 @@ from sage.util import ranks
 from sage.util.errors import UserError, first_line
 from sage.util.progress import console
 
+# DeepSpeed asks whether the optimizer is Muon. To compile Muon's functions for that takes over a second.
+with patch("deepspeed.runtime.compiler.compile", lambda *_, **__: lambda function: function):
+    import deepspeed.runtime.zero.muon.muon_optimizer
 # For CPU ranks DeepSpeed would compile a shared-memory all-reduce, which adds 40 seconds to the first run.
 # gloo is good enough.
 deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
