@@ -4,8 +4,9 @@
     python benchmarks/gpu.py runs/gpu --again # measures everything anew
 
 Each part runs in a process of its own for four minutes at most, and leaves FOLDER/PART.log. FOLDER/gpu.json
-holds what came of each part. A second call repeats only the parts that failed. Without a GPU this says so,
-runs the kernels' tests in Triton's interpreter if Triton is there, and ends with status 0 if they pass.
+holds what came of each part. A second call repeats only the parts that failed. What is not installed here
+(TRL, Liger's kernels, vLLM) is named as not compared. Without a GPU this says what is not run, runs the
+kernels' tests in Triton's interpreter if Triton is there, and ends with status 0 if they pass.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from sage.util.files import write_json
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 240  # seconds of a part
-SAGE, TRL = ["sage", "sage, all logits"], ["TRL, 4 pairs", "TRL, 16 pairs"]
+SAGE = ["sage", "sage, all logits"]
+# TRL as it is, and at its best settings. What of it does not work here is listed as not measured.
+TRL = [f"TRL, 16 pairs{settings}" for settings in ("", ", Liger", ", Liger, padding-free")]
 
 
 def parts(folder: Path, gpu: bool) -> dict[str, list[str]]:
@@ -36,14 +39,18 @@ def parts(folder: Path, gpu: bool) -> dict[str, list[str]]:
     contenders = SAGE + (TRL if find_spec("trl") else [])
     step = [python, str(HERE / "dpo_step.py"), "--dtype", "bfloat16", "--max-length", "512", "--rounds", "1"]
     kernel = [python, str(HERE / "kernel.py"), "--device", "cuda", "--dtype", "bfloat16"]
+    for package, name in (("trl", "TRL"), ("liger_kernel", "Liger's kernels"), ("vllm", "vLLM")):
+        if not find_spec(package):
+            print(f"{name} is not installed ({package}): sage is NOT compared with it", flush=True)
     return {
         "doctor": [python, "-m", "sage", "doctor", f"json={folder / 'doctor.json'}"],
         "kernel tests": tests,
         "kernel": [*kernel, "--json", str(folder / "kernel.json")],
         "a DPO step": [
-            *(*step, "--trl-micro-batches", "4", "16", "--only", *contenders),
+            *(*step, "--trl-micro-batches", "16", "--only", *contenders),
             *("--output", str(folder / "dpo_step.json")),
         ],
+        "generation": [python, str(HERE / "backends.py"), "--output", str(folder / "backends.json")],
     }
 
 
@@ -71,6 +78,10 @@ def main() -> None:
     device = torch.cuda.get_device_name() if gpu else "no GPU"
     print(device if gpu else "there is no GPU here: nothing is measured", flush=True)
     results = args.folder / "gpu.json"
+    if not gpu:
+        print(
+            "NOT run: doctor on a GPU, kernels, a DPO step against TRL, generation against vLLM", flush=True
+        )
     found = json.loads(results.read_text()) if results.exists() else {}
     if args.again or found.get("device") != device:  # the numbers of another machine are of no use here
         found = {"device": device, "torch": torch.__version__, "parts": {}}
