@@ -55,7 +55,7 @@ def main() -> None:
         name for name, here in (("vLLM", find_spec("vllm")), ("a GPU", device.type == "cuda")) if not here
     ]
     if missing:
-        print(f"generation=vllm is NOT measured: {' and '.join(missing)} is not here", flush=True)
+        print(f"generation=vllm is NOT measured; missing: {' and '.join(missing)}", flush=True)
     else:
         backends["vllm"] = VLLM()
     found, answers = {}, {}

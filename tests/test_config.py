@@ -291,7 +291,9 @@ def test_advice_is_found_in_the_source():
 def test_advice_composes_as_it_is_written(override):
     """An error that says what to write must not lead to the next error."""
     key = override.lstrip("+").partition("=")[0]
-    base = {"benchmark": "eval", "samples": "eval", "generation": "eval"}.get(key.split(".")[0], "train")
+    base = {"benchmark": "eval", "samples": "eval", "generation": "eval", "round": "rounds"}.get(
+        key.split(".")[0], "train"
+    )
     if re.search(r"\b[A-Z]+\b(?!\.)", override.partition("=")[2]) and not override.endswith("FILE"):
         return  # NAME stands for an option
     options = {"curriculum": ["curriculum=static_filter"], "scorer": ["scorer=sage"], "loss": ["loss=cdpo"]}

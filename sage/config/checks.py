@@ -115,32 +115,29 @@ def options_of(cls: Any) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
 
 
-def is_option(group: str, node: Mapping[str, Any]) -> bool:
-    """Whether a group holds one of sage's own options unchanged.
+def is_option(group: str, node: Mapping[str, Any], exactly: bool) -> bool:
+    """Whether a group holds one of sage's own options, unchanged if `exactly`.
 
     It is right then, as the tests show. To look at its class would import torch, which takes seconds.
     """
     folder = files("sage.conf") / group
-    return any(
-        f"_target_: {node.get('_target_')}\n" in text
-        and OmegaConf.to_container(OmegaConf.create(text)) == node
-        for option in groups().get(group, ())
-        for text in [(folder / f"{option}.yaml").read_text()]
-    )
+    texts = [(folder / f"{option}.yaml").read_text() for option in groups().get(group, ())]
+    alike = [text for text in texts if f"_target_: {node.get('_target_')}\n" in text]
+    return any(not exactly or OmegaConf.to_container(OmegaConf.create(text)) == node for text in alike)
 
 
-def check_target(key: str, node: dict[str, Any], group: str | None = None) -> None:
+def check_target(key: str, node: dict[str, Any], group: str | None = None, used: bool = True) -> None:
     """Check the options of a `_target_` group (by default the one that `key` names) before a model is loaded.
 
     The class must belong to its group, so that a run folder from elsewhere cannot name another program. Its
     options are the fields of a dataclass. A class that needs only its options is built once, which runs its
-    own checks.
+    own checks. If the group is not `used`, only its class counts.
 
     Raises:
         UserError: the class is not one of the group's, or an option is unknown, of the wrong type or out of
             range.
     """
-    if is_option(group or key, node):
+    if is_option(group or key, node, exactly=used):
         return
     cls, target = class_of(key, node, group), node["_target_"]
     options = options_of(cls)

@@ -80,8 +80,8 @@ class TrainConfig(RunConfig):
     def check(self) -> None:
         self.check_forward()
         check_target("curriculum", self.curriculum)
-        if self.benchmark or not self.data.has_pairs:  # else nothing is generated
-            check_target("generation", self.generation)
+        generates = bool(self.benchmark) or not self.data.has_pairs
+        check_target("generation", self.generation, used=generates)
         for name, node in self.hooks.items():
             check_target(f"hooks.{name}", node, "hooks")
         check_benchmarks(self.benchmark)
