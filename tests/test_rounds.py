@@ -333,28 +333,27 @@ def test_older_pairs_stay_while_they_are_wrong(begin, monkeypatch):
     assert names == ["p0-1", "p2-0", "p2-1", "p3-0"]
     assert stay(lines, margins, {"p1"}, 0.25) == [lines[1], lines[4]] and not stay(lines, margins, {}, 0.1)
 
-    run_dir = begin("run", "round.keep=1", "round.budget=72", "round.max_samples=8")
+    run_dir = begin("run", "round.keep=1", "round.budget=48", "rounds=2")
     rounds(run_dir, Parts(monkeypatch, skill=4))
-    for number in (2, 3):
-        folder, before = run_dir / f"round_{number}", run_dir / f"round_{number - 1}"
-        score, train = config.load(folder / "older"), config.load(folder / "train")
-        assert score.model.path == train.model.path == str(before / "train/final")  # pyright: ignore
-        older = Path(score.data.path)  # pyright: ignore
-        assert older == before / ("pool.jsonl" if number > 2 else "pairs/pairs.jsonl")
-        pool, new = (folder / "pool.jsonl").read_text(), (folder / "pairs/pairs.jsonl").read_text()
-        assert train.data.path == str(folder / "pool.jsonl") and pool.startswith(new)  # pyright: ignore
-        kept = [json.loads(line) for line in pool[len(new) :].splitlines()]
-        asked = {o["problem_id"] for o in outcomes(folder)}
-        expected = [
-            row
-            for row in map(json.loads, older.read_text().splitlines())
-            if row["pair_id"].rpartition("-")[0] not in asked and int(row["answer"]) >= number + 3
-        ]
-        assert kept == expected
-        result = summary_of(run_dir)["rounds"][number]
-        assert result["kept_pairs"] == len(kept)
-        assert result["rescored_pairs"] == len(older.read_text().splitlines()) and result["seconds"]["older"]
-    assert any(result["kept_pairs"] for result in summary_of(run_dir)["rounds"][2:])
+    folder, before = run_dir / "round_2", run_dir / "round_1"
+    score, train = config.load(folder / "older"), config.load(folder / "train")
+    assert score.model.path == train.model.path == str(before / "train/final")  # pyright: ignore
+    older = Path(score.data.path)  # pyright: ignore
+    assert older == before / "pairs/pairs.jsonl"
+    pool, new = (folder / "pool.jsonl").read_text(), (folder / "pairs/pairs.jsonl").read_text()
+    assert train.data.path == str(folder / "pool.jsonl") and pool.startswith(new)  # pyright: ignore
+    kept = [json.loads(line) for line in pool[len(new) :].splitlines()]
+    asked = {o["problem_id"] for o in outcomes(folder)}
+    expected = [
+        row
+        for row in map(json.loads, older.read_text().splitlines())
+        if row["pair_id"].rpartition("-")[0] not in asked and int(row["answer"]) >= 5
+    ]
+    assert kept == expected
+    result = summary_of(run_dir)["rounds"][2]
+    assert result["kept_pairs"] == len(kept)
+    assert result["rescored_pairs"] == len(older.read_text().splitlines()) and result["seconds"]["older"]
+    assert kept
 
 
 def test_the_report_of_rounds(begin, monkeypatch, capsys):
