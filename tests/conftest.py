@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import tqdm
 
+gc.disable()  # until all is imported, which stays
 # tqdm's monitor thread takes its lock now and then. A test that forks at that moment has a child that waits
 # for the lock for ever.
 tqdm.tqdm.monitor_interval = 0
@@ -32,6 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: a long file that came last would run while other processes idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def make_tokenizer():
