@@ -65,4 +65,5 @@ def test_answering_does_not_disturb_training(runs, name):
 def test_nothing_is_exported_for_it(runs):
     for step in range(STEPS + 1):
         files = [*(runs / "plain_asked" / "benchmarks" / f"step_{step}").rglob("*")]
-        assert [file.name for file in files if file.is_file()] == ["generations.jsonl"]
+        assert not [file for file in files if file.suffix == ".safetensors" or file.name == "policy"]
+        assert "generations.jsonl" in [file.name for file in files]

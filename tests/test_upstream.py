@@ -52,6 +52,10 @@ def test_deepspeed():
 
     import sage.model.engine  # noqa: F401  imports it quietly, and with our settings
 
+    # Muon is imported before DeepSpeed asks for it, and its functions are as they are written.
+    muon = deepspeed.runtime.zero.muon.original_muon.muon_update
+    assert inspect.isfunction(muon) and not hasattr(muon, "_torchdynamo_orig_callable")
+    assert deepspeed.runtime.compiler.compile() is torch.compile
     assert deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] is False
     assert issubclass(MissingCUDAException, Exception) and issubclass(CUDAMismatchException, Exception)
     assert all(
