@@ -14,7 +14,6 @@ import pytest
 import torch
 import tqdm
 
-gc.disable()  # until all is imported, which stays
 # tqdm's monitor thread takes its lock now and then. A test that forks at that moment has a child that waits
 # for the lock for ever.
 tqdm.tqdm.monitor_interval = 0
@@ -34,6 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: a long file that came last would run while other processes idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection() -> None:
+    gc.disable()  # while test files are imported: what they make stays
 
 
 def pytest_collection_finish() -> None:
