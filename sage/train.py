@@ -42,7 +42,7 @@ def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
                 reference = run.reference(work.indices, work.batch)
                 losses = choice.objective(logps, reference)
                 engine.backward((losses + router_loss).sum() * (work.weight / cfg.batch_size), work.last)
-                if work.weight:
+                if work.reports:
                     seen[:, work.positions] = per_pair(run.loss, losses, logps, reference)
             seen = run.sum_over_ranks(seen)
             lr = learning_rate(state.step, run.steps, cfg.optimizer)

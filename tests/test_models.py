@@ -18,6 +18,7 @@ from sage.data.packing import collate
 from sage.model import kernels, sample, selfcheck
 from sage.model.policy import OWN, Policy
 from sage.model.selfcheck import check_unwrapped, settle
+from sage.model.sequence import SequenceGroup
 from sage.util.errors import UserError
 
 spec = importlib.util.spec_from_file_location("model_table", REPO / "scripts" / "model_table.py")
@@ -188,6 +189,21 @@ def test_weights_that_are_not_finite_are_recognised():
     policy.model.lm_head.weight.data[3, 3] = torch.nan
     with pytest.raises(UserError, match="its own logits are not finite"):
         settle(table.Asked(policy), [table.some_pairs()], "auto", "x")
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mamba", "bloom"])
+def test_models_that_pad_are_refused(model_type):
+    """Padded rows are never cut, and a recurrent model would miss what came before the cut."""
+    policy = policy_of(model_type)
+    policy.group = SequenceGroup(2)
+    with pytest.raises(UserError, match=r"engine.sequence_parallel=2 needs packed attention.* not support: "):
+        settle(table.Asked(policy), [table.some_pairs()], "auto", model_type)
+
+
+def test_frequencies_that_depend_on_a_texts_length_are_refused():
+    policy = Policy(table.tiny_model(copy.deepcopy(ROPES["longrope"])), group=SequenceGroup(2))
+    with pytest.raises(UserError, match=r"engine.sequence_parallel=2 does not suit .*frequencies"):
+        settle(table.Asked(policy), [table.some_pairs()], "auto", "longrope")
 
 
 @pytest.mark.parametrize("model_type", ["minimax", "mamba", "qwen3_next", "bloom"])

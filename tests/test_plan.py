@@ -18,6 +18,7 @@ from sage.data.tokens import Pair
 from sage.model import loading, memory
 from sage.model.footprint import footprint
 from sage.model.policy import Policy
+from sage.model.sequence import SequenceGroup
 from sage.training.estimate import MARGIN, Machine, Source, estimated, heaviest, largest_budget
 from sage.util.errors import UserError
 
@@ -65,6 +66,23 @@ def test_checkpointing_keeps_less_and_more_tokens_take_more(tiny_model):
     assert kept([*PAIRS, *others]).kept == pytest.approx(2 * plain.kept, rel=0.02)
 
 
+def test_ranks_that_compute_a_row_together_keep_a_part_each(tiny_model):
+    """Protects the plan of sequence parallelism: it counts what one of two ranks keeps and exchanges."""
+    cfg, batch = ModelConfig(path=str(tiny_model)), collate(PAIRS * 4, "shared")
+    loaded = loading.load_model(str(tiny_model), cfg, torch.float32, seed=0)
+
+    class FirstRank(memory.Shapes):
+        inside = SequenceGroup.inside
+
+    truth = saved_bytes(Policy(loaded, cfg.head, group=FirstRank(2)), batch)
+    one, two = (
+        memory.micro_bytes(memory.shell(str(tiny_model), cfg, torch.float32, ranks), batch, cuda=False)
+        for ranks in (1, 2)
+    )
+    assert two.kept == pytest.approx(truth, rel=0.05)
+    assert 0.45 * one.kept < two.kept < 0.6 * one.kept and two.peak < 0.7 * one.peak
+
+
 def test_the_stand_ins_are_taken_back(tiny_model):
     """A plan must not change how a later run in the same process computes."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -107,7 +125,15 @@ def test_a_plan_says_what_fits_and_what_to_change(sage, tiny_model, pair_file, t
 
     status, out, err = sage(*words, "gpu_gb=5", "batch_size=64", "world_size=2")
     assert status == 0, err
-    assert json.loads(file.read_text())["step_seconds"] is None  # that GPU is not here
+    whole = json.loads(file.read_text())
+    assert whole["step_seconds"] is None  # that GPU is not here
+
+    status, out, err = sage(*words, "gpu_gb=5", "batch_size=64", "world_size=2", "engine.sequence_parallel=2")
+    assert status == 0 and "1/2 of " in out, err
+    half = json.loads(
+        file.read_text()
+    )  # micro_batch_tokens is what a rank computes, at most all of it scored
+    assert half["most_tokens"] == pytest.approx(whole["most_tokens"], rel=0.2)
 
     status, out, err = sage(*words, "gpu_gb=2.5")
     found = json.loads(file.read_text())

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from sage.commands.inspect import tokenizer_folder
-from sage.config import EngineConfig, LoraConfig, ModelConfig, PlanConfig
+from sage.config import LoraConfig, ModelConfig, PlanConfig
 from sage.data.chat import ChatFormat
 from sage.data.pairs import load_data
 from sage.data.tokens import Pair, tokenize_pairs
@@ -58,10 +58,11 @@ def plan_run(cfg: PlanConfig) -> None:
         estimate = estimated(cfg, cfg.model, machine, folder, dtype, work)
     advice = [] if estimate.fits else list(changes(cfg, estimate, folder, dtype, work))
     seconds = None
-    if not cfg.gpu_gb and estimate.fits and Path(folder).is_dir():
+    alone = not cfg.gpu_gb and cfg.engine.sequence_parallel == 1
+    if alone and estimate.fits and Path(folder).is_dir():
         with activity("timing a micro-batch of the model"):
             seconds = work.per_step * measured_seconds(cfg.model, folder, dtype, device, work)
-    rows = rows_of(estimate, work, seconds)
+    rows = rows_of(cfg, estimate, work, seconds)
     print_rows(cfg, rows, advice, str(dtype).removeprefix("torch."))
     if cfg.json:
         numbers = {
@@ -129,15 +130,16 @@ def measured_seconds(
 def changes(cfg: PlanConfig, now: Estimate, folder: str, dtype: torch.dtype, work: Work) -> Iterator[str]:
     """Settings that would fit, each alone, the cheapest first."""
     machine = now.machine
-    if now.most_tokens() >= max(work.longest, 2 * cfg.data.max_length):
+    if now.most_tokens() >= max(work.longest, cfg.tokens_of_longest()):
         yield f"micro_batch_tokens={now.most_tokens()} fits"
     checkpointing = replace(cfg.model, gradient_checkpointing=True)
     tried = [("model.gradient_checkpointing=true", cfg.engine, checkpointing)]
     if cfg.world_size > 1:
-        tried += [(f"engine=zero{n}", EngineConfig(n), cfg.model) for n in (2, 3)]
-        tried.append(("engine=zero3 model.gradient_checkpointing=true", EngineConfig(3), checkpointing))
+        two, three = (replace(cfg.engine, zero_stage=n, offload=False) for n in (2, 3))
+        tried += [("engine=zero2", two, cfg.model), ("engine=zero3", three, cfg.model)]
+        tried.append(("engine=zero3 model.gradient_checkpointing=true", three, checkpointing))
     if machine.cuda:
-        offload = EngineConfig(max(cfg.engine.zero_stage, 2), offload=True)
+        offload = replace(cfg.engine, zero_stage=max(cfg.engine.zero_stage, 2), offload=True)
         name = f"engine=zero{offload.zero_stage}_offload model.gradient_checkpointing=true"
         tried.append((name, offload, checkpointing))
     adapter = replace(checkpointing, lora=LoraConfig())
@@ -146,25 +148,27 @@ def changes(cfg: PlanConfig, now: Estimate, folder: str, dtype: torch.dtype, wor
         other = estimated(replace(cfg, engine=engine), model, machine, folder, dtype, work)
         if other.fits:
             yield f"{name} fits, in {other.peak() / GB:.1f} GB"
-        elif other.most_tokens() >= max(work.longest, 2 * cfg.data.max_length):
+        elif other.most_tokens() >= max(work.longest, cfg.tokens_of_longest()):
             yield f"{name} with micro_batch_tokens={other.most_tokens()} fits"
 
 
 # --- what is printed
 
 
-def rows_of(estimate: Estimate, work: Work, seconds: float | None) -> list[tuple[str, str]]:
+def rows_of(cfg: PlanConfig, estimate: Estimate, work: Work, seconds: float | None) -> list[tuple[str, str]]:
+    together = cfg.engine.sequence_parallel
+    part = f"1/{together} of " if together > 1 else ""
     rows = [(name, f"{value / GB:.2f} GB") for name, value in estimate.parts().items()]
     rows.append(("peak", f"{estimate.peak() / GB:.2f} GB"))
     room = f"{estimate.machine.room / GB:.2f} GB, {estimate.machine.name}"
     rows.append((f"free; the plan {'fits' if estimate.fits else 'DOES NOT FIT'}", room))
     if estimate.engine.host:
         rows.append(("CPU memory, by offload", f"{estimate.engine.host / GB:.2f} GB"))
-    rows.append(("heaviest micro-batch", f"{len(work.pairs)} pairs, {work.tokens} tokens"))
-    rows.append(("longest pair", f"{work.longest} tokens"))
+    rows.append(("heaviest micro-batch", f"{part}{len(work.pairs)} pairs, {work.tokens} tokens"))
+    rows.append((f"{part}the longest pair" if part else "longest pair", f"{work.longest} tokens"))
     most = estimate.most_tokens()
     rows.append(("largest micro_batch_tokens that fits", str(most) if most >= work.longest else "none"))
-    rows.append(("largest data.max_length that fits", str(most // 2) if most >= 2 else "none"))
+    rows.append(("largest data.max_length that fits", str(most * together // 2) if most >= 2 else "none"))
     if seconds:
         note = f"{work.per_step} micro-batches per rank, without the exchange, the optimizer and scoring"
         rows.append(("seconds of a step", f"{seconds:.1f}: {note}"))

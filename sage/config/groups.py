@@ -115,6 +115,9 @@ class EngineConfig:
         0, "0 replicates all state; 1 shards optimizer state; 2 also gradients; 3 also weights", low=0, high=3
     )
     offload: bool = key(False, "keep optimizer state, and weights under stage 3, in CPU memory")
+    sequence_parallel: int = key(
+        1, "ranks that compute each row of tokens together, for pairs too long for one rank", low=1
+    )
 
 
 @dataclass

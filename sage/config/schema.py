@@ -94,10 +94,12 @@ class TrainConfig(RunConfig):
             raise UserError(
                 f"steps={self.steps} and epochs={self.epochs:g} are both set: add epochs=null, or steps=null"
             )
-        if self.batch_size < self.world_size:
+        together = self.engine.sequence_parallel
+        if self.batch_size < (groups := self.world_size // together):
             raise UserError(
-                f"batch_size={self.batch_size} pairs cannot feed world_size={self.world_size} ranks: "
-                f"set batch_size={self.world_size} or more"
+                f"batch_size={self.batch_size} pairs cannot feed world_size={self.world_size} ranks"
+                + (f", of which every {together} compute a pair together" if together > 1 else "")
+                + f": set batch_size={groups} or more"
             )
         if self.engine.offload and self.engine.zero_stage == 0:
             raise UserError("engine.offload=true needs engine.zero_stage=1, 2 or 3")
@@ -110,6 +112,11 @@ class TrainConfig(RunConfig):
             raise UserError(
                 f"tracking.snr_every={self.tracking.snr_every}: a batch of one pair has no noise to "
                 "measure: raise batch_size, or set tracking.snr_every=0"
+            )
+        if self.tracking.snr_every and together > 1:
+            raise UserError(
+                f"tracking.snr_every={self.tracking.snr_every} needs whole gradients of pairs, and with "
+                f"engine.sequence_parallel={together} each rank has a part: set tracking.snr_every=0"
             )
         if self.data.scores and self.reference == "online":
             raise UserError("data.scores is a cache of the reference, so it needs reference=cached")
@@ -127,15 +134,30 @@ class TrainConfig(RunConfig):
                 "rejected), several files with data.sources, or problems to build them from with "
                 "data.problems.path=FILE"
             )
+        together = self.engine.sequence_parallel
+        if self.world_size % together:
+            raise UserError(
+                f"engine.sequence_parallel={together} does not divide world_size={self.world_size}, and each "
+                f"group of {together} ranks computes rows together: set world_size={together} or a multiple"
+            )
+        if together > 1 and self.data.packing == "padded":
+            raise UserError(
+                f"engine.sequence_parallel={together} needs packed rows, and data.packing=padded makes none: "
+                "set data.packing=auto"
+            )
         if isinstance(self.micro_batch_tokens, str):
             if self.micro_batch_tokens != "auto":
                 raise UserError(f"micro_batch_tokens={self.micro_batch_tokens}: must be a number or auto")
-        elif self.data.max_length * 2 > self.micro_batch_tokens:
+        elif self.micro_batch_tokens < (needed := self.tokens_of_longest()):
             raise UserError(
                 f"micro_batch_tokens={self.micro_batch_tokens} cannot hold one pair of data.max_length="
-                f"{self.data.max_length} (two rows): set micro_batch_tokens={self.data.max_length * 2}, or "
-                "lower data.max_length"
+                f"{self.data.max_length} (two rows): set micro_batch_tokens={needed}, or lower "
+                "data.max_length, or raise engine.sequence_parallel"
             )
+
+    def tokens_of_longest(self) -> int:
+        """What one rank computes of a pair of data.max_length: two rows, or its part of them."""
+        return -(-2 * self.data.max_length // self.engine.sequence_parallel)
 
     def ignored(self) -> dict[str, str]:
         ignored = super().ignored()

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sage.data.packing import Span
 from sage.model.kernels.recompute import bfloat16_factors
+from sage.model.sequence import ALONE, SequenceGroup
 
 IMPLEMENTATION = "sage_packed"
 # Queries in one block on a CPU. Half of a short text's scores lie ahead of the query and are skipped.
@@ -35,19 +36,24 @@ class Window(NamedTuple):
 
 
 class Row:
-    """A packed row of `length` tokens. Masks are made when a layer first asks for them, and serve all
-    layers."""
+    """A packed row of `length` tokens, of which each rank of `group` holds a part.
+
+    Masks are made when a layer first asks for them, and serve all layers.
+    """
 
     def __init__(
-        self, prefix: int, spans: Sequence[Span], length: int, device: torch.device, compiled: bool = True
+        self,
+        prefix: int,
+        spans: Sequence[Span],
+        length: int,
+        device: torch.device,
+        compiled: bool = True,
+        group: SequenceGroup = ALONE,
     ):
-        self.prefix, self.spans, self.length, self.device, self.compiled = (
-            prefix,
-            spans,
-            length,
-            device,
-            compiled,
-        )
+        self.prefix, self.spans, self.length, self.device = prefix, spans, length, device
+        self.compiled, self.group = compiled, group
+        last = spans[-1]
+        self.end = last.start + last.prompt + sum(last.responses)  # padding follows
         self.block_masks: dict[int | None, BlockMask] = {}
 
     def texts(self) -> Iterator[tuple[slice, list[slice]]]:
@@ -131,7 +137,7 @@ def packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, t, d], key [1, kv_heads, t, d], value [1,
-    kv_heads, t, w] -> [1, t, heads, w].
+    kv_heads, t, w] -> [1, t, heads, w], for this rank's t tokens of the row.
 
     Gemma 2's `softcap` and sliding windows are honoured. Whatever else a model may ask for, the self-check
     finds out.
@@ -147,6 +153,7 @@ def packed_attention(
         raise NotImplementedError("it masks attention in a way of its own")
     assert not dropout
     window = None if attention_mask is None else attention_mask.size
+    query, key, value = packed_row.group.to_heads(query, key, value)
     if packed_row.device.type == "cuda" or not packed_row.compiled:
         score = None if softcap is None else _soft_cap(softcap)
         out = flex(packed_row.compiled)(
@@ -159,9 +166,10 @@ def packed_attention(
             enable_gqa=True,
         )
         assert isinstance(out, Tensor)
-        return out.transpose(1, 2).contiguous(), None
+        return packed_row.group.to_tokens(out.transpose(1, 2).contiguous()), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Texts.apply(query, key, value, packed_row, scaling, softcap, window), None  # pyright: ignore
+    out = _Texts.apply(query, key, value, packed_row, scaling, softcap, window)
+    return packed_row.group.to_tokens(out), None  # pyright: ignore
 
 
 class _Texts(torch.autograd.Function):
@@ -187,6 +195,7 @@ class _Texts(torch.autograd.Function):
         ctx.row, ctx.scaling, ctx.softcap, ctx.window = row, scaling, softcap, window
         heads, length, width = query.shape[1], query.shape[2], value.shape[3]
         out = query.new_empty(1, length, heads, width)
+        out[:, row.end :] = 0
         for queries, keys in row.texts():
             k, v = _take(key, keys), _take(value, keys)
             wide = k.to(_wide(k))
@@ -204,6 +213,7 @@ class _Texts(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         scaling, softcap, window = ctx.scaling, ctx.softcap, ctx.window
         grad_query = torch.empty_like(query)
+        grad_query[:, :, ctx.row.end :] = 0
         # Sums over texts and blocks are float32, since a prompt is a key of all its responses.
         grad_key, grad_value = (torch.zeros_like(x[0], dtype=_wide(x)) for x in (key, value))
         for queries, keys in ctx.row.texts():

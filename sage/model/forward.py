@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,18 +34,22 @@ class Work(NamedTuple):
     indices: np.ndarray  # [n] their indices in the pair set
     batch: MicroBatch
     weight: float  # 1, or 0 for a pair that only keeps this rank in step with the others
+    reports: bool  # whether this rank adds the pairs' numbers to a sum over ranks, which one rank must do
     last: bool
 
 
 class PairForward:
-    """Runs pairs through the policy in micro-batches of at most `budget` tokens, over all ranks, counting
-    the cost.
+    """Runs pairs through the policy in micro-batches of at most `budget` tokens per rank, over all ranks,
+    counting the cost.
 
-    `layout` is one of `sage.data.packing.LAYOUTS`.
+    `layout` is one of `sage.data.packing.LAYOUTS`. With sequence parallelism all ranks of a group take the
+    same pairs, and groups take different ones.
     """
 
     def __init__(self, engine: Engine | Frozen, budget: int, layout: str):
-        self.engine, self.budget, self.layout = engine, budget, layout
+        policy: Any = engine.policy
+        self.engine, self.budget, self.layout, self.group = engine, budget, layout, policy.group
+        self.groups = engine.world_size // self.group.size
         self.reset_costs()
 
     def reset_costs(self) -> None:
@@ -62,16 +66,17 @@ class PairForward:
     ) -> Iterator[Work]:
         """This rank's share of the pairs. Every rank yields the same number of items."""
         lengths, keys, prefix = pairs.lengths()[indices], pairs.keys(indices), self.prefix(pairs)
-        plans = plan(lengths, self.budget, self.engine.world_size, self.layout, prefix, keys)
+        plans = plan(lengths, self.budget * self.group.size, self.groups, self.layout, prefix, keys)
         micro_batches = [members for rank in plans for members in rank if members]
         tokens = [micro_tokens(lengths[m], keys[m], self.layout, prefix) for m in micro_batches]
         self.count(len(indices), tokens, backward)
-        mine = plans[self.engine.rank]
+        mine = plans[self.engine.rank // self.group.size]
         for i, members in enumerate(mine):
             positions = np.array(members or [0])
             batch = collate([pairs[int(j)] for j in indices[positions]], self.layout, prefix)
             batch = batch.to(self.engine.device)
-            yield Work(positions, indices[positions], batch, float(bool(members)), i == len(mine) - 1)
+            weight, reports = float(bool(members)), bool(members) and self.group.rank == 0
+            yield Work(positions, indices[positions], batch, weight, reports, i == len(mine) - 1)
 
     def prefix(self, pairs: TokenizedPairs) -> int:
         """Tokens that this layout computes once a row for all prompts."""
@@ -126,7 +131,7 @@ class PairForward:
 
     def size(self, work: Work) -> int:
         """Pairs that all ranks finish with this micro-batch, for the progress bar."""
-        return len(work.positions) * self.engine.world_size
+        return len(work.positions) * self.groups
 
     def gather(
         self,
@@ -141,6 +146,6 @@ class PairForward:
         out = torch.zeros(width, len(indices), device=self.engine.device)
         for work in track(self.micro_batches(pairs, indices), description, len(indices), self.size):
             values = torch.stack(list(forward(work)))
-            if work.weight:
+            if work.reports:
                 out[:, torch.from_numpy(work.positions).to(out.device)] = values
         return self.engine.sum_over_ranks(out)

@@ -110,6 +110,17 @@ def check_head(cfg: ModelConfig, device: torch.device) -> None:
         raise UserError(f"model.head=triton needs {lacks}: set model.head=auto")
 
 
+def check_heads(folder: str, cfg: ModelConfig, ranks: int) -> None:
+    """Refuse sequence parallelism over ranks that cannot share the model's attention heads equally."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    heads = getattr(config.get_text_config(), "num_attention_heads", None)
+    if isinstance(heads, int) and heads % ranks:
+        raise UserError(
+            f"engine.sequence_parallel={ranks}: {ranks} ranks cannot share the {heads} attention heads of "
+            f"model.path={cfg.path} equally: use a number that divides {heads}"
+        )
+
+
 def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> Any:
     """The causal language model, with its LoRA adapter where the config asks for one.
 

@@ -25,12 +25,27 @@ from sage.data.packing import MicroBatch
 from sage.model import attention, loading
 from sage.model.kernels import TokenStats, recompute, tiled
 from sage.model.policy import Policy
+from sage.model.sequence import ALONE, SequenceGroup
 from sage.util.errors import UserError, first_line
 
 META, WIDE = torch.device("meta"), torch.float32
 
 
-def shell(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Policy:
+class Shapes(SequenceGroup):
+    """One of several ranks that compute rows together. The others are not there: it has shapes only."""
+
+    def inside(self, positions: Tensor, start: int, length: int) -> Tensor:
+        # Of the rank with the most scored tokens.
+        return torch.arange(min(len(positions), length), device=positions.device)
+
+    def exchange(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x).copy_(x.contiguous())
+
+    def add(self, values: Tensor) -> None:
+        pass
+
+
+def shell(folder: str, cfg: ModelConfig, dtype: torch.dtype, sequence_parallel: int = 1) -> Policy:
     """The policy of a model's folder, without weights. Needs the folder's config only."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
     with META:
@@ -38,7 +53,8 @@ def shell(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Policy:
             config, dtype=dtype, trust_remote_code=cfg.trust_remote_code
         )
         model = loading.prepared(model, replace(cfg, adapter_path=None), seed=0)
-    return Policy(model.to(META), cfg.head, loading.router_coefficient(cfg, model))
+    group = Shapes(sequence_parallel) if sequence_parallel > 1 else ALONE
+    return Policy(model.to(META), cfg.head, loading.router_coefficient(cfg, model), group)
 
 
 class Live(TorchDispatchMode):
@@ -186,7 +202,13 @@ class FlexShape(torch.autograd.Function):
 
 
 def flex_shape(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: Any,
+    packed_row: attention.Row,
+    **__: Any,
 ) -> tuple[Tensor, None]:
-    out: Any = FlexShape.apply(query, key, value)
-    return out.transpose(1, 2).contiguous(), None
+    out: Any = FlexShape.apply(*packed_row.group.to_heads(query, key, value))
+    return packed_row.group.to_tokens(out.transpose(1, 2).contiguous()), None

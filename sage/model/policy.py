@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from sage.data.packing import MicroBatch
 from sage.model import attention
+from sage.model.dropout import random_rates
 from sage.model.kernels import TokenStats, token_stats
 from sage.model.logps import LogitStats, PairLogps
 from sage.model.rope import TextRopes, texts_of
+from sage.model.sequence import ALONE, SequenceGroup
 from sage.util.errors import UserError
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 OWN = "own"  # as `Policy.backend`: the logits come from the model's own full forward
 
 
@@ -60,13 +61,25 @@ class Policy(nn.Module):
     differ.
     """
 
-    def __init__(self, model: Any, backend: str = "auto", router_coefficient: float = 0.0):
+    def __init__(
+        self,
+        model: Any,
+        backend: str = "auto",
+        router_coefficient: float = 0.0,
+        group: SequenceGroup = ALONE,
+    ):
         """`backend` computes the head: a backend of `sage.model.kernels`, auto, or OWN.
 
-        With auto the self-check may choose a faster backend. Until then auto means tiled.
+        With auto the self-check may choose a faster backend. Until then auto means tiled. All ranks of
+        `group` call the policy together, with the same micro-batch, and get the same results.
         """
         super().__init__()
-        self.router_coefficient = router_coefficient
+        if router_coefficient and group.size > 1:
+            raise UserError(
+                f"engine.sequence_parallel={group.size}: the load-balancing loss of this model's routers "
+                "needs all tokens of a row on one rank: set model.router_aux_coef=0"
+            )
+        self.router_coefficient, self.group = router_coefficient, group
         self.model: Any = model.eval()  # all of it: peft's outer module begins in training mode
         causal = self.causal
         self.rates = random_rates(causal)
@@ -205,6 +218,15 @@ class Policy(nn.Module):
         self, batch: MicroBatch, stats: tuple[str, ...], router: bool
     ) -> tuple[TokenStats, Tensor | None]:
         """Statistics of the scored tokens, and the routers' loss where `router` asks for it."""
+        part, own = self.group.cut(batch)
+        found, router_loss = self.ask_part(part, stats, router)
+        values = (x if x is None else self.group.gather(x, own, len(batch.labels)) for x in found)
+        return TokenStats(*values), router_loss
+
+    def ask_part(
+        self, batch: MicroBatch, stats: tuple[str, ...], router: bool
+    ) -> tuple[TokenStats, Tensor | None]:
+        """`ask` for this rank's part of the micro-batch."""
         causal, inputs = self.causal, self.inputs(batch)
         if self.backend == OWN:
             with float32_head(causal):
@@ -233,9 +255,8 @@ class Policy(nn.Module):
         self.use_attention(attention.IMPLEMENTATION if packed else self.attention)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.spans is not None:
-            inputs["packed_row"] = attention.Row(
-                batch.prefix, batch.spans, batch.input_ids.shape[1], batch.input_ids.device
-            )
+            length, device = batch.input_ids.shape[1] * self.group.size, batch.input_ids.device
+            inputs["packed_row"] = attention.Row(batch.prefix, batch.spans, length, device, group=self.group)
         else:
             inputs["attention_mask"] = batch.attention_mask
         if self.ropes:
@@ -311,28 +332,6 @@ def float32_head(causal: Any) -> Iterator[None]:
         yield
     finally:
         del lm_head.forward
-
-
-def random_rates(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """(holder, name, value) of every dropout and jitter: in modules, in numbers that modules keep, and in
-    configs.
-
-    A dropout that peft added is not among them: its user asked for it.
-    """
-    holders: dict[int, Any] = {}
-    for name, module in model.named_modules():
-        if "lora_dropout" in name.split("."):
-            continue
-        holders[id(module)] = module
-        if isinstance(config := getattr(module, "config", None), transformers.PreTrainedConfig):
-            holders[id(config)] = config
-    return [
-        (holder, name, value)
-        for holder in holders.values()
-        for name, value in vars(holder).items()
-        if isinstance(value, float)
-        and ("drop" in name or "jitter" in name or (name == "p" and isinstance(holder, DROPOUTS)))
-    ]
 
 
 def per_side(values: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:

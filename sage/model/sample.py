@@ -16,6 +16,7 @@ from sage.data.tokens import Pair, TokenizedPairs
 from sage.model.engine import Engine, Frozen
 from sage.model.kernels import TokenStats, token_stats
 from sage.model.policy import Head, Policy
+from sage.model.sequence import ALONE
 from sage.model.sharding import is_sharded, own_part
 from sage.util.errors import first_line
 
@@ -25,6 +26,8 @@ PAIRS, PREFIX, PROMPT, RESPONSE = 3, 8, 24, 16
 # Backends of the head sum in float32, so they differ by much less than the model's own rounding. Their
 # gradients are rounded to the model's dtype.
 STATISTIC_LIMIT, GRADIENT_LIMIT = 1e-3, 0.05
+# Of gradients in bfloat16, which have gone through all layers. A rank that misses tokens errs by more.
+PARTS_LIMIT = 0.2
 
 
 class Limits(NamedTuple):
@@ -175,6 +178,41 @@ class Sample:
                 hook.remove()
         return None if known and finite else f"its gradients are {'not finite' if known else 'missing'}"
 
+    def fault_in_parts(self, whole: Engine | Frozen | Whole, layout: str) -> str | None:
+        """How this rank's gradients differ where ranks compute a row together; None if they do not.
+
+        It compares the gradient of what the embedding puts out, through which the gradients of all layers
+        have gone, with the same part of the whole row's. Gradients must be enabled.
+        """
+        policy: Any = whole.policy
+        _, batch = self.batch(layout, list(range(self.short)), stranger=True)
+        batch = batch.to(whole.device)
+
+        def gradient() -> Tensor:
+            embedded: list[Tensor] = []
+            hook = policy.causal.get_input_embeddings().register_forward_hook(
+                lambda _m, _a, out: embedded.append(with_gradient(out))
+            )
+            try:
+                logps = whole(batch, tokens=True)
+            finally:
+                hook.remove()
+            return torch.autograd.grad(logps.sum(), embedded)[0].float()
+
+        group = policy.group
+        try:
+            part = gradient()
+            policy.group = ALONE
+            right = gradient()
+        except Exception as e:
+            return f"its backward pass fails ({type(e).__name__}: {first_line(e)})"
+        finally:
+            policy.group = group
+        own = right[:, group.rank * part.shape[1] :][:, : part.shape[1]]
+        off, size = float((part[:, : own.shape[1]] - own).norm()), float(right.norm())
+        limit = 1e-3 if torch.finfo(policy.dtype).eps < 1e-6 else PARTS_LIMIT
+        return None if off <= limit * size else f"its gradients are off by {off / max(size, 1e-30):.2g}"
+
     def difference_from_tiled(self, engine: Engine | Frozen, layout: str) -> str | None:
         """How the policy's head differs from the tiled one on the same hidden states; None if it does not.
 
@@ -202,6 +240,8 @@ class Sample:
 @torch.enable_grad()
 def difference(head: Head, hidden: Tensor, labels: Tensor, backend: str) -> str | None:
     """How `backend` differs from tiled, in the statistics of these tokens or in their gradients."""
+    if not len(labels):  # a rank that shares the row, without a scored token of its own
+        return None
     found: list[tuple[Any, tuple[Tensor, ...]]] = []
     for name in (backend, "tiled"):
         leaves = hidden.detach().requires_grad_(), head.weight.detach().requires_grad_()

@@ -40,8 +40,8 @@ def check_unwrapped(
     """What disagrees in float32, and what gives no gradients in the run's own dtype, before an engine wraps
     the policy.
 
-    Rank 0 asks. A forward pass that fails here is left to `settle`. A policy without trainable weights is
-    asked for no gradients.
+    Rank 0 asks, and with sequence parallelism all ranks do. A forward pass that fails here is left to
+    `settle`. A policy without trainable weights is asked for no gradients.
 
     Raises:
         UserError: the model's own code changes its weights. Copies of it and exports would be other models.
@@ -50,12 +50,17 @@ def check_unwrapped(
     watch_ropes(policy, device, sets)
     layouts = layouts_of(policy, packing, name)
     heads = ["tiled", OWN] if policy.head else [OWN]
-    needed = sum(4 * p.numel() for p in policy.parameters() if p.dtype != torch.float32)
+    together = policy.group.size > 1
+    here = local_ranks(device) if together else 1
+    needed = here * sum(4 * p.numel() for p in policy.parameters() if p.dtype != torch.float32)
     trained = any(p.requires_grad for p in policy.parameters())
 
+    def agreed(fault: Any) -> Any:
+        return first_fault(fault) if together else fault
+
     def ask() -> Reasons:
-        refuse_changes(changed_by_asking(whole, sets[0]), name)
-        copied = needed <= free_memory(device)
+        refuse_changes(agreed(changed_by_asking(whole, sets[0])), name)
+        copied = not agreed(needed > free_memory(device))
         if not copied:
             console.print(
                 f"the self-check runs in {str(policy.dtype).removeprefix('torch.')} only: a float32 copy "
@@ -69,12 +74,15 @@ def check_unwrapped(
                 policy.backend = head
                 try:
                     with in_float32(policy) if copied else nullcontext():
-                        reason = sample.compare(whole, layout)
+                        reason = agreed(sample.compare(whole, layout))
                 except Exception:
                     continue
                 if reason is None and trained:
                     with as_in_training(policy):
-                        reason = sample.fault_in_backward(whole, layout)
+                        reason = agreed(sample.fault_in_backward(whole, layout))
+                        if reason is None and together:
+                            with in_float32(policy) if copied else nullcontext():
+                                reason = agreed(sample.fault_in_parts(whole, layout))
                 if reason is None:
                     break
                 reasons[layout, head] = reason
@@ -86,7 +94,7 @@ def check_unwrapped(
             policy.backend = backend
         return reasons
 
-    return main_only(ask)
+    return ask() if together else main_only(ask)
 
 
 @torch.no_grad()
@@ -105,8 +113,7 @@ def check_sharded(
     """
     if policy.dtype == torch.float32:
         return {}
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # share this memory
-    needed = 4 * here * sum(map(size_of, policy.parameters())) // ranks.world_size()
+    needed = 4 * local_ranks(device) * sum(map(size_of, policy.parameters())) // ranks.world_size()
     if not all(ranks.gather(needed <= free_memory(device))):
         console.print(
             f"the self-check runs in {str(policy.dtype).removeprefix('torch.')} only: a float32 copy takes "
@@ -140,7 +147,12 @@ def check_sharded(
     return reasons
 
 
-def refuse_changes(weights: Sequence[str], name: str) -> None:
+def first_fault(fault: Any) -> Any:
+    """What the first rank with a fault has found; None if no rank has any. Every rank calls this."""
+    return next((found for found in ranks.gather(fault) if found), None)
+
+
+def refuse_changes(weights: Sequence[str] | None, name: str) -> None:
     if weights:
         raise UserError(
             f"model.path={name}: its own code changes weights while it computes ({named(weights)}), so "
@@ -164,6 +176,11 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 def free_memory(device: torch.device) -> int:
     """Bytes that the device has left."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def local_ranks(device: torch.device) -> int:
+    """Ranks that share a device's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
 
 
 def settle(
@@ -207,10 +224,17 @@ def settle(
             if reason is None and sharded and trained:
                 with as_in_training(policy):
                     reason = ranks.broadcast(sample.fault_in_backward(engine, layout))
+                    if reason is None and policy.group.size > 1:
+                        reason = first_fault(sample.fault_in_parts(engine, layout))
             if reason is None:
                 break
             reasons[layout, head] = reason
         else:
+            if policy.group.size > 1:
+                raise UserError(
+                    f"engine.sequence_parallel={policy.group.size} needs packed attention, which this model "
+                    f"does not support: {reasons[layouts[0], heads[-1]]}; set engine.sequence_parallel=1"
+                )
             if packing not in ("auto", "padded"):
                 raise UserError(
                     f"data.packing={packing} does not suit this model: {reasons[packing, heads[-1]]}; set "
@@ -273,8 +297,16 @@ def layouts_of(policy: Policy, packing: str, name: str) -> list[str]:
             f"data.packing=shared does not suit model.path={name}: its rotary frequencies depend on a text's "
             "length, and the responses of a pair differ in length; set data.packing=auto"
         )
+    if policy.group.size > 1 and policy.ropes:
+        raise UserError(
+            f"engine.sequence_parallel={policy.group.size} does not suit model.path={name}: its rotary "
+            "frequencies depend on a text's length, and no rank has whole texts; set "
+            "engine.sequence_parallel=1, or lower data.max_length"
+        )
     if packing != "auto":
         return [packing]
+    if policy.group.size > 1:  # padded rows are never cut
+        return ["shared"]
     return ["unshared" if policy.ropes else "shared", "padded"]
 
 

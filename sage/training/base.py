@@ -17,6 +17,7 @@ from sage.model.engine import split_weights
 from sage.model.policy import Policy
 from sage.model.reference import identity
 from sage.model.selfcheck import Reasons, check_sharded, check_unwrapped
+from sage.model.sequence import sequence_group
 from sage.model.sharding import load_sharded
 from sage.util import ranks
 from sage.util.errors import UserError
@@ -37,7 +38,9 @@ class BaseModel(NamedTuple):
         Under an `engine` of ZeRO stage 3 its weights are split over the ranks as they are read, or after all
         have been read where an adapter needs that.
         """
-        dtype = dtype or self.dtype
+        dtype, together = dtype or self.dtype, engine.sequence_parallel if engine else 1
+        if together > 1:
+            loading.check_heads(self.folder, self.cfg, together)
 
         def read() -> Any:
             return loading.load_model(self.folder, self.cfg, dtype, self.seed)
@@ -47,7 +50,8 @@ class BaseModel(NamedTuple):
             model = load_sharded(read, split, dtype, at_once=needs_whole_model(self.cfg))
         else:
             model = read()
-        return Policy(model, self.cfg.head, loading.router_coefficient(self.cfg, model))
+        coefficient = loading.router_coefficient(self.cfg, model)
+        return Policy(model, self.cfg.head, coefficient, sequence_group(together))
 
     def identity(self) -> dict[str, str]:
         """What the model's log-probabilities depend on. Reads all weights."""

@@ -125,7 +125,10 @@ class Source(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The heaviest micro-batch of some steps, and how many of them a rank computes in a step."""
+    """The heaviest micro-batch of some steps, and how many of them a rank computes in a step.
+
+    With sequence parallelism a rank computes a part of it, and tokens are those of the part.
+    """
 
     pairs: list[Pair]
     tokens: int
@@ -139,19 +142,20 @@ class Work(NamedTuple):
 
 
 def heaviest(cfg: TrainConfig, source: Source, budget: int) -> Work:
-    """The heaviest micro-batch of the first steps, if each holds at most `budget` tokens."""
+    """The heaviest micro-batch of the first steps, if a rank computes at most `budget` tokens of each."""
     lengths, prefix, layout = source.lengths, source.prefix, source.layout
+    together = cfg.engine.sequence_parallel  # ranks that compute each micro-batch
     order, chosen, most, rounds = Shuffled(len(lengths), cfg.seed), np.array([0]), 0, 1
     for _ in range(min(cfg.steps or STEPS, STEPS)):
         drawn = order.draw(cfg.batch_size)
         keys = np.arange(3 * len(drawn)).reshape(-1, 3) if source.keys is None else source.keys(drawn)
-        plans = plan(lengths[drawn], budget, cfg.world_size, layout, prefix, keys)
+        plans = plan(lengths[drawn], budget * together, cfg.world_size // together, layout, prefix, keys)
         rounds = max(rounds, len(plans[0]))
         for members in (members for rank in plans for members in rank if members):
             total = micro_tokens(lengths[drawn[members]], keys[members], layout, prefix)[1]
             if total > most:
                 chosen, most = drawn[members], total
-    longest = int(pair_tokens(lengths, layout, prefix).max())
+    most, longest = (-(-n // together) for n in (most, int(pair_tokens(lengths, layout, prefix).max())))
     return Work([source.get(int(i)) for i in chosen], most, prefix, layout, rounds, longest)
 
 
@@ -174,12 +178,13 @@ def with_other_texts(pairs: Sequence[Pair], prefix: int) -> list[Pair]:
 def estimated(
     cfg: TrainConfig, model: ModelConfig, machine: Machine, folder: str, dtype: torch.dtype, work: Work
 ) -> Estimate:
-    policy = shell(folder, model, dtype)
+    policy = shell(folder, model, dtype, cfg.engine.sequence_parallel)
     micro = micro_bytes(policy, work.batch(work.pairs), machine.cuda)
     # A second point of the line, with twice the pairs. Most of a small one may not depend on its tokens.
     more = work.batch([*work.pairs, *with_other_texts(work.pairs, work.prefix)])
     rise = micro_bytes(policy, more, machine.cuda).peak - micro.peak
-    slope = max(rise / (more.input_ids.numel() - work.tokens), micro.kept / work.tokens)
+    tokens = more.input_ids.numel() / cfg.engine.sequence_parallel
+    slope = max(rise / (tokens - work.tokens), micro.kept / work.tokens)
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
     engine = footprint(trainable, frozen, dtype.itemsize, cfg.engine, cfg.world_size, machine.cuda)
@@ -225,7 +230,7 @@ def largest_budget(
     cfg: TrainConfig, folder: str, dtype: torch.dtype, source: Source, machine: Machine
 ) -> tuple[int, str]:
     """The largest micro_batch_tokens whose estimate leaves MARGIN of the memory, and why it is that one."""
-    smallest, room = 2 * cfg.data.max_length, machine.room * (1 - MARGIN)
+    smallest, room = cfg.tokens_of_longest(), machine.room * (1 - MARGIN)
     # More than a rank's share of the heaviest step is never used.
     whole = max(heaviest(cfg, source, sys.maxsize).tokens, smallest)
 
