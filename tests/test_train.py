@@ -447,7 +447,7 @@ def test_evaluation_answers_benchmarks(one_rank, two_ranks):
         assert [line["step"] for line in lines] == [*steps]
         assert all(line["benchmark/gsm8k/accuracy"] < 0.01 < line["benchmark/gsm8k/high"] for line in lines)
         for step in steps:
-            (file,) = (run / "benchmarks" / f"step_{step}").rglob("*.*")
+            (file,) = (run / "benchmarks" / f"step_{step}").rglob("generations.jsonl")
             answers[run.name, step] = [json.loads(line)["response"] for line in file.read_text().splitlines()]
     assert all(len(responses) == 6 for responses in answers.values())
     for step in (0, STEPS):
@@ -456,12 +456,19 @@ def test_evaluation_answers_benchmarks(one_rank, two_ranks):
 
 @slow
 def test_costs_count_what_ran(one_rank, tokenized):
-    """Each prompt once for both responses, and what all prompts begin with once for each row."""
+    """In each row, each different text once, each prompt once, and what all prompts begin with once."""
     lengths, order, prefix = tokenized.lengths(), Shuffled(30, seed=0), tokenized.common_prefix
-    trained = [order.draw(BATCH) for _ in range(STEPS)]
-    rows = sum(len(plan(lengths[batch], 260, 1, "shared", prefix)[0]) for batch in trained)
-    tokens = lengths[np.concatenate(trained)].sum() - prefix * (BATCH * STEPS - rows)
-    assert prefix > 0 and rows < BATCH * STEPS
+    tokens, apart = 0, 0
+    for _ in range(STEPS):
+        batch = order.draw(BATCH)
+        apart += lengths[batch].sum()
+        for members in plan(lengths[batch], 260, 1, "shared", prefix, tokenized.keys(batch))[0]:
+            pairs = [tokenized[int(batch[i])] for i in members]
+            texts = {(*p.prompt_ids, -1, *r) for p in pairs for r in (p.chosen_ids, p.rejected_ids)}
+            prompts = {text[: text.index(-1)] for text in texts}
+            tokens += prefix + sum(len(p) - prefix for p in prompts)
+            tokens += sum(len(text) - text.index(-1) - 1 for text in texts)
+    assert prefix > 0 and tokens < apart
     last = metrics(one_rank / "zero0")[-1]
     assert last["cost/backward_pairs"] == BATCH * STEPS
     assert last["cost/backward_tokens"] == tokens
