@@ -47,10 +47,9 @@ def rank_main(layers: int, pairs: int, checkpointing: bool) -> None:
     policy = Policy(model, group=sequence_group(ranks.world_size()))
 
     def micro_batch(n: int, shrink: int):
-        ids = torch.randint(0, SHAPE["vocab_size"], (3 * RESPONSE,)).tolist()
-        prompt, response = PROMPT // shrink, RESPONSE // shrink
-        one = Pair("", None, ids[:prompt], ids[-response:], ids[prompt : prompt + response])
-        return collate([one] * n, "shared")
+        sizes = PROMPT // shrink, RESPONSE // shrink, RESPONSE // shrink
+        made = [[torch.randint(0, SHAPE["vocab_size"], (size,)).tolist() for size in sizes] for _ in range(n)]
+        return collate([Pair("", None, *ids) for ids in made], "shared")
 
     def forward(batch):
         logps = policy(batch)
