@@ -41,7 +41,7 @@ def kill_often(
     Returns:
         The folder of the undisturbed run, and those of the others.
     """
-    return on_ranks(1, be_killer, command, overrides, folder, kills, share)[0]
+    return on_ranks(1, be_killer, command, overrides, folder, kills, share, seconds=600.0 + 120.0 * kills)[0]
 
 
 def be_killer(
