@@ -223,11 +223,14 @@ def summary_of(run_dir: Path) -> dict:
 
 def results(run_dir: Path) -> dict[str, bytes]:
     """Every file that does not say how long something took, or what a killed training did after its last
-    checkpoint. A manifest names the folder of its problems."""
+    checkpoint. Manifests and the metadata of tables name the run's folder."""
     timed, here = ("summary.json", "metrics.jsonl", "times.jsonl", "config.yaml"), str(run_dir).encode()
     timed += ("metrics.superseded.jsonl",)
-    found = files(run_dir).items()
-    return {name: data.replace(here, b"RUN_DIR") for name, data in found if not name.endswith(timed)}
+    found = {name: data for name, data in files(run_dir).items() if not name.endswith(timed)}
+    for name in found:
+        if name.endswith(".parquet"):
+            found[name] = str(pq.read_table(run_dir / name).to_pydict()).encode()
+    return {name: data.replace(here, b"RUN_DIR") for name, data in found.items()}
 
 
 def test_a_kill_at_any_moment_changes_nothing(begin, monkeypatch):
