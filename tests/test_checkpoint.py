@@ -170,7 +170,8 @@ def test_resume_on_another_number_of_ranks(moved):
         assert again == [5, 6, 7, 8] + ([7, 8] if "1 to 2 to 1" in name else []), name
         assert column(run, "step") == list(range(1, 9)), name
         differs = largest_difference(column(run, "loss"), column(whole, "loss"))
-        assert (differs < 1e-5) == ("mutant" not in name), (name, differs)
+        bound = 1e-4 if "bf16" in name else 1e-5  # other rows, so gradients are rounded in another order
+        assert (differs < bound) == ("mutant" not in name), (name, differs)
         assert json.loads((run / "summary.json").read_text())["world_size"] == int(name.split(",")[0][-1])
 
 

@@ -169,6 +169,7 @@ def test_ctrl_c_while_python_imports_gives_no_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "sage", "train"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` ignores it
         capture_output=True,
         text=True,
     )
