@@ -318,7 +318,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         seal(run / "checkpoints" / "step_4")
     before = {run: (run / "metrics.jsonl").read_text() for run in (data, ranks, *versions, *evil.values())}
     execute(1, list(before))
-    assert "data.path no longer holds the pairs that" in (data / ERROR_FILE).read_text()
+    assert "data.path or data.sources no longer holds the pairs that" in (data / ERROR_FILE).read_text()
     assert "the optimizer's state of rank 1 is not there" in (ranks / ERROR_FILE).read_text()
     for run, reason in versions.items():
         error = (run / ERROR_FILE).read_text()

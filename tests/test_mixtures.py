@@ -9,6 +9,7 @@ from conftest import make_pairs, make_tokenizer, refused, write_jsonl
 from many_runs import column, execute, freeze, interrupted
 
 from sage.config import DataConfig, PairColumns, SourceConfig
+from sage.config.checks import check_sources
 from sage.data.chat import ChatFormat
 from sage.data.pairs import load_data
 from sage.data.tokens import tokenize_pairs
@@ -183,6 +184,8 @@ def test_mixtures_are_refused_by_key(train, files):
     refused(train("data.path=null", mixture(files, ", weight: 0")), "data.sources.small.weight=0.0")
     refused(train(*alone, "data.limit=3"), "data.limit has no effect", "data.sources has its own")
     refused(train(*alone, "data.columns.prompt=x"), "data.columns.prompt has no effect")
+    by_an_option = ("data=step_dpo_full", "data.path=null", mixture(files))
+    refused(train(*by_an_option), "data.columns is set", "data.sources.NAME.columns", "add data=pairs")
     refused(train(*alone, "data.eval_path=x", "data.eval_share=0.1"), "data.eval_share has no effect")
     refused(
         train("data.path=null", f"+data.sources.big.path={files[0]}"), "'+data.sources={NAME: {path: FILE}"
@@ -208,6 +211,18 @@ def test_inspect_counts_by_source(sage, files, tiny_model, tmp_path):
     counts = [sum(name.startswith(source) for name in kept) for source in ("big/", "small/")]
     assert f"pairs by source: {counts[0]} big, {counts[1]} small" in out and 0 < counts[1] <= 20
     assert "pairs are held out" in out and "too_long: rows small/2" in out
+
+
+def test_a_source_has_its_own_keys_and_a_plain_name(sources):
+    """What an experiment sets for data.path must not be dropped without a word, and top/NAME is a file."""
+    check_sources(sources(columns=PairColumns(prompt="question"), eval_path="x"))
+    for keys in ({"limit": 3}, {"split": "train_prefs"}, {"columns": PairColumns(prompt="question")}):
+        (name,) = keys
+        with pytest.raises(UserError, match=rf"data\.{name} is set.*data\.sources\.NAME\.{name} .*and add "):
+            check_sources(sources(**keys))
+    for name in ("..", ".", "-x", "a b", ""):
+        with pytest.raises(UserError, match="may hold only letters"):
+            check_sources(DataConfig(sources={name: SourceConfig("x")}))
 
 
 @pytest.mark.slow

@@ -180,10 +180,17 @@ def check_sources(data: DataConfig) -> None:
     if data.path is not None and data.sources:
         raise UserError(f"data.path={data.path} and data.sources are both set: add data.path=null")
     for name in data.sources:
-        if not re.fullmatch(r"[\w.-]+", name):
+        if not re.fullmatch(r"\w[\w.-]*", name):  # also a file's name, so not ".."
             raise UserError(
                 f"data.sources: the name {name!r} begins the ids of its pairs, so it may hold only letters, "
-                "digits and the signs _ - ."
+                "digits and the signs _ - . and not begin with one of the last two"
+            )
+    if data.sources:
+        for name in data.unread():
+            remedy = {"split": "data.split=train", "limit": "data.limit=null"}.get(name, "data=pairs")
+            raise UserError(
+                f"data.{name} is set, by the experiment or an option of data, and data.sources does not read "
+                f"it: give data.sources.NAME.{name} instead, and add {remedy}"
             )
     without = [name for name, source in data.sources.items() if source.weight is None]
     if 0 < len(without) < len(data.sources):

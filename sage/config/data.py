@@ -171,6 +171,13 @@ class DataConfig(ChatConfig):
     def has_held_out(self) -> bool:
         return self.eval_path is not None or self.eval_share is not None
 
+    def unread(self) -> list[str]:
+        """Keys that are set for the training pairs, where data.sources has its own."""
+        found = [name for name in ("split", "limit") if getattr(self, name) != getattr(DataConfig, name)]
+        if self.eval_path is None and self.columns.given():
+            found.append("columns")
+        return found
+
     def title(self, held_out: bool = False) -> str:
         """What lines about the training pairs, or about the held-out ones, begin with."""
         if held_out and self.eval_path is None:

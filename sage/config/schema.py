@@ -164,9 +164,8 @@ class TrainConfig(RunConfig):
         if self.data.eval_path is not None:
             ignored |= because("since data.eval_path gives the held-out pairs", "data.eval_share")
         if self.data.sources:
-            ignored |= because("since data.sources has its own", "data.split", "data.limit")
-            if self.data.eval_path is None:
-                ignored |= because("since data.sources has its own", "data.columns")
+            unread = (f"data.{name}" for name in self.data.unread())
+            ignored |= because("since data.sources has its own", *unread)
         if not self.data.has_pairs:
             return ignored
         given = f"since data.{'sources' if self.data.sources else 'path'} gives the pairs"

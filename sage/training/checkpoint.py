@@ -162,7 +162,9 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     """
     saved = TrainState(**torch.load(folder / SIDECAR, weights_only=True))
     if saved.data_fingerprint != state.data_fingerprint:
-        raise UserError(f"{folder}: data.path no longer holds the pairs that this run began with")
+        raise UserError(
+            f"{folder}: data.path or data.sources no longer holds the pairs that this run began with"
+        )
     if saved.model and saved.model != state.model:
         raise UserError(
             f"{folder}: the files of model.path, model.adapter_path or reference_model have changed since "
