@@ -189,8 +189,7 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
 def requeued(cfg: RunConfig, run_dir: Path, here: bool) -> None:
     """Go on with the run in `run_dir`, which the same command line began, perhaps on other machines."""
     before = config.load(run_dir)
-    if isinstance(cfg, TrainConfig) and isinstance(before, TrainConfig) and cfg.micro_batch_tokens == "auto":
-        cfg.micro_batch_tokens = before.micro_batch_tokens  # the number that it chose
+    config.keep_budget(cfg, run_dir)
     keys = [key for key in config.differences(cfg, before) if key != "world_size"]
     if keys:
         raise UserError(

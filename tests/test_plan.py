@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, write_jsonl
 from hydra import compose, initialize_config_module
 from many_runs import column, execute, freeze, interrupted
 
@@ -19,7 +19,7 @@ from sage.model import loading, memory
 from sage.model.footprint import footprint
 from sage.model.policy import Policy
 from sage.model.sequence import SequenceGroup
-from sage.training.estimate import MARGIN, Machine, Source, estimated, heaviest, largest_budget
+from sage.training.estimate import MARGIN, Machine, Source, Work, estimated, heaviest, largest_budget
 from sage.util.errors import UserError
 
 PAIRS = [Pair("a", None, [5] * 20, [6] * 30, [7] * 25), Pair("b", None, [5] * 9, [8] * 12, [9] * 40)]
@@ -174,6 +174,47 @@ def test_auto_is_the_largest_micro_batch_that_fits(tiny_model, tmp_path):
         UserError, match=r"micro_batch_tokens=auto: two rows of data\.max_length=60 .* do not fit"
     ):
         choose(at(120).peak() * 0.9)
+
+
+def test_scoring_is_planned_without_training_and_with_its_second_model(tiny_model):
+    """Protects micro_batch_tokens=auto of score-dataset, which would refuse models that it has room for."""
+    machine = Machine(True, 80e9, 1e9, "a GPU")
+
+    def planned(command: str, *overrides: str):
+        with initialize_config_module("sage.conf", version_base="1.3"):
+            common = ["model=hf", f"model.path={tiny_model}", "data.path=x", "data.max_length=60"]
+            cfg = config.load(compose(command, [*common, *overrides]))
+        assert isinstance(cfg, config.TrainConfig)
+        work = Work(PAIRS, 125, 0, "shared", 1, 50)
+        return estimated(cfg, cfg.model, machine, str(tiny_model), torch.float32, work)
+
+    trained, scored = planned("train", "steps=1"), planned("score_dataset")
+    assert scored.engine.kept() == scored.engine.weights == trained.engine.weights
+    assert scored.micro.peak < trained.micro.peak and scored.line[1] < trained.line[1]
+    both = planned("score_dataset", f"reference_model={tiny_model}")
+    assert both.engine.kept() == 2 * scored.engine.kept()
+
+
+def test_a_plan_of_pairs_that_are_not_built_reads_two_tokens_of_the_vocabulary(sage, tmp_path):
+    """The packaged model has 16 tokens: the plan times a micro-batch of made-up ids."""
+    problems = write_jsonl(tmp_path / "problems.jsonl", [{"prompt": "1+1", "answer": "2"}])
+    words = ["plan", "model=arithmetic", f"data.problems.path={problems}", "data.max_length=48", "steps=1"]
+    status, out, err = sage(*words, "micro_batch_tokens=256", "batch_size=16", f"cache_dir={tmp_path}")
+    assert status == 0 and "seconds of a step" in out, err
+
+
+def test_the_number_of_auto_is_kept(tmp_path):
+    """Protects `sage rounds`, which writes the config of an interrupted part again."""
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        overrides = ["model=hf", "model.path=m", "data.path=x", "steps=3", "micro_batch_tokens=auto"]
+        first, again = (config.load(compose("train", overrides)) for _ in range(2))
+    assert isinstance(first, config.TrainConfig) and isinstance(again, config.TrainConfig)
+    config.keep_budget(first, tmp_path)
+    assert first.micro_batch_tokens == "auto"
+    first.micro_batch_tokens = 5000
+    config.write(first, tmp_path)
+    config.keep_budget(again, tmp_path)
+    assert again.micro_batch_tokens == 5000
 
 
 def test_a_micro_batch_is_a_number_or_auto(train, tmp_path):

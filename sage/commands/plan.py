@@ -21,6 +21,7 @@ from sage.data.chat import ChatFormat
 from sage.data.pairs import load_data
 from sage.data.tokens import Pair, tokenize_pairs
 from sage.model import loading
+from sage.model.folder import check_adapter, lora_of
 from sage.model.policy import Policy
 from sage.training.estimate import (
     CUDA_CONTEXT,
@@ -46,6 +47,8 @@ def plan_run(cfg: PlanConfig) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = loading.compute_dtype(cfg.model, device)
+    if cfg.model.adapter_path:
+        cfg.model.lora = lora_of(check_adapter(cfg.model))  # its own settings, as a run takes them
     if cfg.gpu_gb and cfg.model.dtype == "auto":
         dtype = torch.bfloat16
     folder = tokenizer_folder(cfg.model, cfg.cache_dir)
@@ -94,8 +97,11 @@ def source_of_pairs(cfg: PlanConfig, folder: str) -> Source:
         prompt = cfg.data.max_length - response
         lengths = np.array([[prompt, response, response]] * cfg.batch_size)
 
+        def ids(number: int, length: int) -> list[int]:  # its binary digits: any vocabulary has two tokens
+            return [number >> place & 1 for place in range(length)]
+
         def made(i: int) -> Pair:  # no two share a text
-            return Pair("", None, [i] * prompt, [2 * i] * response, [2 * i + 1] * response)
+            return Pair("", None, ids(i, prompt), ids(2 * i, response), ids(2 * i + 1, response))
 
         return Source(lengths, 0, layout, made)
     data = tokenize_pairs(

@@ -63,6 +63,7 @@ class Parts:
             )
             while alive(folder):
                 time.sleep(1)
+        config.keep_budget(cfg, folder)
         config.write(cfg, folder)
         name = folder.relative_to(self.run_dir)
         console.print(f"{name}: `sage {cfg.command}`", markup=False)

@@ -3,7 +3,16 @@
 from sage.config.checks import build, check, check_target, walk
 from sage.config.command import CommandConfig, RunConfig
 from sage.config.data import ChatConfig, DataConfig, PairColumns, ProblemsConfig, SourceConfig
-from sage.config.frozen import CONFIG_FILE, SUMMARY_FILE, differences, freeze, load, read_frozen, write
+from sage.config.frozen import (
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    differences,
+    freeze,
+    keep_budget,
+    load,
+    read_frozen,
+    write,
+)
 from sage.config.groups import (
     EngineConfig,
     LoraConfig,
@@ -62,6 +71,7 @@ __all__ = [
     "differences",
     "freeze",
     "groups",
+    "keep_budget",
     "key",
     "known_keys",
     "load",

@@ -18,6 +18,7 @@ from sage.config.checks import check
 from sage.config.command import CommandConfig
 from sage.config.keys import RENAMED, known_keys, refusal, refuse_altered, refuse_ignored, unknown_keys
 from sage.config.registry import SCHEMAS
+from sage.config.schema import TrainConfig
 from sage.util.errors import UserError
 from sage.util.files import write_text
 from sage.util.locks import alive
@@ -149,6 +150,14 @@ def absolute(value: Any, name: str = "") -> Any:
         name == "cache_dir" or value.startswith(".") or os.path.exists(value) or glob(value, recursive=True)
     )
     return os.path.abspath(value) if here and value else value
+
+
+def keep_budget(cfg: CommandConfig, run_dir: Path) -> None:
+    """Take the number that `micro_batch_tokens=auto` has become in `run_dir`, if the run there has begun."""
+    if isinstance(cfg, TrainConfig) and cfg.micro_batch_tokens == "auto" and (run_dir / CONFIG_FILE).exists():
+        before = load(run_dir)
+        if isinstance(before, TrainConfig):
+            cfg.micro_batch_tokens = before.micro_batch_tokens
 
 
 def differences(ours: CommandConfig, theirs: CommandConfig) -> list[str]:

@@ -96,8 +96,8 @@ class MicroBytes(NamedTuple):
     peak: int
 
 
-def micro_bytes(policy: Policy, batch: MicroBatch, cuda: bool) -> MicroBytes:
-    """The bytes of a forward and backward pass of a `shell` over a micro-batch.
+def micro_bytes(policy: Policy, batch: MicroBatch, cuda: bool, backward: bool = True) -> MicroBytes:
+    """The bytes of a forward and backward pass of a `shell` over a micro-batch, or of the forward pass alone.
 
     The peak holds the gradients of a few weights at a time. What becomes of them is the engine's.
 
@@ -109,10 +109,11 @@ def micro_bytes(policy: Policy, batch: MicroBatch, cuda: bool) -> MicroBytes:
     known = [*inputs, *policy.parameters(), *policy.buffers()]
     hooks = [p.register_post_accumulate_grad_hook(forget) for p in policy.parameters() if p.requires_grad]
     try:
-        with stand_ins(policy, cuda) as head, Live(known) as live:
+        with torch.set_grad_enabled(backward), stand_ins(policy, cuda) as head, Live(known) as live:
             logps = policy(batch)
             kept = live.now
-            (logps.chosen.sum() - logps.rejected.sum()).backward()
+            if backward:
+                (logps.chosen.sum() - logps.rejected.sum()).backward()
     except Exception as e:  # a model's code fails in many ways
         raise UserError(
             f"this model cannot be planned: its code does not run without values ({first_line(e)})"

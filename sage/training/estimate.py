@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from sage import config
-from sage.config import ModelConfig, TrainConfig
+from sage.config import ModelConfig, ScoreConfig, TrainConfig
 from sage.data.packing import MicroBatch, collate, micro_tokens, pair_tokens, plan
 from sage.data.tokens import Pair, TokenizedPairs
 from sage.model.footprint import Footprint, footprint
@@ -32,6 +32,7 @@ from sage.util.progress import activity, console
 GB = 1e9
 STEPS = 50  # steps' batches that are drawn to find the heaviest micro-batch
 CUDA_CONTEXT = 0.8 * GB  # what the driver and NCCL take, beside torch's allocator
+CHANGES = ", or set model.gradient_checkpointing=true; `sage plan` with the same options says what fits"
 NAMES = {
     "step": "the optimizer's step",
     "buckets": "buffers of the exchange",
@@ -178,20 +179,23 @@ def with_other_texts(pairs: Sequence[Pair], prefix: int) -> list[Pair]:
 def estimated(
     cfg: TrainConfig, model: ModelConfig, machine: Machine, folder: str, dtype: torch.dtype, work: Work
 ) -> Estimate:
+    trains = not isinstance(cfg, ScoreConfig)  # `sage score-dataset` has no backward pass
     policy = shell(folder, model, dtype, cfg.engine.sequence_parallel)
-    micro = micro_bytes(policy, work.batch(work.pairs), machine.cuda)
+    micro = micro_bytes(policy, work.batch(work.pairs), machine.cuda, trains)
     # A second point of the line, with twice the pairs. Most of a small one may not depend on its tokens.
     more = work.batch([*work.pairs, *with_other_texts(work.pairs, work.prefix)])
-    rise = micro_bytes(policy, more, machine.cuda).peak - micro.peak
+    rise = micro_bytes(policy, more, machine.cuda, trains).peak - micro.peak
     tokens = more.input_ids.numel() / cfg.engine.sequence_parallel
     slope = max(rise / (tokens - work.tokens), micro.kept / work.tokens)
-    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in policy.parameters() if not p.requires_grad)
-    engine = footprint(trainable, frozen, dtype.itemsize, cfg.engine, cfg.world_size, machine.cuda)
+    every = sum(p.numel() for p in policy.parameters())
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad) if trains else 0
+    engine = footprint(trainable, every - trainable, dtype.itemsize, cfg.engine, cfg.world_size, machine.cuda)
+    if not trains:
+        engine.export = 0
     own_base = cfg.model.lora and not cfg.model.adapter_path and not cfg.reference_model
-    if cfg.reference == "online" and not own_base:
+    if (cfg.reference == "online" and not own_base) if trains else cfg.reference_model:
         sharded = cfg.world_size if cfg.engine.zero_stage == 3 else 1
-        engine.reference = (trainable + frozen) * dtype.itemsize / sharded
+        engine.reference = every * dtype.itemsize / sharded
     return Estimate(machine, engine, micro, (micro.peak - slope * work.tokens, slope))
 
 
@@ -243,8 +247,7 @@ def largest_budget(
         raise UserError(
             f"micro_batch_tokens=auto: two rows of data.max_length={cfg.data.max_length} tokens, the longest "
             f"pair that the data may hold, do not fit into {room / GB:.1f} of {machine.room / GB:.1f} GB "
-            f"({machine.name}). Lower data.max_length, or set model.gradient_checkpointing=true; `sage plan` "
-            "with the same options says what fits"
+            f"({machine.name}). Lower data.max_length" + ("" if isinstance(cfg, ScoreConfig) else CHANGES)
         )
     while most > smallest:  # the line through a small micro-batch is not exact far away from it
         larger = at(most)
