@@ -21,6 +21,7 @@ from sage.model.policy import Policy
 from sage.model.sequence import SequenceGroup
 from sage.training.estimate import MARGIN, Machine, Source, Work, estimated, heaviest, largest_budget
 from sage.util.errors import UserError
+from sage.util.processes import free_memory
 
 PAIRS = [Pair("a", None, [5] * 20, [6] * 30, [7] * 25), Pair("b", None, [5] * 9, [8] * 12, [9] * 40)]
 
@@ -215,6 +216,24 @@ def test_the_number_of_auto_is_kept(tmp_path):
     config.write(first, tmp_path)
     config.keep_budget(again, tmp_path)
     assert again.micro_batch_tokens == 5000
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "idle"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_a_container_has_left_what_others_in_it_do_not_use(tmp_path, folder, limit, used, idle):
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    (group / limit).write_text("5000000\n")
+    (group / used).write_text("4000000\n")
+    (group / "memory.stat").write_text(f"anon 3500000\n{idle} 500000\n")
+    assert free_memory(tmp_path) == 1_500_000
+    (group / limit).write_text("max\n")
+    assert free_memory(tmp_path) > 1_500_000
 
 
 def test_a_micro_batch_is_a_number_or_auto(train, tmp_path):

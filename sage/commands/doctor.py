@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
@@ -28,7 +27,7 @@ from sage.model.kernels import has_triton
 from sage.model.kernels.recompute import bfloat16_in_hardware
 from sage.training.wandb_log import absent
 from sage.util.files import write_json
-from sage.util.processes import machine_memory, rank_environment, run_ranks
+from sage.util.processes import free_memory, machine_memory, rank_environment, run_ranks
 from sage.util.progress import activity, console
 from sage.util.stopping import SIGNALS
 
@@ -149,12 +148,8 @@ def version_of(package: str) -> str | None:
 
 def memory() -> Row:
     """Memory that this process may use: a container may have less than its machine."""
-    total = machine_memory()
-    return Row(
-        "memory",
-        OK,
-        f"{min(psutil.virtual_memory().available, total) / GIB:.1f} of {total / GIB:.1f} GiB free",
-    )
+    free, total = free_memory(), machine_memory()
+    return Row("memory", OK, f"{free / GIB:.1f} of {total / GIB:.1f} GiB free")
 
 
 def disk(what: str, folder: Path, key: str) -> Row:

@@ -26,7 +26,7 @@ from sage.order import Shuffled
 from sage.training.base import BaseModel
 from sage.util import ranks
 from sage.util.errors import UserError
-from sage.util.processes import machine_memory
+from sage.util.processes import free_memory
 from sage.util.progress import activity, console
 
 GB = 1e9
@@ -99,7 +99,7 @@ def this_machine(world_size: int, device: torch.device, starting: bool = False) 
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return Machine(True, float(free), CUDA_CONTEXT, torch.cuda.get_device_name(device))
-    free = min(psutil.virtual_memory().available, machine_memory())
+    free = free_memory()
     own = psutil.Process().memory_info().rss  # this process has imported what a rank imports
     room = free / world_size + own * starting
     return Machine(False, room, own, "this machine's memory, shared by the ranks")

@@ -49,6 +49,24 @@ def machine_memory() -> int:
     return min(found)
 
 
+def free_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that are free here: of the machine, or of its container if that has less left.
+
+    Pages of files that were read count as used in a container. Those that are idle are given back at need.
+    """
+    found = [psutil.virtual_memory().available, machine_memory()]
+    for folder, limit, used, idle in (
+        (cgroups, "memory.max", "memory.current", "inactive_file"),
+        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError, KeyError):
+            most, taken = (int((folder / name).read_text()) for name in (limit, used))
+            lines = (folder / "memory.stat").read_text().splitlines()
+            stat = dict(line.split() for line in lines)
+            found.append(max(most - taken + int(stat[idle]), 0))
+    return min(found)
+
+
 def rank_environment(world_size: int) -> dict[str, str]:
     """This process's environment, with what ranks need, and each rank's share of the cores."""
     environment = {**ENVIRONMENT, **os.environ}
