@@ -204,6 +204,16 @@ def test_a_plan_of_pairs_that_are_not_built_reads_two_tokens_of_the_vocabulary(s
     assert status == 0 and "seconds of a step" in out, err
 
 
+def test_scoring_can_hold_out_the_share_that_a_run_will_hold_out():
+    """Protects data.scores with data.eval_share, where an experiment names other held-out pairs."""
+    words = ["+experiment=arithmetic", "data.eval_path=null", "data.eval_share=0.5"]
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        cfg = config.load(compose("score_dataset", words), words)
+        assert isinstance(cfg, config.ScoreConfig) and cfg.data.has_held_out
+        with pytest.raises(UserError, match=r"data\.eval_path has no effect"):
+            config.load(compose("score_dataset", [words[0], "data.eval_path=x"]), ["data.eval_path=x"])
+
+
 def test_the_number_of_auto_is_kept(tmp_path):
     """Protects `sage rounds`, which writes the config of an interrupted part again."""
     with initialize_config_module("sage.conf", version_base="1.3"):

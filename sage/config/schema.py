@@ -240,8 +240,10 @@ class ScoreConfig(TrainConfig):
         training = (
             "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark "
             "benchmark_limit select patience save_minutes save_every keep_checkpoints log_every hooks "
-            "model.gradient_checkpointing engine.offload data.eval_path data.eval_split data.eval_limit"
+            "model.gradient_checkpointing engine.offload data.eval_split data.eval_limit"
         )
+        if self.data.eval_path is not None:  # null makes way for data.eval_share, which leaves pairs out
+            training += " data.eval_path"
         return {**super().ignored(), **because("which trains nothing", *training.split())}
 
 
