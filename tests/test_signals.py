@@ -180,7 +180,7 @@ def test_ctrl_c_while_python_imports_gives_no_traceback(tmp_path):
     "mode, expected, words",
     [
         ("fails", 3, "rank 1 has said why"),
-        ("killed", 137, "error: rank 1 was killed by signal 9 (peak 0."),
+        ("killed", 137, "error: rank 1 was killed by signal 9 (peak "),
         ("late", 0, "rank 1 did not end with the others, and is ended now"),
     ],
 )
