@@ -84,6 +84,12 @@ def test_ranks_that_compute_a_row_together_keep_a_part_each(tiny_model):
     assert 0.45 * one.kept < two.kept < 0.6 * one.kept and two.peak < 0.7 * one.peak
 
 
+def test_a_model_without_a_config_is_refused_by_name(tmp_path):
+    """So is one that the hub does not give."""
+    with pytest.raises(UserError, match=f"model.path={tmp_path}: its config cannot be read"):
+        memory.shell(str(tmp_path), ModelConfig(str(tmp_path)), torch.float32)
+
+
 def test_the_stand_ins_are_taken_back(tiny_model):
     """A plan must not change how a later run in the same process computes."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

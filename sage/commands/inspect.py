@@ -27,6 +27,7 @@ from sage.model import loading
 from sage.training.sources import by_source
 from sage.util.errors import UserError
 from sage.util.files import write_whole
+from sage.util.hub import reach_hub
 from sage.util.progress import console
 
 SHOWN = 5  # rows or pairs that a line names
@@ -100,9 +101,10 @@ def with_answers_checked(source: PairSet, data: DataConfig) -> tuple[PairSet, li
 def tokenizer_folder(cfg: ModelConfig, cache_dir: str) -> str:
     """Where the tokenizer is: a folder need not hold a model, and a hub model is not downloaded."""
     path = resolve_path(cfg.path)
-    if os.path.isdir(path) or (
-        path.count("/") == 1 and not path.startswith((".", "/")) and not os.path.exists(path)
-    ):
+    if os.path.isdir(path):
+        return path
+    if path.count("/") == 1 and not path.startswith((".", "/")) and not os.path.exists(path):
+        reach_hub()
         return path
     return loading.resolve_model(cfg, cache_dir)
 

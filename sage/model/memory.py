@@ -46,8 +46,17 @@ class Shapes(SequenceGroup):
 
 
 def shell(folder: str, cfg: ModelConfig, dtype: torch.dtype, sequence_parallel: int = 1) -> Policy:
-    """The policy of a model's folder, without weights. Needs the folder's config only."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    """The policy of a model's folder or hub name, without weights. Needs its config only.
+
+    Raises:
+        UserError: the config cannot be read, or the hub does not give it.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+        )
+    except (OSError, ValueError) as e:
+        raise UserError(f"model.path={cfg.path}: its config cannot be read: {first_line(e)}") from e
     with META:
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=cfg.trust_remote_code
