@@ -188,9 +188,8 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
 
 def requeued(cfg: RunConfig, run_dir: Path, here: bool) -> None:
     """Go on with the run in `run_dir`, which the same command line began, perhaps on other machines."""
-    before = config.load(run_dir)
     config.keep_budget(cfg, run_dir)
-    keys = [key for key in config.differences(cfg, before) if key != "world_size"]
+    keys = [key for key in config.differences(cfg, config.load(run_dir)) if key != "world_size"]
     if keys:
         raise UserError(
             f"{run_dir} was begun with another {named(keys)}: choose another hydra.run.dir for other settings"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from sage.answering.generation import Source
-from sage.answering.problems import Problem
+from sage.answering.problems import Problem, prompts_of
 from sage.answering.responses import Generator, Request, seed_of
 from sage.answering.verify import Verifier
 from sage.config import ModelConfig, SamplingConfig
@@ -125,7 +125,7 @@ class Sampler:
             Stopped: a signal came in the middle of a training run.
         """
         final, finished = folder / GENERATIONS_FILE, folder / "progress"
-        prompts = [prompt.replace("{problem}", problem.prompt) for problem in problems]
+        prompts = prompts_of(problems, prompt)
         ids = ranks.main_only(lambda: encode_prompts(self.tokenizer, prompts, self.chat))
         inputs = {
             "model": weights,

@@ -1,7 +1,7 @@
 r"""Problems with a known answer, read from benchmark files (GSM8K's `#### N`, MATH's `\boxed{}`, plain)."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -144,3 +144,8 @@ def read_problems(cfg: ProblemsConfig) -> list[Problem]:
     return load_problems(
         cfg.path, split=cfg.split, columns=cfg.columns.given(), answer_from=cfg.answer_from, limit=cfg.limit
     )
+
+
+def prompts_of(problems: Sequence[Problem], prompt: str) -> list[str]:
+    """The text of each problem's prompt; `prompt` has {problem} in it."""
+    return [prompt.replace("{problem}", problem.prompt) for problem in problems]

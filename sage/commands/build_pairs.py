@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sage.answering.attempts import GENERATIONS_FILE, Attempt, Sampler, read_attempts, write_lines
-from sage.answering.problems import Problem, read_problems
+from sage.answering.problems import Problem, prompts_of, read_problems
 from sage.commands.pairing import gold_response, make_pairs, pass_rates
 from sage.config import BuildPairsConfig, TrainConfig, build, load
 from sage.data.chat import ChatFormat, encode_prompts, response_ends, tokenizer_fingerprint
@@ -81,10 +81,6 @@ def build_pairs(run_dir: Path) -> None:
         console.print(f"  {reason.replace('_', ' ')}: {count}")
 
 
-def prompts_of(cfg: TrainConfig, problems: Sequence[Problem]) -> list[str]:
-    return [cfg.data.problems.prompt.replace("{problem}", problem.prompt) for problem in problems]
-
-
 def check_finished(folders: Sequence[str]) -> None:
     """Refuse folders of `pairing.rejected_from` that hold no finished `sage build-pairs`."""
     for folder in folders:
@@ -100,7 +96,8 @@ def other_attempts(
     Raises:
         UserError: a folder has another problem of the same id.
     """
-    asked = {p.problem_id: (text, p) for p, text in zip(problems, prompts_of(cfg, problems), strict=True)}
+    texts = prompts_of(problems, cfg.data.problems.prompt)
+    asked = {p.problem_id: (text, p) for p, text in zip(problems, texts, strict=True)}
     found: dict[str, list[Attempt]] = {}
     for folder in cfg.pairing.rejected_from:
         tokenizer = json.loads(Path(folder, MANIFEST_FILE).read_text(encoding="utf-8"))["tokenizer"]
@@ -127,7 +124,7 @@ def recipe(cfg: TrainConfig, weights: str, tokenizer: Any, problems: Sequence[Pr
     The ids of the prompts stand for tokenizer, chat template and template arguments; the end tokens stand for
     the generation config.
     """
-    prompts = prompts_of(cfg, problems)
+    prompts = prompts_of(problems, cfg.data.problems.prompt)
     chat = ChatFormat.of(cfg.data)
     return {
         "version": PAIRS_VERSION,

@@ -80,7 +80,8 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
         raise UserError(
             f"{file} is damaged, so nobody knows what its folder was begun with: choose another hydra.run.dir"
         ) from e
-    for part in differing:
+    if differing:
+        part = differing[0]
         raise UserError(
             f"{file.parent} was begun with another {part}: {begun.get(part)}, and now it is {inputs[part]}; "
             "their results must not be mixed: put back what it began with, or choose another hydra.run.dir"
