@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -29,6 +31,7 @@ from many_runs import (
     weights,
 )
 
+from sage.training.setup import restore
 from sage.util.checksums import CHECKSUMS_FILE, seal
 
 pytestmark = pytest.mark.slow
@@ -237,13 +240,25 @@ def test_kill_and_resume(two, common, tmp_path):
     process.wait()
     assert not (run / "summary.json").exists()
     status, said = command("resume", str(run)).end()
-    assert status == 0, said
+    assert status == 0 and "resumed from" in said, said
     assert column(run, "step") == list(range(1, 9))
     assert column(run, "loss") == column(two / "whole" / "zero2", "loss")
     ours, theirs = weights(run / "final"), weights(two / "whole" / "zero2" / "final")
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     status, said = command("resume", str(run)).end()
     assert status == 2 and "finished" in said
+
+
+def test_a_run_that_starts_again_says_so(tmp_path, capsys):
+    """A resume without a checkpoint does all steps once more, which nobody should take for a continuation."""
+    state, selection = SimpleNamespace(step=0), SimpleNamespace(log=SimpleNamespace(rewind=lambda step: None))
+    arguments: Any = (None, None, selection, state)
+    assert restore(tmp_path, *arguments) is state and capsys.readouterr().out == ""
+    (tmp_path / "metrics.jsonl").touch()
+    restore(tmp_path, *arguments)
+    assert "has no checkpoint, so it starts again from its first step" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_rank_that_still_runs_is_not_joined(common, tmp_path):

@@ -44,7 +44,7 @@ from sage.training.run import Run
 from sage.training.selection import Selection
 from sage.training.snr import SNR
 from sage.training.sources import Sources, by_source
-from sage.training.tracking import Tracker
+from sage.training.tracking import METRICS_FILE, Tracker
 from sage.util import ranks
 from sage.util.checksums import digest
 from sage.util.errors import UserError
@@ -272,5 +272,7 @@ def restore(
             selection.load_state_dict(state.selection)
         forward.costs.update(state.costs)
         console.print(f"resumed from {folder}", markup=False)
+    elif (run_dir / METRICS_FILE).exists():
+        console.print(f"{run_dir} has no checkpoint, so it starts again from its first step", markup=False)
     selection.log.rewind(state.step)
     return state
