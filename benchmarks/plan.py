@@ -75,7 +75,7 @@ def expected(overrides: list[str]) -> float:
     dtype = loading.compute_dtype(cfg.model, device)
     assert isinstance(cfg.micro_batch_tokens, int)
     work = heaviest(cfg, source_of_pairs(cfg, folder), cfg.micro_batch_tokens)
-    return estimated(cfg, cfg.model, machine_of(cfg, device), folder, dtype, work).peak() / GB
+    return estimated(cfg, machine_of(cfg, device), folder, dtype, work).peak() / GB
 
 
 def measured(run_dir: Path, overrides: list[str]) -> float:

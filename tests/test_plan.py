@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_module
 from many_runs import column, execute, freeze, interrupted
 
 from sage import config
+from sage.commands import plan
 from sage.config import EngineConfig, LoraConfig, ModelConfig
 from sage.data.packing import collate
 from sage.data.tokens import Pair
@@ -161,7 +162,7 @@ def test_auto_is_the_largest_micro_batch_that_fits(tiny_model, tmp_path):
 
     def at(budget: int):
         work = heaviest(cfg, source, budget)
-        return estimated(cfg, cfg.model, machine, str(tiny_model), torch.float32, work)
+        return estimated(cfg, machine, str(tiny_model), torch.float32, work)
 
     def choose(room: float) -> tuple[int, str]:
         return largest_budget(
@@ -193,13 +194,32 @@ def test_scoring_is_planned_without_training_and_with_its_second_model(tiny_mode
             cfg = config.load(compose(command, [*common, *overrides]))
         assert isinstance(cfg, config.TrainConfig)
         work = Work(PAIRS, 125, 0, "shared", 1, 50)
-        return estimated(cfg, cfg.model, machine, str(tiny_model), torch.float32, work)
+        return estimated(cfg, machine, str(tiny_model), torch.float32, work)
 
     trained, scored = planned("train", "steps=1"), planned("score_dataset")
     assert scored.engine.kept() == scored.engine.weights == trained.engine.weights
     assert scored.micro.peak < trained.micro.peak and scored.line[1] < trained.line[1]
     both = planned("score_dataset", f"reference_model={tiny_model}")
     assert both.engine.kept() == 2 * scored.engine.kept()
+
+
+def test_an_advised_adapter_is_its_own_online_reference(tiny_model, monkeypatch):
+    """Protects the advice from counting a second model that a run with the adapter would not load."""
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        common = ["model=hf", f"model.path={tiny_model}", "data.path=x", "steps=1", "reference=online"]
+        cfg = config.load(compose("plan", [*common, "data.max_length=60", "micro_batch_tokens=128"]))
+    assert isinstance(cfg, config.PlanConfig)
+    tried = {}
+
+    def spy(cfg, *args):
+        found = estimated(cfg, *args)
+        tried[bool(cfg.model.lora)] = found.engine.reference
+        return found
+
+    monkeypatch.setattr(plan, "estimated", spy)
+    args = str(tiny_model), torch.float32, Work(PAIRS, 125, 0, "shared", 1, 50)
+    list(plan.changes(cfg, estimated(cfg, Machine(False, 1.0, 1e6, "a machine"), *args), *args))
+    assert tried[False] > 0 and tried[True] == 0
 
 
 def test_a_plan_of_pairs_that_are_not_built_reads_two_tokens_of_the_vocabulary(sage, tmp_path):

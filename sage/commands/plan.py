@@ -58,7 +58,7 @@ def plan_run(cfg: PlanConfig) -> None:
             cfg.micro_batch_tokens, why = largest_budget(cfg, folder, dtype, source, machine)
             console.print(f"micro_batch_tokens=auto: {cfg.micro_batch_tokens}, {why}", markup=False)
         work = heaviest(cfg, source, cfg.micro_batch_tokens)
-        estimate = estimated(cfg, cfg.model, machine, folder, dtype, work)
+        estimate = estimated(cfg, machine, folder, dtype, work)
     advice = [] if estimate.fits else list(changes(cfg, estimate, folder, dtype, work))
     seconds = None
     alone = not cfg.gpu_gb and cfg.engine.sequence_parallel == 1
@@ -151,7 +151,7 @@ def changes(cfg: PlanConfig, now: Estimate, folder: str, dtype: torch.dtype, wor
     adapter = replace(checkpointing, lora=LoraConfig())
     tried.append(("+model/lora=default model.gradient_checkpointing=true", cfg.engine, adapter))
     for name, engine, model in tried:
-        other = estimated(replace(cfg, engine=engine), model, machine, folder, dtype, work)
+        other = estimated(replace(cfg, engine=engine, model=model), machine, folder, dtype, work)
         if other.fits:
             yield f"{name} fits, in {other.peak() / GB:.1f} GB"
         elif other.most_tokens() >= max(work.longest, cfg.tokens_of_longest()):

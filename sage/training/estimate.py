@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from sage import config
-from sage.config import ModelConfig, ScoreConfig, TrainConfig
+from sage.config import ScoreConfig, TrainConfig
 from sage.data.packing import MicroBatch, collate, micro_tokens, pair_tokens, plan
 from sage.data.tokens import Pair, TokenizedPairs
 from sage.model.footprint import Footprint, footprint
@@ -176,11 +176,9 @@ def with_other_texts(pairs: Sequence[Pair], prefix: int) -> list[Pair]:
     ]
 
 
-def estimated(
-    cfg: TrainConfig, model: ModelConfig, machine: Machine, folder: str, dtype: torch.dtype, work: Work
-) -> Estimate:
+def estimated(cfg: TrainConfig, machine: Machine, folder: str, dtype: torch.dtype, work: Work) -> Estimate:
     trains = not isinstance(cfg, ScoreConfig)  # `sage score-dataset` has no backward pass
-    policy = shell(folder, model, dtype, cfg.engine.sequence_parallel)
+    policy = shell(folder, cfg.model, dtype, cfg.engine.sequence_parallel)
     micro = micro_bytes(policy, work.batch(work.pairs), machine.cuda, trains)
     # A second point of the line, with twice the pairs. Most of a small one may not depend on its tokens.
     more = work.batch([*work.pairs, *with_other_texts(work.pairs, work.prefix)])
@@ -239,7 +237,7 @@ def largest_budget(
     whole = max(heaviest(cfg, source, sys.maxsize).tokens, smallest)
 
     def at(budget: int) -> Estimate:
-        return estimated(cfg, cfg.model, machine, folder, dtype, heaviest(cfg, source, budget))
+        return estimated(cfg, machine, folder, dtype, heaviest(cfg, source, budget))
 
     estimate, tokens = at(smallest), smallest
     most = min(estimate.most_tokens(room), whole)
