@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from study import cell, run
+
 from sage.config import SUMMARY_FILE
-from sage.reporting.groups import Interval, interval
+from sage.reporting.groups import interval
 
 ROUNDS, BUDGET, STEPS = 3, 2500, 20  # BUDGET asks an eighth of the problems, 8 responses each
 METHODS = {"SAGE": [], "uniform": ["+baseline=dpo"]}
@@ -51,19 +50,6 @@ def commands(folder: Path, seeds: int) -> Iterator[tuple[Path, list[str]]]:
                 yield where(folder, method, arm, seed), ["rounds", *COMMON, *words, *length, f"seed={seed}"]
 
 
-def run(folder: Path, seeds: int, show: bool) -> None:
-    sage = Path(sys.executable).with_name("sage")
-    for target, words in commands(folder, seeds):
-        if (target / SUMMARY_FILE).exists():
-            continue
-        begun = (target / "config.yaml").exists()
-        words = ["resume", str(target)] if begun else [*words, f"hydra.run.dir={target}"]
-        line = shlex.join(["sage", *words])
-        print(line, flush=True)
-        if not show and (status := subprocess.run([sage, *words], stdout=subprocess.DEVNULL).returncode):
-            sys.exit(f"status {status}: {line}")
-
-
 # --- the tables
 
 
@@ -82,13 +68,6 @@ def total(name: str) -> Callable[[dict[str, Any]], float]:
     return lambda summary: sum(found.get(name, 0) for found in summary["rounds"])
 
 
-def cell(value: Interval, form: str = ".1f") -> str:
-    if not value.n:
-        return ""
-    half = f" ± {value.high - value.mean:{form.lstrip('+')}}" if value.n > 1 else ""
-    return f"{value.mean:{form}}{half}"
-
-
 def table(folder: Path, seeds: int) -> None:
     print("Accuracy in percent, differences in points: means and 95% intervals over seeds (Student's t).\n")
     columns = ["seeds", "accuracy", "three rounds' lead", "responses", "sampled tokens", "pairs built"]
@@ -101,7 +80,7 @@ def table(folder: Path, seeds: int) -> None:
             lead = [accuracy(first[seed]) - accuracy(found[seed]) for seed in first.keys() & found.keys()]
             costs = ("responses", "response_tokens", "pairs", "backward_pairs", "forward_pairs")
             row = [
-                *(method, arm, str(len(found)), cell(interval([accuracy(s) for s in found.values()]))),
+                *(method, arm, str(len(found)), cell(interval([accuracy(s) for s in found.values()]), ".1f")),
                 "" if arm == "three rounds" else cell(interval(lead), "+.1f"),
                 *(f"{interval([total(name)(s) for s in found.values()]).mean:,.0f}" for name in costs),
             ]
@@ -110,7 +89,7 @@ def table(folder: Path, seeds: int) -> None:
     print(f"\n| after round | {' | '.join(map(str, after))} |\n|{'---|' * (len(after) + 1)}")
     for method in METHODS:
         found = finished(folder, method, "three rounds", seeds).values()
-        row = [cell(interval([accuracy(s, number) for s in found])) for number in after]
+        row = [cell(interval([accuracy(s, number) for s in found]), ".1f") for number in after]
         print(f"| {method} | {' | '.join(row)} |")
 
 
@@ -126,7 +105,7 @@ def main() -> None:
     if args.what == "table":
         table(folder, args.seeds)
     else:
-        run(folder, args.seeds, show=args.what == "list")
+        run(commands(folder, args.seeds), show=args.what == "list")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import random
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -207,8 +207,9 @@ def finished(folders: list[Path]) -> list[Run]:
     return find(there)[0] if there else []
 
 
-def run(task: Task, folder: Path, args: argparse.Namespace, show: bool) -> None:
-    for where, words in commands(task, folder, args):
+def run(lines: Iterable[tuple[Path, list[str]]], show: bool) -> None:
+    """Run the commands that are not finished in their folders, or only show them."""
+    for where, words in lines:
         if (where / "summary.json").exists() or (where / "manifest.json").exists():
             continue
         begun = (where / "config.yaml").exists()
@@ -227,7 +228,7 @@ def run(task: Task, folder: Path, args: argparse.Namespace, show: bool) -> None:
 
 def cell(value: Interval, form: str = ".3f") -> str:
     if not value.n:
-        return "never"
+        return ""
     half = f" ± {value.high - value.mean:{form.lstrip('+')}}" if value.n > 1 else ""
     return f"{value.mean:{form}}{half}"
 
@@ -327,7 +328,7 @@ def main() -> None:
     if args.what == "table":
         table(task, folder, args)
     else:
-        run(task, folder, args, show=args.what == "list")
+        run(commands(task, folder, args), show=args.what == "list")
 
 
 if __name__ == "__main__":
