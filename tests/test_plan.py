@@ -16,11 +16,12 @@ from sage.commands import plan
 from sage.config import EngineConfig, LoraConfig, ModelConfig
 from sage.data.packing import collate
 from sage.data.tokens import Pair
-from sage.model import loading, memory
+from sage.model import loading, memory, selfcheck
 from sage.model.footprint import footprint
 from sage.model.policy import Policy
 from sage.model.sequence import SequenceGroup
 from sage.training.estimate import MARGIN, Machine, Source, Work, estimated, heaviest, largest_budget
+from sage.util import processes
 from sage.util.errors import UserError
 from sage.util.processes import free_memory
 
@@ -270,6 +271,11 @@ def test_a_container_has_left_what_others_in_it_do_not_use(tmp_path, folder, lim
     assert free_memory(tmp_path) == 1_500_000
     (group / limit).write_text("max\n")
     assert free_memory(tmp_path) > 1_500_000
+
+
+def test_the_self_check_takes_no_more_than_a_container_has_left(monkeypatch):
+    monkeypatch.setattr(processes, "free_memory", lambda: 1_500_000)
+    assert selfcheck.free_memory(torch.device("cpu")) == 1_500_000
 
 
 def test_a_micro_batch_is_a_number_or_auto(train, tmp_path):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -24,7 +23,7 @@ from sage.model.policy import OWN, Policy
 from sage.model.rope import TextRopes
 from sage.model.sample import Sample, Whole, changed_by_asking, lengths_of
 from sage.model.sharding import is_sharded, size_of
-from sage.util import ranks
+from sage.util import processes, ranks
 from sage.util.errors import UserError, first_line, named
 from sage.util.progress import console
 from sage.util.ranks import main_only
@@ -175,7 +174,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that the device has left."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else processes.free_memory()
 
 
 def local_ranks(device: torch.device) -> int:
