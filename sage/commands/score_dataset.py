@@ -28,13 +28,12 @@ from sage.data.pairs import load_data, source_of
 from sage.data.source import write_rows
 from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
-from sage.model.engine import Frozen, init_distributed
+from sage.model.engine import init_distributed
 from sage.model.forward import PairForward
 from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, logit_of, logps_of
-from sage.model.selfcheck import settle
 from sage.order import difficulty_of, strata_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
-from sage.training.base import check_policy, open_model, open_reference
+from sage.training.base import load_frozen, open_model, open_reference
 from sage.training.estimate import settle_budget, this_machine
 from sage.training.selection import read_margins
 from sage.training.setup import read_pairs
@@ -74,10 +73,7 @@ def score_dataset(run_dir: Path) -> None:
 
     forwards, machine = [], this_machine(cfg.world_size, device, starting=True)
     for base in bases.values():
-        policy = base.load(cfg.engine).requires_grad_(False)
-        known = check_policy(policy, base, cfg.engine, device, [pairs], cfg.data.packing)
-        engine = Frozen(policy, cfg.engine.zero_stage == 3, base.dtype, device)
-        layout = settle(engine, [pairs], cfg.data.packing, base.cfg.path, known)
+        engine, layout = load_frozen(base, cfg, device, [pairs], cfg.data.packing)
         budget = settle_budget(cfg, run_dir, base, pairs, layout, machine)
         forwards.append(PairForward(engine, budget, layout))
     started = time.perf_counter()

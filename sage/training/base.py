@@ -13,14 +13,15 @@ from sage.config import EngineConfig, ModelConfig, TrainConfig
 from sage.data.tokens import TokenizedPairs
 from sage.model import loading
 from sage.model.adapters import needs_whole_model
-from sage.model.engine import split_weights
+from sage.model.engine import Frozen, split_weights
 from sage.model.policy import Policy
 from sage.model.reference import identity
-from sage.model.selfcheck import Reasons, check_sharded, check_unwrapped
+from sage.model.selfcheck import Reasons, check_sharded, check_unwrapped, settle
 from sage.model.sequence import sequence_group
 from sage.model.sharding import load_sharded
 from sage.util import ranks
 from sage.util.errors import UserError
+from sage.util.progress import activity
 
 
 class BaseModel(NamedTuple):
@@ -70,6 +71,18 @@ def check_policy(
     if engine.zero_stage == 3:
         return check_sharded(policy, partial(base.load, engine), device, sets, packing, base.cfg.path)
     return check_unwrapped(policy, device, sets, packing, base.cfg.path)
+
+
+def load_frozen(
+    base: BaseModel, cfg: TrainConfig, device: torch.device, sets: Sequence[TokenizedPairs], packing: str
+) -> tuple[Frozen, str]:
+    """A model that is not trained, checked as a policy is, and the layout in which it agrees."""
+    with activity(f"loading {base.cfg.path}"):
+        policy = base.load(cfg.engine).requires_grad_(False)
+    with activity(f"checking log-probabilities of {base.cfg.path} against its own code"):
+        known = check_policy(policy, base, cfg.engine, device, sets, packing)
+        frozen = Frozen(policy, cfg.engine.zero_stage == 3, base.dtype, device)
+        return frozen, settle(frozen, sets, packing, base.cfg.path, known)
 
 
 def open_model(model: ModelConfig, device: torch.device, seed: int, cache_dir: str) -> BaseModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 
 from sage.config import TrainConfig
 from sage.data.tokens import TokenizedPairs
@@ -11,8 +11,7 @@ from sage.model.engine import Frozen
 from sage.model.forward import PairForward
 from sage.model.policy import Policy
 from sage.model.reference import Cached, Online, Reference, Scored
-from sage.model.selfcheck import settle
-from sage.training.base import BaseModel, check_policy
+from sage.training.base import BaseModel, load_frozen
 from sage.util.progress import activity
 
 NAMES = "training", "held-out"  # of the pair sets; a run may have no held-out pairs
@@ -70,12 +69,7 @@ def other_references(
 
     @cache
     def loaded() -> PairForward:
-        with activity("loading the reference"):
-            model = other.load(cfg.engine).requires_grad_(False)
-        with activity("checking the reference against its own code"):
-            known = check_policy(model, other, cfg.engine, forward.engine.device, sets, packing)
-            frozen = Frozen(model, cfg.engine.zero_stage == 3, other.dtype, forward.engine.device)
-            layout = settle(frozen, sets, packing, other.cfg.path, known)
+        frozen, layout = load_frozen(other, cfg, forward.engine.device, sets, packing)
         return PairForward(frozen, forward.budget, layout)
 
     def reference_of(pairs: TokenizedPairs, name: str) -> Reference:
@@ -98,5 +92,7 @@ def each(
     scored: Scored | None,
     reference_of: Callable[[TokenizedPairs, str], Reference],
 ) -> list[Reference]:
-    ways = [partial(reference_of, pairs, name) for pairs, name in zip(sets, NAMES, strict=False)]
-    return [scored or ways[0](), *(way() for way in ways[1:])]
+    """The references of the sets: `scored` is that of the first one, if it is given."""
+    given = [scored] if scored else []
+    named = list(zip(sets, NAMES, strict=False))
+    return [*given, *(reference_of(pairs, name) for pairs, name in named[len(given) :])]
