@@ -21,14 +21,18 @@ from sage.util.progress import console
 SCORER = {"_target_": "sage.scorers.Sage"}  # any will do: only the margins are read
 
 
+def pairs_file(parts: Parts, number: int) -> Path:
+    """The file of the pairs that a round trains on."""
+    folder = parts.folder(number)
+    return folder / "pairs" / PAIRS_FILE if number == 1 or not parts.cfg.round.keep else folder / POOL_FILE
+
+
 def training_pairs(parts: Parts, number: int, policy: ModelConfig) -> Path:
-    """The file of the pairs of a round, made if need be. `policy` is the one that the round starts from."""
-    new, share = parts.folder(number) / "pairs" / PAIRS_FILE, parts.cfg.round.keep
-    if number == 1 or share == 0:
-        return new
-    file, older = parts.folder(number) / POOL_FILE, training_pairs(parts, number - 1, policy)
-    if file.exists():
+    """`pairs_file`, made if need be. `policy` is the one that the round starts from."""
+    new, file = parts.folder(number) / "pairs" / PAIRS_FILE, pairs_file(parts, number)
+    if file == new or file.exists():
         return file
+    older = pairs_file(parts, number - 1)
     folder = parts.folder(number) / OLDER_FOLDER
     scoring = parts.command(
         ScoreConfig,
@@ -43,7 +47,7 @@ def training_pairs(parts: Parts, number: int, policy: ModelConfig) -> Path:
     margins = dict(zip(*(table[name].to_pylist() for name in ("pair_id", "policy_mean")), strict=True))
     asked = {problem.problem_id for problem in read_problems(parts.asked(number))}
     lines = older.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = stay(lines, margins, asked, share)
+    kept = stay(lines, margins, asked, parts.cfg.round.keep)
     write_text(file, new.read_text(encoding="utf-8") + "".join(kept))
     console.print(f"round {number}: {len(kept)} of {len(lines)} older pairs stay")
     return file
