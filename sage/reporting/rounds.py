@@ -128,16 +128,12 @@ def figures(runs: Sequence[RoundsRun]) -> list[str]:
     for name in names:
         curves = []
         for run, color in zip(runs, pictures.palette(len(runs)), strict=True):
-            points = [(r["round"], r["benchmarks"][name]) for r in run.found if name in r["benchmarks"]]
-            x, y, low, high = (
-                np.array([value(n, b) for n, b in points], float)
-                for value in (
-                    lambda n, b: n,
-                    lambda n, b: b["accuracy"],
-                    lambda n, b: b["interval"][0],
-                    lambda n, b: b["interval"][1],
-                )
-            )
+            points = [
+                (result["round"], b["accuracy"], *b["interval"])
+                for result in run.found
+                if (b := result["benchmarks"].get(name))
+            ]
+            x, y, low, high = np.array(points, float).reshape(-1, 4).T
             curves.append(pictures.Curve(color, x, y, low, high))
         found.append(pictures.lines(f"accuracy on {name}", curves, "rounds"))
     for run in runs:

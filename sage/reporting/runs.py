@@ -131,36 +131,23 @@ def find(paths: Sequence[str]) -> tuple[list[Run], list[Evaluation], list[Rounds
     """All training runs, finished evaluations and folders of rounds at or below these paths.
 
     Raises:
-        UserError: a path holds neither, or a run cannot be read.
+        UserError: a path holds none of them, or a run cannot be read.
     """
-    runs: list[Run] = []
-    evaluations: list[Evaluation] = []
-    rounds: list[Rounds] = []
+    found: dict[Path, Run | Evaluation | Rounds] = {}  # a folder may be at or below several paths
     for name in paths:
-        root = Path(name).expanduser()
-        folders = list(dict.fromkeys(walk(root)))
-        found = 0
-        for folder in folders:
-            part = read(folder)
-            if isinstance(part, Run):
-                runs.append(part)
-                found += 1
-            elif isinstance(part, Evaluation):
-                evaluations.append(part)
-                found += 1
-            elif isinstance(part, Rounds):
-                rounds.append(part)
-                found += 1
-        if not found:
+        folders = dict.fromkeys(walk(Path(name).expanduser()))
+        here = [part for folder in folders if (part := read(folder)) is not None]
+        if not here:
             raise UserError(
-                f"{name}: no training run and no finished evaluation here; "
+                f"{name}: no training run, no rounds and no finished evaluation here; "
                 f"a run directory holds {CONFIG_FILE} and {METRICS_FILE}"
             )
-    unique = {run.path.resolve(): run for run in runs}
+        found |= {part.path.resolve(): part for part in here}
+    parts = found.values()
     return (
-        list(unique.values()),
-        list({e.path.resolve(): e for e in evaluations}.values()),
-        list({r.path.resolve(): r for r in rounds}.values()),
+        [part for part in parts if isinstance(part, Run)],
+        [part for part in parts if isinstance(part, Evaluation)],
+        [part for part in parts if isinstance(part, Rounds)],
     )
 
 
