@@ -2,8 +2,8 @@
 
 A row is a prefix that all its prompts begin with, followed by spans [prompt | response | response | ...]. In
 a span, `prompt` is the part behind the prefix. The attention is registered with transformers, so the model's
-own code runs unchanged. On a CPU it computes each response exactly, over its
-own text. On CUDA it is one FlexAttention over the row under a block mask.
+own code runs unchanged. On a CPU it computes each response exactly, over its own text. On CUDA it is one
+FlexAttention over the row under a block mask.
 """
 
 from __future__ import annotations

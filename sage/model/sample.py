@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sage.data.packing import MicroBatch, collate
 from sage.data.tokens import Pair, TokenizedPairs
@@ -155,27 +155,18 @@ class Sample:
         """
         policy: Any = whole.policy
         kinds: dict[str, Tensor] = {}
-        embedded: list[Tensor] = []
-        hook = None
-        if is_sharded(policy):
-            embedding = policy.causal.get_input_embeddings()
-            hook = embedding.register_forward_hook(lambda _m, _a, out: embedded.append(with_gradient(out)))
-        else:
-            for name, weight in policy.named_parameters():
-                if weight.requires_grad:
-                    kinds.setdefault(re.sub(r"\d+", "", name), weight)
+        for name, weight in () if is_sharded(policy) else policy.named_parameters():
+            if weight.requires_grad:
+                kinds.setdefault(re.sub(r"\d+", "", name), weight)
         try:
             _, batch = self.batch(layout, list(range(self.short)), stranger=True)
-            logps = whole(batch.to(whole.device), tokens=True)
-            asked = embedded or list(kinds.values())
+            with embedded_by(policy) if is_sharded(policy) else nullcontext(list(kinds.values())) as asked:
+                logps = whole(batch.to(whole.device), tokens=True)
             gradients = torch.autograd.grad(logps.sum(), asked, allow_unused=True)
             known = [gradient for gradient in gradients if gradient is not None]
             finite = all(bool(gradient.isfinite().all()) for gradient in known)
         except Exception as e:
             return f"its backward pass fails ({type(e).__name__}: {first_line(e)})"
-        finally:
-            if hook:
-                hook.remove()
         return None if known and finite else f"its gradients are {'not finite' if known else 'missing'}"
 
     def fault_in_parts(self, whole: Engine | Frozen | Whole, layout: str) -> str | None:
@@ -189,14 +180,8 @@ class Sample:
         batch = batch.to(whole.device)
 
         def gradient() -> Tensor:
-            embedded: list[Tensor] = []
-            hook = policy.causal.get_input_embeddings().register_forward_hook(
-                lambda _m, _a, out: embedded.append(with_gradient(out))
-            )
-            try:
+            with embedded_by(policy) as embedded:
                 logps = whole(batch, tokens=True)
-            finally:
-                hook.remove()
             return torch.autograd.grad(logps.sum(), embedded)[0].float()
 
         group = policy.group
@@ -267,8 +252,19 @@ def difference(head: Head, hidden: Tensor, labels: Tensor, backend: str) -> str 
     return None
 
 
-def with_gradient(out: Tensor) -> Tensor:
-    return out if out.requires_grad else out.requires_grad_()
+@contextmanager
+def embedded_by(policy: Any) -> Iterator[list[Tensor]]:
+    """What the policy's embedding puts out while the block lasts, with gradients."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, out: Tensor) -> None:
+        found.append(out.requires_grad_())
+
+    hook = policy.causal.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def changed_by_asking(whole: Engine | Frozen | Whole, pairs: TokenizedPairs) -> list[str]:
