@@ -22,7 +22,7 @@ from sage.data.columns import IDS, to_lists
 from sage.data.display import COLOURS, MARKUP, WARNINGS, foreign_markup, shown, texts_of, warnings_of
 from sage.data.pairs import Dropped, PairSet, load_data, source_of
 from sage.data.source import resolve_path
-from sage.data.tokens import Pair, TokenizedPairs, tokenize_pairs
+from sage.data.tokens import Pair, TokenizedPairs, tokenize_data
 from sage.model import loading
 from sage.training.sources import by_source
 from sage.util.errors import UserError
@@ -44,15 +44,7 @@ def inspect(cfg: InspectConfig) -> None:
     source, wrong = with_answers_checked(load_data(cfg.data, cfg.cache_dir), cfg.data)
     tokenizer = loading.load_tokenizer(tokenizer_folder(cfg.model, cfg.cache_dir), cfg.model)
     chat = ChatFormat.of(cfg.data)
-    pairs = tokenize_pairs(
-        source,
-        tokenizer,
-        chat=chat,
-        max_length=cfg.data.max_length,
-        num_proc=cfg.data.num_proc,
-        cache_dir=cfg.cache_dir,
-        max_bad=cfg.data.max_bad,
-    )
+    pairs = tokenize_data(source, tokenizer, cfg.data, cfg.cache_dir)
     ends = response_ends(tokenizer, chat)
     for index in range(min(cfg.show, len(pairs))):
         console.print(shown(pairs[index], tokenizer, ends), end="\n\n")

@@ -17,9 +17,8 @@ from rich.table import Table
 
 from sage.commands.inspect import tokenizer_folder
 from sage.config import LoraConfig, ModelConfig, PlanConfig
-from sage.data.chat import ChatFormat
 from sage.data.pairs import load_data
-from sage.data.tokens import Pair, tokenize_pairs
+from sage.data.tokens import Pair, tokenize_data
 from sage.model import loading
 from sage.model.folder import check_adapter, lora_of
 from sage.model.policy import Policy
@@ -104,16 +103,8 @@ def source_of_pairs(cfg: PlanConfig, folder: str) -> Source:
             return Pair("", None, ids(i, prompt), ids(2 * i, response), ids(2 * i + 1, response))
 
         return Source(lengths, 0, layout, made)
-    data = tokenize_pairs(
-        load_data(cfg.data, cfg.cache_dir),
-        loading.load_tokenizer(folder, cfg.model),
-        chat=ChatFormat.of(cfg.data),
-        max_length=cfg.data.max_length,
-        num_proc=cfg.data.num_proc,
-        cache_dir=cfg.cache_dir,
-        max_bad=cfg.data.max_bad,
-    )
-    return Source.of(data, layout)
+    source, tokenizer = load_data(cfg.data, cfg.cache_dir), loading.load_tokenizer(folder, cfg.model)
+    return Source.of(tokenize_data(source, tokenizer, cfg.data, cfg.cache_dir), layout)
 
 
 def measured_seconds(

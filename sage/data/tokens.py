@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 import transformers
 
+from sage.config import DataConfig
 from sage.data import store
 from sage.data.chat import ChatFormat, Renderer
 from sage.data.columns import IDS, lengths_of
@@ -91,13 +92,13 @@ class TokenizedPairs:
 
     def also_in(self, other: TokenizedPairs) -> int:
         """How many of these pairs have the very ids of a pair of `other`."""
-        known = {*self._keys()}
-        known &= {*filter(known.__contains__, other._keys())}
-        return sum(key in known for key in self._keys())
+        known = {*self._pair_hashes()}
+        known &= {*filter(known.__contains__, other._pair_hashes())}
+        return sum(key in known for key in self._pair_hashes())
 
     def repeated(self) -> int:
         """How many pairs have the very ids of an earlier one."""
-        return len(self) - len({*self._keys()})
+        return len(self) - len({*self._pair_hashes()})
 
     def keys(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n, 3]: a hash of the ids of prompt, chosen and rejected, the same in every process."""
@@ -130,7 +131,7 @@ class TokenizedPairs:
         table = self.data.data.table
         return [[(c.offsets.to_numpy(), c.values.to_numpy()) for c in table[name].chunks] for name in IDS]
 
-    def _keys(self) -> Iterator[int]:
+    def _pair_hashes(self) -> Iterator[int]:
         """A hash of each pair's ids."""
         for batch in self.data.data.table.to_batches():
             columns = [(batch[name].offsets.to_numpy(), batch[name].values.to_numpy()) for name in IDS]
@@ -189,6 +190,19 @@ def tokenize_pairs(
     _check(data, notes, source, max_length, max_bad, limits, tokenizer)
     said = ("dropped", "fingerprint", "notes", "details", "shared")
     return TokenizedPairs(data, *(notes[name] for name in said))
+
+
+def tokenize_data(source: PairSet, tokenizer: Any, data: DataConfig, cache_dir: str) -> TokenizedPairs:
+    """`tokenize_pairs` with the settings of a config."""
+    return tokenize_pairs(
+        source,
+        tokenizer,
+        chat=ChatFormat.of(data),
+        max_length=data.max_length,
+        num_proc=data.num_proc,
+        cache_dir=cache_dir,
+        max_bad=data.max_bad,
+    )
 
 
 def model_limits(folder: str) -> Limits:

@@ -24,7 +24,7 @@ from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat, response_ends
 from sage.data.display import shown
 from sage.data.pairs import load_data
-from sage.data.tokens import TokenizedPairs, tokenize_pairs
+from sage.data.tokens import TokenizedPairs, tokenize_data
 from sage.losses import Loss
 from sage.model.engine import Engine, init_distributed
 from sage.model.forward import PairForward
@@ -190,17 +190,7 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
         source = source.without({found.pair_id for found in check.findings}) if drop else source
         if not source.count:
             raise UserError(f"{title}: data.answers=drop leaves no pair; data.answers=check lists them")
-    pairs = ranks.machine_first(
-        lambda: tokenize_pairs(
-            source,
-            tokenizer,
-            chat=ChatFormat.of(data),
-            max_length=data.max_length,
-            num_proc=data.num_proc,
-            cache_dir=cfg.cache_dir,
-            max_bad=data.max_bad,
-        )
-    )
+    pairs = ranks.machine_first(lambda: tokenize_data(source, tokenizer, data, cfg.cache_dir))
     ranks.agreed(lambda: pairs.fingerprint, f"the tokenised pairs of {title}")
     dropped = [row._asdict() for row in source.dropped]
     dropped += [
