@@ -282,7 +282,7 @@ def dense_flops(model: str, dtype: torch.dtype) -> float:
 
 
 def attention_flops(config, looks: float) -> float:
-    """Forward FLOPs of all layers' attention where so many pairs of tokens see each other."""
+    """Forward FLOPs of all layers' attention if `looks` pairs of tokens see each other."""
     width = config.num_attention_heads * getattr(
         config, "head_dim", config.hidden_size // config.num_attention_heads
     )

@@ -37,8 +37,6 @@ SETTINGS = {
     "full, ZeRO 3, 2 ranks": ["engine=zero3", TWO],
     "LoRA, ZeRO 2, 2 ranks, checkpointing": ["engine=zero2", TWO, LORA, CHECKPOINTING],
 }
-
-
 OTHER = [
     *("+experiment=arithmetic", "+baseline=dpo", "data.eval_path=null", "data.limit=600", "model=hf"),
     *("model.allow_missing=false", "micro_batch_tokens=4096", "batch_size=128", "steps=2"),

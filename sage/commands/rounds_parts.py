@@ -83,7 +83,7 @@ class Parts:
         try:
             yield
         except BaseException:
-            with suppress(OSError):  # a full disk, of which the part has spoken
+            with suppress(OSError):  # the disk may be full, and the part has said so
                 note()
             raise
         note()

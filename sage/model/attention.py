@@ -36,7 +36,7 @@ class Window(NamedTuple):
 
 
 class Row:
-    """A packed row of `length` tokens, of which each rank of `group` holds a part.
+    """A packed row of `length` tokens. Each rank of `group` holds a part of it.
 
     Masks are made when a layer first asks for them, and serve all layers.
     """

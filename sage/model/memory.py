@@ -35,7 +35,7 @@ class Shapes(SequenceGroup):
     """One of several ranks that compute rows together. The others are not there: it has shapes only."""
 
     def inside(self, positions: Tensor, start: int, length: int) -> Tensor:
-        # Of the rank with the most scored tokens.
+        # This stands for the rank with the most scored tokens.
         return torch.arange(min(len(positions), length), device=positions.device)
 
     def exchange(self, x: Tensor) -> Tensor:

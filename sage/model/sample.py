@@ -26,7 +26,8 @@ PAIRS, PREFIX, PROMPT, RESPONSE = 3, 8, 24, 16
 # Backends of the head sum in float32, so they differ by much less than the model's own rounding. Their
 # gradients are rounded to the model's dtype.
 STATISTIC_LIMIT, GRADIENT_LIMIT = 1e-3, 0.05
-# Of gradients in bfloat16, which have gone through all layers. A rank that misses tokens errs by more.
+# Gradients in bfloat16 that have gone through all layers differ by less. A rank that misses tokens errs by
+# more.
 PARTS_LIMIT = 0.2
 
 
