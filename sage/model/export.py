@@ -115,8 +115,8 @@ def export_sharded(
                     whole += sum(map(size_of, new))
                     written |= new
                 assert sum(weight.numel() for weight in weights.values()) >= whole, list(layer)
-                held, new = (sum(w.nbytes for w in group.values()) for group in (pending, weights))
-                if held and held + new > limit:
+                held, more = (sum(w.nbytes for w in group.values()) for group in (pending, weights))
+                if held and held + more > limit:
                     flush()
                 pending.update({name: weight.to("cpu", copy=True) for name, weight in weights.items()})
                 del weights
