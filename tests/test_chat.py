@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import SHARED_DATA
+from conftest import SHARED_DATA, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import CHATML, CHATML_TOKENS, FAMILIES, QWEN3, byte_level, family, sentencepiece
@@ -139,6 +139,18 @@ def test_plain_pairs_have_the_ids_of_the_whole_conversation(name, system):
     ):  # whose templates write plain answers after another prompt
         assert prompt[0][: len(generated)] == generated
     assert encode_prompts(tokenizer, [messages], ChatFormat()) == [generated]
+
+
+@pytest.mark.parametrize(
+    "written", ["{{ 9 ** 9 }}", "{{ messages[-1].content }}", "{{ messages[0].content }}"]
+)
+def test_a_question_of_which_the_template_leaves_out_a_part_is_not_asked(written):
+    """Training refuses it, too. An accuracy on questions that the model did not see is none."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = written
+    prompt = [{"role": "system", "content": "Be brief."}, asks(QUESTION)]
+    with pytest.raises(UserError, match="leaves out the content of a"):
+        encode_prompts(tokenizer, [prompt], ChatFormat())
 
 
 @each_family

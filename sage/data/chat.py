@@ -18,6 +18,7 @@ from typing import Any
 import transformers
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from sage.data.fields import Message, check_prompt
 from sage.data.templates import ChatFormat, choose_templates
 from sage.util.errors import UserError
 from sage.util.limits import TooLong, cpu_limit, memory_limit
@@ -29,7 +30,6 @@ MEMORY = 1 << 30  # bytes for one conversation, besides what the process has
 HEADS = 4096  # rendered prompts to keep
 MARK = re.compile(r"[<\[][^\s<>\[\]]+[>\]]")  # <|im_end|>, </s>, [/INST]: ordinary text has nothing like it
 
-Message = dict[str, Any]
 Prompt = str | list[Message]
 
 
@@ -221,10 +221,17 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], chat: ChatFormat) 
         prompts: texts, or messages as the template takes them.
 
     Raises:
-        UserError: tokenizer and chat format do not suit each other, or the template refuses a prompt.
+        UserError: tokenizer and chat format do not suit each other, or the template refuses a prompt, or
+            leaves out a part of it.
     """
     renderer = Renderer(tokenizer, chat)
-    return encode_heads(tokenizer, [renderer.prompt(prompt) for prompt in prompts], renderer.plain)
+    texts = []
+    for prompt in prompts:
+        texts.append(renderer.prompt(prompt))
+        if not renderer.is_rendered(prompt):
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            check_prompt(asked, None, texts[-1])
+    return encode_heads(tokenizer, texts, renderer.plain)
 
 
 def encode_heads(tokenizer: Any, texts: Sequence[str], plain: bool) -> list[list[int]]:

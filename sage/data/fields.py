@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sage.data.chat import Message
 from sage.util.errors import UserError
 from sage.util.thoughts import CLOSE
 
+Message = dict[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 FIELDS = (*REASONING, "tool_calls", "function_call")  # what an assistant writes besides the content
 # A user's switch for thoughts. Some templates act on it and leave it out.
