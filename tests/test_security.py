@@ -27,6 +27,7 @@ from sage.data.chat import ChatFormat, Renderer
 from sage.data.pairs import load_data
 from sage.data.tokens import model_limits
 from sage.model import loading
+from sage.model.memory import shell
 from sage.model.reference import read_logps
 from sage.training.base import open_model
 from sage.training.hooks import Hook
@@ -98,6 +99,24 @@ def test_code_of_a_model_folder(model, marker, tmp_path):
     with pytest.raises(UserError, match="trust_remote_code=true"):
         open_all(model, tmp_path)
     assert time.monotonic() - started < 10  # nobody is asked, and nothing waits for an answer
+
+
+def test_kernels_that_a_config_names(model, tmp_path, monkeypatch):
+    """transformers would fetch compiled code from the hub, in place of the attention that we ask for."""
+    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", lambda *_, **__: pytest.fail())
+    monkeypatch.setattr("transformers.integrations.hub_kernels.is_kernels_available", lambda: True)
+    file = model / "config.json"
+    own = json.loads(file.read_text())
+    for kernel in ("kernels-community/flash-attn2", "eager"):
+        names = {"attn_implementation": kernel, "experts_implementation": "sonicmoe"}
+        file.write_text(json.dumps(own | names | {f"_{key}": value for key, value in names.items()}))
+        cfg = ModelConfig(path=str(model), attention="sdpa")
+        for loaded in (
+            loading.load_base(str(model), cfg, torch.float32),
+            shell(str(model), cfg, torch.float32).model,
+        ):
+            assert loaded.config._attn_implementation == "sdpa"
+            assert loaded.config._experts_implementation in (None, "eager", "grouped_mm")
 
 
 def test_adapters(model, marker, tmp_path, monkeypatch):

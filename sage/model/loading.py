@@ -146,6 +146,19 @@ def prepared(model: Any, cfg: ModelConfig, seed: int) -> Any:
     return model if cfg.lora is None else add_adapter(model, cfg, seed)
 
 
+def read_config(folder: str, cfg: ModelConfig, attention: str | None = None) -> Any:
+    """The model's config, with this attention, by default transformers' own choice.
+
+    A config.json can name implementations, too. Those are not used: transformers puts them before what it is
+    asked for, and fetches compiled code from the hub for some.
+    """
+    config = transformers.AutoConfig.from_pretrained(
+        folder, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+    )
+    config._attn_implementation, config._experts_implementation = attention, None
+    return config
+
+
 def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
     """The model without adapter, with every weight from its files, and the attention that the config asks
     for."""
@@ -156,8 +169,8 @@ def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=read_config(folder, cfg, implementation),
                 dtype=dtype,
-                attn_implementation=implementation,
                 use_safetensors=True,
                 trust_remote_code=cfg.trust_remote_code,
                 ignore_mismatched_sizes=True,  # `check_weights` names them all

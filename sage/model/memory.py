@@ -52,9 +52,7 @@ def shell(folder: str, cfg: ModelConfig, dtype: torch.dtype, sequence_parallel: 
         UserError: the config cannot be read, or the hub does not give it.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
-        )
+        config = loading.read_config(folder, cfg)
     except (OSError, ValueError) as e:
         raise UserError(f"model.path={cfg.path}: its config cannot be read: {first_line(e)}") from e
     with META:
