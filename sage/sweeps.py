@@ -13,6 +13,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,6 +162,11 @@ def run_sweep(run: Callable[[], None]) -> None:
         run()
     except JobFailed as e:
         raise SystemExit(e.status) from e
+    except BrokenExecutor as e:
+        raise UserError(
+            "a process that ran jobs of this sweep was killed, probably because memory ran out, and the jobs "
+            "that ran were ended: `sage resume FOLDER` goes on with each of them; run fewer jobs at a time"
+        ) from e
     except Exception as e:
         if Sweep.folder is None or not any(outcome.error for outcome in outcomes_in(Sweep.folder)):
             raise

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 from conftest import refused
 
 from sage import config, sweeps
+from sage.util.errors import UserError
 
 
 @pytest.fixture
@@ -68,6 +70,16 @@ def test_a_signal_ends_the_sweep(sweep):
     (status, out, _), started, jobs = sweep({1: 0.5, 2: 143, 3: 0.5}, "seed=1,2,3")
     assert status == 143 and started == [1, 2]
     assert len(jobs) == 2 and "2 jobs, 1 failed" in out
+
+
+def test_a_killed_process_of_a_launcher_is_one_message():
+    """joblib's launcher raises this when the system has killed one of the processes that run its jobs."""
+
+    def killed():
+        raise BrokenProcessPool("a worker was terminated")
+
+    with pytest.raises(UserError, match=r"was killed.*`sage resume FOLDER`"):
+        sweeps.run_sweep(killed)
 
 
 def test_all_jobs_are_checked_before_the_first_one_starts(sweep, tmp_path):
