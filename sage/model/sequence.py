@@ -118,7 +118,7 @@ def sequence_group(size: int) -> SequenceGroup:
     if size == 1:
         return ALONE
     handle, _ = dist.new_subgroups(size, timeout=ranks.WAIT)
-    return SequenceGroup(size, dist.get_rank(handle), handle)
+    return SequenceGroup(size, dist.get_rank() % size, handle)
 
 
 class _Exchange(torch.autograd.Function):
