@@ -388,9 +388,9 @@ model's own logits, one text at a time. What disagrees gives way to a slower pat
 - `own logits`: the model's own full forward computes the logits. It replaces sage's head, which never keeps
   all logits, where a model transforms its logits in a way that the head does not know. It takes more
   memory.
-- `refused`: the model's own code fails on a plain text, gives no finite gradients or changes its weights, or
-  nothing agrees with it. The run ends with exit status 2 before any training. With LoRA, the cause may also
-  lie in peft. It is named.
+- `refused`: the model's own code fails on a plain text, gives no finite gradients, changes its weights or
+  sees later tokens, as an encoder does; or nothing agrees with it. The run ends with exit status 2 before any
+  training. With LoRA, the cause may also lie in peft. It is named.
 
 The table below is made by `scripts/model_table.py`. It builds a tiny form of each causal language model of
 transformers {transformers.__version__} with random weights. It then compares summed log-probabilities and

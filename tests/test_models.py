@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_models_match_their_own_code(model_type, monkeypatch):
     assert not verdict.wrong, verdict
     assert verdict.way == WAYS[model_type], verdict
     assert (verdict.note == "") == (verdict.way == "packed")  # every fallback and refusal is said
+
+
+ENCODERS = {"bert": {"is_decoder": False}, "xlnet": {}}
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_models_that_see_later_tokens_are_refused(model_type):
+    """Protects from training on log-probabilities that were given the answer: sage would agree with them."""
+    config = table.tiny_config(model_type)
+    config.update(ENCODERS[model_type])
+    verdict = table.examine(table.tiny_model(config), model_type)
+    assert verdict.way == "refused" and "no causal language model" in verdict.note
 
 
 LLAMA = {
@@ -160,6 +173,7 @@ def test_a_head_that_disagrees_gives_way(capsys):
     """Protects models that transform their logits in a way that sage's head does not know, here by a wrong
     scale."""
     policy = policy_of("llama")
+    assert policy.head
     policy.head.scale = 1.01
     assert settle(table.Asked(policy), [table.some_pairs()], "auto", "llama") == "shared"
     assert policy.backend == OWN
@@ -177,7 +191,12 @@ def test_a_model_that_agrees_with_nothing_is_refused_by_name(monkeypatch):
         settle(table.Asked(policy), [table.some_pairs()], "auto", "somebody/model")
     policy = policy_of("llama")
     ask = policy.ask
-    monkeypatch.setattr(policy, "ask", lambda *a: (ask(*a)[0]._replace(logps=ask(*a)[0].logps + 0.01), None))
+
+    def wrong(*a):
+        stats: Any = ask(*a)[0]
+        return stats._replace(logps=stats.logps + 0.01), None
+
+    monkeypatch.setattr(policy, "ask", wrong)
     with pytest.raises(
         UserError, match=r"somebody/model: sage cannot compute what .* changes a token's log-prob"
     ):

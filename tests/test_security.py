@@ -198,6 +198,30 @@ def test_a_run_folders_config(train, marker, tmp_path, monkeypatch):
         config.load(tmp_path / "run")
 
 
+def test_a_run_folder_reads_nothing_of_the_environment(train, tmp_path, monkeypatch):
+    """A secret could leave the machine as the name of a model or of a W&B project."""
+    monkeypatch.setattr("sage.launch.start", lambda *_: None)
+    monkeypatch.setenv("SECRET", "s3cret")
+    assert (
+        train("name='${literal}'".replace("$", "\\$"))[0] == 0
+    )  # text in a frozen config, which stays readable
+    file = tmp_path / "run" / "config.yaml"
+    assert config.load(tmp_path / "run").name == "${literal}"
+    whole = yaml.safe_load(file.read_text())
+    tracking = whole["tracking"] | {"project": "a${oc.env:SECRET}"}
+    for change in ({"name": "${oc.env:SECRET}"}, {"tracking": tracking}):
+        file.write_text(yaml.safe_dump(whole | change))
+        with pytest.raises(UserError, match=r"not a config that sage wrote.*oc\.env:SECRET"):
+            config.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [b"5", b"- 1", b"\x00\xff", b"a: &a [*a]", b"text", b""])
+def test_a_run_folders_config_that_is_none(content, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="not a config that sage wrote"):
+        config.load(tmp_path)
+
+
 # --- data and caches
 
 
@@ -207,6 +231,23 @@ def test_pair_files_that_are_pickles(suffix, marker, tmp_path):
     file.write_bytes(pickle.dumps(Payload(marker)))
     with pytest.raises(UserError, match="pairs"):
         load_data(DataConfig(path=str(file)), None)
+
+
+@pytest.mark.parametrize("depth", [100, 101, 600, 950, 100_000])
+def test_rows_that_are_nested_deeply(depth, tmp_path):
+    """Python's JSON reads hundreds of levels, of which code that recurses, such as a template, fails."""
+    value = "[" * (depth - 1) + "]" * (depth - 1)
+    row = json.dumps(make_pairs(1)[0])[:-1] + f', "other": {value}}}\n'
+    calls = [{"role": "assistant", "content": "", "tool_calls": "VALUE"}]
+    tools = json.dumps({**make_pairs(1)[0], "chosen": calls}).replace('"VALUE"', value)
+    for number, text in enumerate((row, tools)):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(text)
+        if depth == 100 and text == row:
+            assert len(load_data(DataConfig(path=str(file)), None).pairs) == 1
+        else:
+            with pytest.raises(UserError, match="nested too deeply"):
+                load_data(DataConfig(path=str(file)), None)
 
 
 def test_a_dataset_folder_with_a_script(marker, tmp_path):

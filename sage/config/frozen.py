@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,7 +18,7 @@ from sage.config.command import CommandConfig
 from sage.config.keys import RENAMED, known_keys, refusal, refuse_altered, refuse_ignored, unknown_keys
 from sage.config.registry import SCHEMAS
 from sage.config.schema import TrainConfig
-from sage.util.errors import UserError
+from sage.util.errors import UserError, first_line
 from sage.util.files import write_text
 from sage.util.locks import alive
 
@@ -29,6 +28,8 @@ SUMMARY_FILE = "summary.json"  # written last: the run is finished
 # Keys that may name a file or a folder.
 PATHS = {"path", "eval_path", "adapter_path", "scores", "cache_dir", "margins_from", "reference_model"}
 PATHS |= {"rejected_from"}
+
+INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that no backslash escapes
 
 # Classes that earlier versions kept elsewhere; a frozen config may name the old place.
 MOVED = {
@@ -80,11 +81,15 @@ def read_frozen(run_dir: Path) -> DictConfig:
     if not file.is_file():
         raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
     try:
-        written: Any = OmegaConf.to_container(OmegaConf.load(file))
+        written: Any = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+        if found := next((text for text in texts_in(written) if INTERPOLATION.search(text)), None):
+            raise ValueError(f"{found!r} would be replaced, for example by a secret of the environment")
         schema = OmegaConf.structured(SCHEMAS[written["command"]])
         return OmegaConf.merge(schema, up_to_date(written))  # pyright: ignore
-    except (KeyError, TypeError, AttributeError, OmegaConfBaseException, yaml.YAMLError) as e:
-        raise UserError(f"{file} is not a config that sage wrote: {str(e).splitlines()[0]}") from e
+    except OSError:
+        raise
+    except Exception as e:  # a text that is no config fails in YAML, in OmegaConf or here, in many ways
+        raise UserError(f"{file} is not a config that sage wrote: {first_line(e)}") from e
 
 
 def up_to_date(written: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +175,15 @@ def differences(ours: CommandConfig, theirs: CommandConfig) -> list[str]:
 
     a, b = (flat(absolute(asdict(cfg))) for cfg in (ours, theirs))
     return [key.lstrip(".") for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text that a config holds."""
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def escaped(value: Any) -> Any:

@@ -13,6 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sage.data.values import DEEPEST, is_deep
 from sage.util.errors import UserError
 
 # Suffix -> how such a file is read. A compression's suffix may follow it.
@@ -79,13 +80,15 @@ def _open(file: Path, **options: Any) -> Any:
 def _parse(text: bytes) -> Any:
     """A JSON value, or the UserError that says why there is none."""
     try:
-        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return UserError(f"not UTF-8 text ({error}); save it as UTF-8")
     except RecursionError:
         return UserError("JSON that is nested too deeply")
     except ValueError as error:  # also a number of more digits than Python converts
         return UserError(f"not valid JSON: {error}")
+    deep = text.count(b"[") + text.count(b"{") > DEEPEST and is_deep(value)
+    return UserError("JSON that is nested too deeply") if deep else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,9 +8,23 @@ from typing import Any
 from sage.util.errors import UserError
 
 ENCODER = json.JSONEncoder(ensure_ascii=False)
+DEEPEST = 100  # lists and objects in each other; at some hundreds, code that recurses fails
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested more than DEEPEST deep."""
+    level, depth = [value], 0
+    while level := [part for part in level if isinstance(part, dict | list | tuple)]:
+        if depth == DEEPEST:
+            return True
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+        depth += 1
+    return False
 
 
 def as_json(name: str, value: Any) -> str:
+    if is_deep(value):
+        raise UserError(f"{name} is nested too deeply")
     try:
         text = ENCODER.encode(value)
         text.encode()

@@ -135,4 +135,6 @@ def reason(error: Exception) -> str:
             "it needs Python code that its folder ships. Read that code, and if you trust it, set "
             "model.trust_remote_code=true"
         )
+    if "Unrecognized configuration class" in str(error):
+        return "transformers has no causal language model of its type; sage trains no other kind"
     return " ".join(str(error).split())[:400] or type(error).__name__

@@ -112,8 +112,7 @@ def check_head(cfg: ModelConfig, device: torch.device) -> None:
 
 def check_heads(folder: str, cfg: ModelConfig, ranks: int) -> None:
     """Refuse sequence parallelism over ranks that cannot share the model's attention heads equally."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-    heads = getattr(config.get_text_config(), "num_attention_heads", None)
+    heads = getattr(read_config(folder, cfg).get_text_config(), "num_attention_heads", None)
     if isinstance(heads, int) and heads % ranks:
         raise UserError(
             f"engine.sequence_parallel={ranks}: {ranks} ranks cannot share the {heads} attention heads of "
@@ -151,10 +150,16 @@ def read_config(folder: str, cfg: ModelConfig, attention: str | None = None) -> 
 
     A config.json can name implementations, too. Those are not used: transformers puts them before what it is
     asked for, and fetches compiled code from the hub for some.
+
+    Raises:
+        UserError: the config cannot be read, or the hub does not give it.
     """
-    config = transformers.AutoConfig.from_pretrained(
-        folder, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
-    )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+        )
+    except Exception as e:  # each config has its own checks of its values
+        raise UserError(f"model.path={cfg.path}: its config cannot be read: {reason(e)}") from e
     config._attn_implementation, config._experts_implementation = attention, None
     return config
 
@@ -166,10 +171,11 @@ def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
     wanted = ("sdpa", "eager") if cfg.attention == "auto" else (cfg.attention,)
     refusal, loaded = None, None
     for implementation in wanted:
+        config = read_config(folder, cfg, implementation)
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
-                config=read_config(folder, cfg, implementation),
+                config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=cfg.trust_remote_code,

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from sage.config import ModelConfig
 from sage.data.packing import MicroBatch
 from sage.model import attention, loading
+from sage.model.folder import reason
 from sage.model.kernels import TokenStats, recompute, tiled
 from sage.model.policy import Policy
 from sage.model.sequence import ALONE, SequenceGroup
@@ -49,16 +50,18 @@ def shell(folder: str, cfg: ModelConfig, dtype: torch.dtype, sequence_parallel: 
     """The policy of a model's folder or hub name, without weights. Needs its config only.
 
     Raises:
-        UserError: the config cannot be read, or the hub does not give it.
+        UserError: the config cannot be read, the hub does not give it, or no model can be built from it.
     """
-    try:
-        config = loading.read_config(folder, cfg)
-    except (OSError, ValueError) as e:
-        raise UserError(f"model.path={cfg.path}: its config cannot be read: {first_line(e)}") from e
+    config = loading.read_config(folder, cfg)
     with META:
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=cfg.trust_remote_code
-        )
+        try:
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=cfg.trust_remote_code
+            )
+        except Exception as e:  # each model has its own checks
+            raise UserError(
+                f"model.path={cfg.path}: no model can be built from its config: {reason(e)}"
+            ) from e
         model = loading.prepared(model, replace(cfg, adapter_path=None), seed=0)
     group = Shapes(sequence_parallel) if sequence_parallel > 1 else ALONE
     return Policy(model.to(META), cfg.head, loading.router_coefficient(cfg, model), group)

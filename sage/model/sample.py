@@ -96,6 +96,17 @@ class Sample:
         other = engine(alone(prompt[::-1], response).to(engine.device), alone=True)
         policy: Any = engine.policy
         self.limits = limits(policy.dtype, float((other - self.truth[0, 0]).abs().mean()))
+        self.looks_ahead = self._looks_ahead(engine, prompt + response)
+
+    def _looks_ahead(self, engine: Engine | Frozen | Whole, text: list[int]) -> float:
+        """How far another last token changes the log-probabilities of the tokens before it, in nats; 0 if
+        that is rounding. An encoder such as BERT, which reads both ways, has no log-probability of a text."""
+        other = next((token for token in text if token != text[-1]), 0)
+        ends = [alone(text[:1], [*text[1:-1], end]).to(engine.device) for end in (text[-1], other)]
+        own, changed = (engine(batch, alone=True)[:-1] for batch in ends)
+        off = (own - changed).abs()
+        ahead = len(off) and bool(off.mean() > self.limits.mean or off.max() > self.limits.most)
+        return float(off.max()) if ahead else 0.0
 
     def batches(self, layout: str) -> Iterator[tuple[Tensor, MicroBatch]]:
         """Micro-batches of the layout, with the numbers of their pairs, and -1 for one without a truth."""

@@ -43,7 +43,8 @@ def check_unwrapped(
     `settle`. A policy without trainable weights is asked for no gradients.
 
     Raises:
-        UserError: the model's own code changes its weights. Copies of it and exports would be other models.
+        UserError: the model's own code changes its weights, so that copies of it would be other models; or it
+            is no causal language model.
     """
     whole = Whole(policy, device)
     watch_ropes(policy, device, sets)
@@ -69,6 +70,7 @@ def check_unwrapped(
         try:
             with in_float32(policy) if copied else nullcontext():
                 sample = Sample(whole, sets)
+            refuse_encoder(agreed(sample.looks_ahead), name)
             for layout, head in [(layout, head) for layout in layouts for head in heads]:
                 policy.backend = head
                 try:
@@ -87,6 +89,8 @@ def check_unwrapped(
                 reasons[layout, head] = reason
                 if head == "tiled":  # other kernels compute the same
                     reasons |= {(layout, kernel): reason for kernel in BACKENDS}
+        except UserError:
+            raise
         except Exception:  # the model's own code fails on a plain text
             return {}
         finally:
@@ -127,6 +131,7 @@ def check_sharded(
     reasons, sample = Reasons(), None
     try:
         sample = Sample(frozen, sets)
+        refuse_encoder(ranks.broadcast(sample.looks_ahead), name)
         for layout, head in [(layout, head) for layout in layouts for head in heads]:
             copy.backend = head
             try:
@@ -139,6 +144,8 @@ def check_sharded(
             reasons[layout, head] = reason
             if head == "tiled":
                 reasons |= {(layout, kernel): reason for kernel in BACKENDS}
+    except UserError:
+        raise
     except Exception:  # the model's own code fails on a plain text, as `settle` will see
         reasons = Reasons()
     del copy, sample
@@ -156,6 +163,15 @@ def refuse_changes(weights: Sequence[str] | None, name: str) -> None:
         raise UserError(
             f"model.path={name}: its own code changes weights while it computes ({named(weights)}), so "
             "sage cannot train it"
+        )
+
+
+def refuse_encoder(looks_ahead: float, name: str) -> None:
+    if looks_ahead:
+        raise UserError(
+            f"model.path={name}: it is no causal language model: another last token of a text changes the "
+            f"log-probabilities of the tokens before it by {looks_ahead:.2g} nats. An encoder such as BERT "
+            "cannot be trained on preference pairs"
         )
 
 
@@ -201,7 +217,7 @@ def settle(
 
     Raises:
         UserError: nothing that `packing` admits agrees and has gradients, or the model's own logits are not
-            finite.
+            finite, or depend on later tokens.
     """
     policy: Any = engine.policy
     watch_ropes(policy, engine.device, pairs)
@@ -286,6 +302,7 @@ def read_sample(engine: Engine | Frozen, pairs: Sequence[TokenizedPairs], name: 
     fault = engine.gather(fault)[0]
     if fault or sample is None:
         raise UserError(f"model.path={name}: {fault}")
+    refuse_encoder(engine.gather(sample.looks_ahead)[0], name)
     return sample
 
 
