@@ -348,6 +348,22 @@ def test_a_template_cannot_take_all_memory(template):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1.3 * 2**20  # KB
 
 
+def test_the_memory_limit_counts_what_a_forked_process_has_itself():
+    """Tokenising forks processes after the first rendering, and they grow apart from the one they came from."""
+    code = (
+        "import mmap, os\nfrom sage.util.limits import memory_limit\n"
+        "with memory_limit(1 << 30): pass\n"
+        "if os.fork(): raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        "more = mmap.mmap(-1, 2 << 30)\n"  # takes addresses, not memory
+        "with memory_limit(1 << 30): bytes(1 << 28)\n"
+        "try:\n"
+        "    with memory_limit(1 << 30): bytes(1 << 31)\n"
+        "except MemoryError: os._exit(0)\n"
+        "os._exit(1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_a_call_into_c_that_does_not_end_ends_the_process():
     """No handler of Python's runs during such a call. The launcher says what the signal means."""
     code = (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 LAST = 4  # times the limit: a single call into C that takes so long ends the process
@@ -28,8 +29,7 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    if signal.getsignal(signal.SIGVTALRM) is not _stop:  # it stays: setting it takes longer than a rendering
-        signal.signal(signal.SIGVTALRM, _stop)
+    _handle()
     signal.setitimer(signal.ITIMER_PROF, LAST * seconds)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
@@ -39,6 +39,11 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@cache  # once in a process: asking for the handler takes as long as a rendering
+def _handle() -> None:
+    signal.signal(signal.SIGVTALRM, _stop)
 
 
 def _stop(*_: Any) -> None:
@@ -51,11 +56,11 @@ def memory_limit(size: int) -> Iterator[None]:
 
     It works where /proc says how much the process has; elsewhere, as on macOS, there is no limit.
     """
-    try:
-        taken = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
-    except OSError:
+    statm = _statm(os.getpid())
+    if statm is None:
         yield
         return
+    taken = int(os.pread(statm, 64, 0).split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     given = [limit for limit in before if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min([taken + size, *given]), before[1]))
@@ -63,3 +68,12 @@ def memory_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@cache  # it stays open: opening it takes as long as a rendering
+def _statm(process: int) -> int | None:
+    """The file in which Linux says how much memory a process has; a forked process needs its own."""
+    try:
+        return os.open(f"/proc/{process}/statm", os.O_RDONLY)
+    except OSError:
+        return None
