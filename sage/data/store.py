@@ -7,15 +7,15 @@ whoever opens it may map it into memory without reading it.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
+import xxhash
 
-from sage.util.files import crc32, sweep, write_text, write_whole
+from sage.util.files import checksum, sweep, write_text, write_whole
 from sage.util.locks import locked
 from sage.util.progress import console
 
@@ -50,7 +50,7 @@ def write_table(
             for batch in _merged(batches):
                 writer.write_batch(batch)
         found = notes()
-        content.update(size=path.stat().st_size, checksum=crc32(path), own=_checksum(found), notes=found)
+        content.update(size=path.stat().st_size, checksum=checksum(path), own=_checksum(found), notes=found)
 
     write_whole(file, fill)
     write_text(_notes_file(file), json.dumps(content))  # ASCII: a bad row may hold what is no text
@@ -59,7 +59,7 @@ def write_table(
 def open_intact(file: Path, make: Callable[[], None], what: str) -> datasets.Dataset:
     """The table, mapped into memory after a look at all of it. `make` writes it again if it is damaged."""
     content = _content(file)
-    if content is None or crc32(file) != content["checksum"]:
+    if content is None or checksum(file) != content["checksum"]:
         say_damaged(file, what)
         make()
     return open_table(file)
@@ -96,7 +96,7 @@ def _notes_file(file: Path) -> Path:
 
 
 def _checksum(notes: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(notes, sort_keys=True).encode()):08x}"
+    return xxhash.xxh3_64_hexdigest(json.dumps(notes, sort_keys=True).encode())
 
 
 def _merged(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:

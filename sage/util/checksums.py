@@ -13,7 +13,7 @@ from typing import Any
 
 from sage.util import ranks
 from sage.util.errors import UserError
-from sage.util.files import crc32, write_json, write_text
+from sage.util.files import checksum, write_json, write_text
 from sage.util.progress import console
 
 CHECKSUMS_FILE = "checksums.json"
@@ -47,7 +47,7 @@ def damaged(folder: Path) -> list[str]:
 
 def seal_file(file: Path) -> None:
     """Write the checksum of a file that is complete to another file beside it."""
-    write_text(_beside(file), crc32(file))
+    write_text(_beside(file), checksum(file))
 
 
 def intact(file: Path) -> bool:
@@ -89,7 +89,7 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
 
 
 def _beside(file: Path) -> Path:
-    return file.with_name(f"{file.name}.crc32")
+    return file.with_name(f"{file.name}.xxh3")
 
 
 def _digests(folder: Path, files: list[str]) -> dict[str, str]:
@@ -99,7 +99,7 @@ def _digests(folder: Path, files: list[str]) -> dict[str, str]:
 
 def _digest(file: Path) -> str:
     try:
-        return crc32(file)
+        return checksum(file)
     except OSError:
         return ""
 

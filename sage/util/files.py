@@ -7,12 +7,14 @@ import json
 import os
 import platform
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import xxhash
+
+CHUNK = 1 << 20  # bytes read at a time: what the processor keeps near
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
@@ -96,18 +98,18 @@ def fsync(path: Path) -> None:
 def sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as content:
-        while chunk := content.read(1 << 24):
+        while chunk := content.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def crc32(file: Path) -> str:
-    """A checksum that notices damage, at twice the speed of sha256, but not intent."""
-    value = 0
+def checksum(file: Path) -> str:
+    """A checksum (XXH3) that notices damage, about as fast as the file can be read, but not intent."""
+    digest = xxhash.xxh3_64()
     with file.open("rb") as content:
-        while chunk := content.read(1 << 24):
-            value = zlib.crc32(chunk, value)
-    return f"{value:08x}"
+        while chunk := content.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def source_digest(*parts: str) -> str:
