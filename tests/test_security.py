@@ -349,7 +349,7 @@ def test_a_template_cannot_take_all_memory(template):
 
 
 def test_the_memory_limit_counts_what_a_forked_process_has_itself():
-    """Tokenising forks processes after the first rendering, and they grow apart from the one they came from."""
+    """Tokenising forks after the first rendering, and each forked process then grows by itself."""
     code = (
         "import mmap, os\nfrom sage.util.limits import memory_limit\n"
         "with memory_limit(1 << 30): pass\n"
