@@ -32,7 +32,7 @@ from sage.model.folder import check_adapter, check_weights_files, lora_of
 from sage.training.tracking import check_tracking
 from sage.util import stopping
 from sage.util.errors import UserError, named
-from sage.util.locks import alive, locked
+from sage.util.locks import alive, locked, reserved
 from sage.util.processes import rank_environment, run_ranks
 from sage.util.progress import activity
 
@@ -178,19 +178,17 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
         return requeued(cfg, run_dir, here)
     check_writable(run_dir, "hydra.run.dir")
     preflight(cfg, here)
-    config.freeze(cfg, run_dir)
-    print(f"run directory: {run_dir}", flush=True)
-    if here:
-        work(cfg, run_dir)
-    else:
-        print(start_lines(cfg.world_size, run_dir))
+    with reserved(run_dir, "hydra.run.dir"):
+        config.freeze(cfg, run_dir)
+        print(f"run directory: {run_dir}", flush=True)
+        work(cfg, run_dir, here)
 
 
 def requeued(cfg: RunConfig, run_dir: Path, here: bool) -> None:
     """Go on with the run in `run_dir`, which the same command line began, perhaps on other machines."""
     config.keep_budget(cfg, run_dir)
-    keys = [key for key in config.differences(cfg, config.load(run_dir)) if key != "world_size"]
-    if keys:
+    differing = config.differences(cfg, config.load(run_dir))
+    if keys := [key for key in differing if key not in ("world_size", "resume")]:
         raise UserError(
             f"{run_dir} was begun with another {named(keys)}: choose another hydra.run.dir for other settings"
         )
@@ -221,19 +219,22 @@ def resume(run_dir: Path, steps: int | None = None, world_size: int | None = Non
     config.check(cfg)
     check_writable(run_dir, "hydra.run.dir")
     preflight(cfg, here)
-    if steps is not None or cfg.world_size != before:
-        if alive(run_dir):
-            raise UserError(f"a rank of {run_dir} still runs: wait for it, or kill it")
-        config.write(cfg, run_dir)
-        (run_dir / config.SUMMARY_FILE).unlink(missing_ok=True)
-    if here:
-        work(cfg, run_dir)
-    else:
-        print(start_lines(cfg.world_size, run_dir))
+    with reserved(run_dir, "hydra.run.dir"):
+        if steps is not None or cfg.world_size != before:
+            if alive(run_dir):
+                raise UserError(f"a rank of {run_dir} still runs: wait for it, or kill it")
+            config.write(cfg, run_dir)
+            (run_dir / config.SUMMARY_FILE).unlink(missing_ok=True)
+        work(cfg, run_dir, here)
 
 
-def work(cfg: RunConfig, run_dir: Path) -> None:
-    """Do the frozen run in `run_dir`, or go on with it. Rounds are several runs, one after the other."""
+def work(cfg: RunConfig, run_dir: Path, here: bool) -> None:
+    """Do the frozen run in `run_dir`, or go on with it, or print the commands that do so, if not `here`.
+
+    Rounds are several runs, one after the other.
+    """
+    if not here:
+        return print(start_lines(cfg.world_size, run_dir))
     if not isinstance(cfg, RoundsConfig):
         return start(cfg.world_size, run_dir)
     from sage.commands.rounds import rounds  # here, because it loads torch and transformers

@@ -14,7 +14,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from sage import config
 from sage.util import stopping
 from sage.util.errors import UserError, first_line, refusal, report
 from sage.util.files import write_json
+from sage.util.locks import reserved
 from sage.util.progress import console
 
 JOBS_FOLDER = ".jobs"  # in the sweep's folder: the outcomes of its jobs, while it runs
@@ -61,14 +62,22 @@ class Sweep(Callback):
     """Hydra calls this once, in the process that started the sweep, before any job."""
 
     folder: Path | None = None
+    held = ExitStack()  # the folder, until the sweep ends
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
         try:
             check_jobs(config)
+            if (folder / SWEEP_FILE).exists() and config.get("resume") != "auto":
+                raise UserError(
+                    f"{folder} already holds a sweep: choose another hydra.sweep.dir, or give resume=auto to "
+                    "go on with its jobs"
+                )
+            Sweep.held.enter_context(reserved(folder, "hydra.sweep.dir"))
         except UserError as e:  # Hydra turns exceptions of callbacks into warnings
             report(e)
             raise SystemExit(2) from e
-        Sweep.folder = Path(config.hydra.sweep.dir)
+        Sweep.folder = folder
         shutil.rmtree(Sweep.folder / JOBS_FOLDER, ignore_errors=True)
 
 
@@ -174,6 +183,7 @@ def run_sweep(run: Callable[[], None]) -> None:
     finally:
         if Sweep.folder is not None and (Sweep.folder / JOBS_FOLDER).is_dir():
             finish(Sweep.folder)
+        Sweep.held.close()
 
 
 def outcomes_in(folder: Path) -> list[Outcome]:

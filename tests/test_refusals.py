@@ -17,7 +17,7 @@ from conftest import refused
 from filelock import Timeout
 from safetensors.torch import load_file, save_file
 
-from sage import config
+from sage import config, launch
 from sage.config import LoraConfig, ModelConfig
 from sage.model import gguf, loading
 from sage.util import locks
@@ -72,6 +72,27 @@ def test_a_model_folder_that_is_not_whole(train, tiny_model, tmp_path, fault):
     edit(folder)
     refused(train(f"model.path={folder}"), f"model.path={folder}", *parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_commands_that_start_in_the_same_second(train, tmp_path, monkeypatch):
+    """They have the same default folder. The second one wrote its config there before the first one's ranks
+    had read theirs, and these then did another run, with exit status 0."""
+    folder, tried = tmp_path / "run", []
+
+    def start(_world_size: int, run_dir: Path) -> None:
+        before, other = (run_dir / "config.yaml").read_text(), config.load(run_dir)
+        assert isinstance(other, config.TrainConfig)
+        other.seed = 7
+        with pytest.raises(UserError, match=r"in use by another `sage` command.*hydra\.run\.dir=FOLDER"):
+            launch.run(other, run_dir)
+        with pytest.raises(UserError, match="in use by another `sage` command"):
+            launch.resume(run_dir)
+        assert (run_dir / "config.yaml").read_text() == before
+        tried.append(run_dir)
+
+    monkeypatch.setattr("sage.launch.start", start)
+    assert train()[0] == 0 and tried == [folder]
+    assert train()[0] == 0  # nobody holds it any more, and no run has begun there
 
 
 def without_tokenizer(folder: Path) -> None:
@@ -228,7 +249,17 @@ def test_a_broken_gguf_file(tmp_path):
 
 def test_memory_and_files_of_the_system():
     assert "Permission denied" in str(refusal(PermissionError(errno.EACCES, "Permission denied", "/a/b")))
-    assert "ulimit" in str(refusal(OSError(errno.EMFILE, "Too many open files", "/a/b")))
+    for code, remedy in {
+        errno.EMFILE: "ulimit -n",
+        errno.ENOSPC: "make room",
+        errno.EFBIG: "ulimit -f",
+        errno.EAGAIN: "ulimit -u",  # of a process that cannot be started; it names no file
+        errno.ENOMEM: "micro_batch_tokens",
+    }.items():
+        assert remedy in str(refusal(OSError(code, os.strerror(code))))
+    for code in (errno.EMFILE, errno.ENOSPC):
+        assert str(refusal(OSError(code, os.strerror(code), "/a/b"))).startswith("/a/b cannot be used")
+    assert "ulimit -u" in str(refusal(RuntimeError("can't start new thread")))
     assert "micro_batch_tokens" in str(refusal(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")))
     assert refusal(RuntimeError("a bug")) is None and refusal(OSError("a bug")) is None
 

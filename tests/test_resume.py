@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,10 @@ def started(monkeypatch) -> list[Path]:
     return folders
 
 
+def loaded(run: Path) -> Any:
+    return config.load(run)
+
+
 def test_a_frozen_config_can_be_read_from_any_folder(tiny_model, pair_file, tmp_path, monkeypatch):
     monkeypatch.chdir(pair_file.parent)
     shards = tmp_path / "run"
@@ -51,7 +56,7 @@ def test_a_run_that_failed_before_its_first_step_does_not_block_its_folder(commo
     (run / "metrics.jsonl").touch()
     (run / ".rank0.lock").touch()
     freeze(run, *common, "steps=2")
-    assert config.load(run).steps == 2
+    assert loaded(run).steps == 2
     (run / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="already holds a run"):
         freeze(run, *common, "steps=3")
@@ -61,12 +66,12 @@ def test_resume_auto_starts_a_run_or_goes_on_with_it(common, tmp_path, started):
     """The same command line again, as Slurm runs it after a requeue. Other settings are refused."""
     run = tmp_path / "run"
 
-    def auto(*overrides: str) -> None:
-        cfg = config.load(freeze(tmp_path / "typed", *common, "resume=auto", "steps=4", *overrides))
+    def auto(*overrides: str, resume: str = "resume=auto") -> None:
+        cfg = config.load(freeze(tmp_path / "typed", *common, resume, "steps=4", *overrides))
         (tmp_path / "typed" / "config.yaml").unlink()
         launch.run(cfg, run)
 
-    auto()
+    auto(resume="resume=never")
     (run / "metrics.jsonl").write_text("{}\n")
     auto()
     assert started == [run, run]
@@ -93,7 +98,7 @@ def test_more_steps_are_refused_where_they_would_change_what_is_done(
     (run / "checkpoints" / "step_3").mkdir(parents=True)
     with pytest.raises(UserError, match=reason):
         launch.resume(run, steps)
-    assert not started and config.load(run).steps == 4
+    assert not started and loaded(run).steps == 4
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
@@ -119,20 +124,20 @@ def test_another_number_of_ranks(common, tmp_path, started, capsys):
         launch.resume(run, world_size=2)
     with pytest.raises(UserError, match=r"batch_size=4 pairs cannot feed world_size=8 ranks"):
         launch.resume(run, world_size=8)
-    assert config.load(run).world_size == 1 and not started
+    assert loaded(run).world_size == 1 and not started
     launch.resume(run, world_size=2)
-    assert config.load(run).world_size == 2 and started == [run]
+    assert loaded(run).world_size == 2 and started == [run]
     launch.resume(run, world_size=3, here=False)
-    assert config.load(run).world_size == 3 and started == [run]
+    assert loaded(run).world_size == 3 and started == [run]
     assert "--nproc-per-node=3" in capsys.readouterr().out
     launch.resume(run)
-    assert config.load(run).world_size == 3 and started == [run, run]
+    assert loaded(run).world_size == 3 and started == [run, run]
     cfg = config.load(freeze(tmp_path / "typed", *common, "resume=auto", "steps=4", "world_size=4"))
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace("resume: never", "resume: auto")
     )
     launch.run(cfg, run)
-    assert config.load(run).world_size == 4 and started == [run, run, run]
+    assert loaded(run).world_size == 4 and started == [run, run, run]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from conftest import refused
 
 from sage import config, sweeps
 from sage.util.errors import UserError
+from sage.util.locks import reserved
 
 
 @pytest.fixture
@@ -86,6 +87,24 @@ def test_all_jobs_are_checked_before_the_first_one_starts(sweep, tmp_path):
     result, started, jobs = sweep({1: 0.5}, "seed=1", "optimizer.lr=0.1,-1")
     refused(result, "job 1 of this sweep", "optimizer.lr=-1")
     assert not started and jobs is None and not (tmp_path / "sweep").exists()
+
+
+def test_a_sweeps_folder_is_not_used_again(sweep, tmp_path):
+    """Its table would be lost: each job would be refused, since its folder holds a run."""
+    _, _, before = sweep({1: 0.25, 2: 0.5}, "seed=1,2")
+    result, started, jobs = sweep({1: 0.75}, "seed=1,1")
+    refused(result, str(tmp_path / "sweep"), "already holds a sweep", "resume=auto")
+    assert not started and jobs == before
+    (status, _, _), started, jobs = sweep({}, "seed=1,2", "resume=auto")
+    assert status == 0 and not started
+    assert [{**job, "overrides": []} for job in jobs] == [{**job, "overrides": []} for job in before]
+
+
+def test_two_sweeps_that_start_at_once(sweep, tmp_path):
+    with reserved(tmp_path / "sweep", "hydra.sweep.dir"):
+        result, started, _ = sweep({1: 0.25}, "seed=1,2")
+    refused(result, str(tmp_path / "sweep"), "in use by another `sage` command")
+    assert not started
 
 
 def test_a_grid_in_an_experiment_is_checked_too(sweep, tmp_path):

@@ -10,6 +10,14 @@ NO_MEMORY = ("out of memory", "can't allocate memory")  # the words of CUDA and 
 NO_ROOM = ("No space left on device", "unexpected pos")  # the words of safetensors and of torch.save
 
 NO_HOME = "Could not determine home directory"  # the words of pathlib
+NO_THREAD = "can't start new thread"  # the words of Python
+# Errors that have a cause outside of the file that they name, if they name one, and what to do about it.
+REMEDIES = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit with `ulimit -n`"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose another place"),
+    errno.EFBIG: "raise the limit with `ulimit -f`, or choose another place",
+    errno.EAGAIN: "raise the limit on processes with `ulimit -u`, or that of the container",
+}
 
 
 class UserError(ValueError):
@@ -46,14 +54,16 @@ def refusal(error: BaseException) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        files_open = error.errno in (errno.EMFILE, errno.ENFILE)
-        remedy = (
-            "raise the limit with `ulimit -n`" if files_open else "make it usable, or choose another place"
-        )
+        remedy = REMEDIES.get(error.errno, "make it usable, or choose another place")
         return UserError(f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}: {remedy}")
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        return UserError(f"{error.strerror}: {REMEDIES[error.errno]}")
+    if isinstance(error, RuntimeError) and NO_THREAD in str(error):
+        return UserError(f"{NO_THREAD}: {REMEDIES[errno.EAGAIN]}")
     if isinstance(error, RuntimeError) and NO_HOME in str(error):
         return UserError("a path begins with ~, and this user has no home: set HOME, or cache_dir=FOLDER")
-    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if no_memory or any(words in str(error) for words in NO_MEMORY):
         return UserError(
             f"out of memory: {first_line(error)}. Lower micro_batch_tokens and data.max_length, set "
             "model.gradient_checkpointing=true, or choose an engine that shards or offloads"

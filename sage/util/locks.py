@@ -18,6 +18,7 @@ from sage.util.progress import console
 # What file systems without locks answer: NFS without its lock service, some FUSE and cluster file systems.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 RANK_LOCK = ".rank{}.lock"  # in a run directory: each rank holds its own for as long as it lives
+COMMAND_LOCK = ".command.lock"  # in the folder of a run or a sweep: the command that writes its config has it
 
 
 def lock(file: Path, timeout: float = -1) -> FileLock:
@@ -56,6 +57,31 @@ def held(file: Path) -> bool:
 def alive(run_dir: Path) -> bool:
     """Whether a rank of this run still lives."""
     return any(held(file) for file in run_dir.glob(RANK_LOCK.format("*")))
+
+
+@contextmanager
+def reserved(folder: Path, key: str) -> Iterator[None]:
+    """Hold a folder, so that of two `sage` commands that start at once only one writes there.
+
+    The default folders of two commands are the same if they start in the same second. `key` is the config's
+    key that chooses the folder.
+
+    Raises:
+        UserError: another command holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = lock(folder / COMMAND_LOCK, timeout=0)
+    except Timeout as e:
+        raise UserError(
+            f"{folder} is in use by another `sage` command: wait for it, or choose another folder with "
+            f"{key}=FOLDER"
+        ) from e
+    try:
+        yield
+    finally:
+        Path(held.lock_file).unlink(missing_ok=True)  # a folder that was refused stays as it was
+        held.release()
 
 
 @contextmanager
