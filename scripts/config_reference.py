@@ -108,7 +108,7 @@ def flow(value: typing.Any) -> str:
 
 def limits(metadata: typing.Mapping[str, typing.Any]) -> str:
     if metadata["choices"]:
-        return f" ({', '.join(map(str, metadata['choices']))})"
+        return f" ({', '.join(map(flow, metadata['choices']))})"
     bounds = {"low": "at least", "above": "greater than", "high": "at most", "below": "less than"}
     said = [f"{words} {metadata[name]}" for name, words in bounds.items() if metadata[name] is not None]
     return f" ({' and '.join(said)})" if said else ""

@@ -16,7 +16,7 @@ from sage.commands import plan
 from sage.config import EngineConfig, LoraConfig, ModelConfig
 from sage.data.packing import collate
 from sage.data.tokens import Pair
-from sage.model import loading, memory, selfcheck
+from sage.model import loading, memory, selfcheck, tiles
 from sage.model.footprint import footprint
 from sage.model.policy import Policy
 from sage.model.sequence import SequenceGroup
@@ -46,15 +46,44 @@ def saved_bytes(policy: Policy, batch) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["full", "lora"])
-def test_activations_on_the_meta_device_are_those_that_autograd_keeps(tiny_model, lora):
-    cfg = ModelConfig(path=str(tiny_model), lora=lora)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora": LoraConfig()},
+        {"tiled_mlp": True},
+        {"tiled_mlp": True, "lora": LoraConfig()},
+    ],
+    ids=["full", "lora", "tiled", "tiled lora"],
+)
+def test_activations_on_the_meta_device_are_those_that_autograd_keeps(tiny_model, monkeypatch, options):
+    monkeypatch.setattr(tiles, "TILE", 16)
+    cfg = ModelConfig(path=str(tiny_model), **options)
     batch = collate(PAIRS, "shared")
     loaded = loading.load_model(str(tiny_model), cfg, torch.float32, seed=0)
-    truth = saved_bytes(Policy(loaded, cfg.head), batch)
+    truth = saved_bytes(Policy(loaded, cfg.head, tiled_mlp=cfg.tiled_mlp), batch)
     found = memory.micro_bytes(memory.shell(str(tiny_model), cfg, torch.float32), batch, cuda=False)
     assert found.kept == pytest.approx(truth, rel=0.05)
-    assert found.peak > found.kept and found.head > 0
+    assert found.peak > found.kept and found.head > 0 and found.moved == 0
+
+
+def test_tiles_and_offload_keep_less(tiny_model, monkeypatch):
+    """Protects the plan of long texts: tiles lower the peak, and what is offloaded is counted apart."""
+    monkeypatch.setattr(tiles, "TILE", 16)
+
+    def bytes_of(**options):
+        policy = memory.shell(str(tiny_model), ModelConfig(path=str(tiny_model), **options), torch.float32)
+        return memory.micro_bytes(policy, collate(PAIRS * 4, "shared"), cuda=True)
+
+    plain, tiled = (
+        bytes_of(gradient_checkpointing=True),
+        bytes_of(gradient_checkpointing=True, tiled_mlp=True),
+    )
+    moved, both = (bytes_of(gradient_checkpointing="offload", tiled_mlp=tiled) for tiled in (False, True))
+    assert tiled.kept == plain.kept == moved.kept + moved.moved
+    # One of its two layers' hidden states is back when the backward pass is in that layer.
+    assert moved.moved > 0 and plain.peak - moved.peak == moved.moved / 2
+    assert both.peak < tiled.peak < plain.peak and both.peak < moved.peak
 
 
 def test_checkpointing_keeps_less_and_more_tokens_take_more(tiny_model):

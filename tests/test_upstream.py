@@ -1,3 +1,4 @@
+# type: ignore  (other libraries' type hints do not know their private names)
 """Names of other libraries that sage uses although they are private or may move. One assertion each.
 
 A failure here says which upgrade broke sage, and where to look, before any training run does.
@@ -125,6 +126,25 @@ def test_transformers():
     assert model.base_model is model.model and isinstance(model.get_output_embeddings(), torch.nn.Linear)
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     assert any(callable(getattr(model, name, None)) for name in names)  # model/loading
+
+
+def test_transformers_offloads_by_one_name():
+    import transformers.modeling_utils as upstream
+
+    if not hasattr(upstream, "save_on_cpu"):  # older ones cannot offload
+        pytest.skip("this transformers does not offload")
+    assert upstream.save_on_cpu is torch.autograd.graph.save_on_cpu  # model/memory replaces it
+    assert "offload" in parameters(transformers.LlamaForCausalLM.activation_checkpointing_enable)
+
+
+def test_deepspeeds_stage_3_gathers_what_is_marked_as_one():
+    from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
+    from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
+
+    module = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    set_z3_leaf_module(module, True)  # model/engine
+    assert z3_leaf_module(module) and callable(iter_params) and "recurse" in parameters(iter_params)
+    assert isinstance(module._forward_hooks, dict) and isinstance(module._forward_pre_hooks, dict)
 
 
 def test_transformers_compiles_chat_templates_in_one_place():

@@ -22,6 +22,7 @@ from sage.data.tokens import Pair, tokenize_data
 from sage.model import loading
 from sage.model.folder import check_adapter, lora_of
 from sage.model.policy import Policy
+from sage.model.tiles import TILE
 from sage.training.estimate import (
     CUDA_CONTEXT,
     GB,
@@ -34,6 +35,7 @@ from sage.training.estimate import (
     largest_budget,
     this_machine,
 )
+from sage.util.errors import UserError
 from sage.util.files import write_json
 from sage.util.progress import activity, console
 
@@ -112,7 +114,8 @@ def measured_seconds(
 ) -> float:
     """Seconds of forward and backward of the micro-batch, with the model itself and without an engine."""
     loaded = loading.load_model(folder, model, dtype, seed=0)
-    policy = Policy(loaded, model.head, loading.router_coefficient(model, loaded)).to(device)
+    coefficient = loading.router_coefficient(model, loaded)
+    policy = Policy(loaded, model.head, coefficient, tiled_mlp=model.tiled_mlp).to(device)
     best = math.inf
     for _ in range(2):  # the first one is a warm-up
         started = time.perf_counter()
@@ -131,6 +134,12 @@ def changes(cfg: PlanConfig, now: Estimate, folder: str, dtype: torch.dtype, wor
         yield f"micro_batch_tokens={now.most_tokens()} fits"
     checkpointing = replace(cfg.model, gradient_checkpointing=True)
     tried = [("model.gradient_checkpointing=true", cfg.engine, checkpointing)]
+    if work.tokens > TILE:  # fewer are computed at once
+        tiled = replace(checkpointing, tiled_mlp=True)
+        tried.append(("model.gradient_checkpointing=true model.tiled_mlp=true", cfg.engine, tiled))
+        if machine.cuda:
+            moved = replace(tiled, gradient_checkpointing="offload")
+            tried.append(("model.gradient_checkpointing=offload model.tiled_mlp=true", cfg.engine, moved))
     if cfg.world_size > 1:
         two, three = (replace(cfg.engine, zero_stage=n, offload=False) for n in (2, 3))
         tried += [("engine=zero2", two, cfg.model), ("engine=zero3", three, cfg.model)]
@@ -142,7 +151,10 @@ def changes(cfg: PlanConfig, now: Estimate, folder: str, dtype: torch.dtype, wor
     adapter = replace(checkpointing, lora=LoraConfig())
     tried.append(("+model/lora=default model.gradient_checkpointing=true", cfg.engine, adapter))
     for name, engine, model in tried:
-        other = estimated(replace(cfg, engine=engine, model=model), machine, folder, dtype, work)
+        try:
+            other = estimated(replace(cfg, engine=engine, model=model), machine, folder, dtype, work)
+        except UserError:  # this model cannot do that
+            continue
         if other.fits:
             yield f"{name} fits, in {other.peak() / GB:.1f} GB"
         elif other.most_tokens() >= max(work.longest, cfg.tokens_of_longest()):

@@ -63,7 +63,7 @@ def check_value(name: str, metadata: Mapping[str, Any], value: Any) -> None:
     if value == "None":
         raise UserError(f"{name}=None: None is a text here; write {name}=null")
     if metadata.get("choices") and value not in metadata["choices"]:
-        raise UserError(f"{name}={value}: must be one of {', '.join(map(str, metadata['choices']))}")
+        raise UserError(f"{name}={value}: must be one of {', '.join(map(shown, metadata['choices']))}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if not math.isfinite(value):
@@ -76,6 +76,11 @@ def check_value(name: str, metadata: Mapping[str, Any], value: Any) -> None:
     ):
         if (limit := metadata.get(bound)) is not None and not allowed(limit):
             raise UserError(f"{name}={value}: must be {words} {limit}")
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def class_of(key: str, node: Mapping[str, Any], group: str | None = None) -> Any:

@@ -71,8 +71,16 @@ class ModelConfig:
         "oracle keeps all logits in memory",
         choices=("auto", "tiled", "triton", "oracle"),
     )
-    gradient_checkpointing: bool = key(
-        False, "recompute activations in the backward pass: less memory, a third more time"
+    gradient_checkpointing: bool | str = key(
+        False,
+        "recompute activations in the backward pass: less memory, a third more time; offload = also keep the "
+        "hidden states of the layers in CPU memory until then",
+        choices=(False, True, "offload"),
+    )
+    tiled_mlp: bool = key(
+        False,
+        "compute MLPs and experts in tiles of 4,096 tokens, and again in the backward pass: less memory for "
+        "long texts",
     )
     allow_missing: bool = key(
         False, "accept a model whose files lack weights (random values replace them) or have others"

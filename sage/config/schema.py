@@ -17,7 +17,11 @@ from sage.util.errors import UserError
 
 # Keys of the model group that only passes over pairs use.
 GENERATION_IGNORES: dict[str, str] = because(
-    "which only samples responses", "model.head", "model.gradient_checkpointing", "model.router_aux_coef"
+    "which only samples responses",
+    "model.head",
+    "model.gradient_checkpointing",
+    "model.router_aux_coef",
+    "model.tiled_mlp",
 )
 
 

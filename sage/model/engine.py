@@ -11,8 +11,8 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
@@ -29,12 +29,15 @@ from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAE
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import set_z3_leaf_module
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from sage.config import EngineConfig, OptimizerConfig
 from sage.model.resharding import reshard_groups, reshard_parameters
 from sage.model.sharding import check_weights, shape_of, size_of
+from sage.model.tiles import tiled
+from sage.model.zero import deepspeed_config
 from sage.util import ranks
 from sage.util.errors import UserError, first_line
 from sage.util.progress import console
@@ -131,6 +134,24 @@ def gathered(weights: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(list(weights))
 
 
+@contextmanager
+def tiles_gathered_once(policy: nn.Module) -> Iterator[None]:
+    """Let the stage 3 that starts meanwhile gather the weights of a tiled module where it is called.
+
+    It would gather those of each of its parts for each tile, and ranks have different numbers of tiles.
+    """
+    modules = tiled(policy)
+    parts = [part for module in modules for part in module.modules() if part is not module]
+    hooks = [found for part in parts for found in (part._forward_pre_hooks, part._forward_hooks)]
+    before = [dict(found) for found in hooks]
+    yield
+    for found, own in zip(hooks, before, strict=True):
+        found.clear()
+        found.update(own)
+    for module in modules:
+        set_z3_leaf_module(module, True)
+
+
 class Ranks:
     """This rank's place among the others, and what they exchange."""
 
@@ -170,7 +191,10 @@ class Frozen(Ranks):
         self.model: Any = self.policy
         if sharded:
             config = deepspeed_config(EngineConfig(zero_stage=3), dtype, max_grad_norm=0.0)
-            self.model = deepspeed.initialize(model=self.policy, config=config, dist_init_required=False)[0]
+            with tiles_gathered_once(policy):
+                self.model = deepspeed.initialize(model=self.policy, config=config, dist_init_required=False)[
+                    0
+                ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -211,7 +235,8 @@ class Engine(Ranks):
         # The elements of each parameter, per optimizer group.
         self.numels = [[size_of(p) for p in g["params"]] for g in adam.param_groups]
         self.optimizer: Any  # DeepSpeed's wrapper around it
-        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use, whatever the log level
+        # DeepSpeed prints its memory use, whatever the log level.
+        with redirect_stdout(io.StringIO()), tiles_gathered_once(policy):
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=self.policy,
                 model_parameters=trainable,  # pyright: ignore
@@ -311,32 +336,3 @@ class Engine(Ranks):
         if self.deepspeed.zero_optimization_partition_weights():
             return self.deepspeed._zero3_consolidated_16bit_state_dict()
         return {k: v.cpu() for k, v in self.policy.state_dict().items()} if self.rank == 0 else None
-
-
-def deepspeed_config(engine: EngineConfig, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
-    half = dtype == torch.bfloat16
-    # In stage 0 DeepSpeed cannot accumulate bfloat16 gradients in float32. Stage 1 can, for the same weights
-    # and in less memory.
-    stage = max(engine.zero_stage, 1) if half else engine.zero_stage
-    zero: dict[str, Any] = {"stage": stage}
-    if engine.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    config = {
-        "train_micro_batch_size_per_gpu": 1,  # the loop owns batches and accumulation
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm,
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": half, "check_grad_overflow": True, "immediate_grad_update": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 2**31,
-    }
-    if half and stage == 1:
-        # Ranks exchange gradients once a step, so this costs little. Stages 2 and 3 exchange those of every
-        # micro-batch: in bfloat16, since such rounding errors do not build up.
-        config["communication_data_type"] = "fp32"
-    return config

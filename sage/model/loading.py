@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,14 @@ def check_head(cfg: ModelConfig, device: torch.device) -> None:
         raise UserError(f"model.head=triton needs {lacks}: set model.head=auto")
 
 
+def check_offload(cfg: ModelConfig, device: torch.device) -> None:
+    """Say where offload does nothing."""
+    if cfg.gradient_checkpointing == "offload" and device.type == "cpu":
+        console.print(
+            "model.gradient_checkpointing=offload: activations are in CPU memory here, so none are moved"
+        )
+
+
 def check_heads(folder: str, cfg: ModelConfig, ranks: int) -> None:
     """Refuse sequence parallelism over ranks that cannot share the model's attention heads equally."""
     heads = getattr(read_config(folder, cfg).get_text_config(), "num_attention_heads", None)
@@ -128,20 +137,31 @@ def load_model(folder: str, cfg: ModelConfig, dtype: torch.dtype, seed: int) -> 
     Raises:
         UserError: files are broken or lack weights, or the model cannot do what the config asks.
     """
-    return prepared(load_base(folder, cfg, dtype), cfg, seed)
+    return prepared(load_base(folder, cfg, dtype), cfg, seed, offload=torch.cuda.is_available())
 
 
-def prepared(model: Any, cfg: ModelConfig, seed: int) -> Any:
-    """A model with the checkpointing and the adapter that the config asks for."""
+def prepared(model: Any, cfg: ModelConfig, seed: int, offload: bool) -> Any:
+    """A model with the checkpointing and the adapter that the config asks for.
+
+    `offload` says whether to follow a config that asks for it. On a CPU there is nothing to move.
+    """
     if cfg.gradient_checkpointing:
         # transformers 5.24 renamed it.
         enable = (
             getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         )
+        options = {"offload": True} if cfg.gradient_checkpointing == "offload" else {}
+        if not options.keys() <= inspect.signature(enable).parameters.keys():
+            raise UserError(
+                f"model.gradient_checkpointing=offload: {type(model).__name__} of transformers "
+                f"{transformers.__version__} cannot do it: set model.gradient_checkpointing=true"
+            )
         try:
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False}, **(options if offload else {}))
         except ValueError as e:
-            raise UserError(f"model.gradient_checkpointing=true: {first_line(e)}") from e
+            raise UserError(
+                f"model.gradient_checkpointing={str(cfg.gradient_checkpointing).lower()}: {first_line(e)}"
+            ) from e
     return model if cfg.lora is None else add_adapter(model, cfg, seed)
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,9 +64,10 @@ def shell(folder: str, cfg: ModelConfig, dtype: torch.dtype, sequence_parallel: 
             raise UserError(
                 f"model.path={cfg.path}: no model can be built from its config: {reason(e)}"
             ) from e
-        model = loading.prepared(model, replace(cfg, adapter_path=None), seed=0)
+        model = loading.prepared(model, replace(cfg, adapter_path=None), seed=0, offload=True)
     group = Shapes(sequence_parallel) if sequence_parallel > 1 else ALONE
-    return Policy(model.to(META), cfg.head, loading.router_coefficient(cfg, model), group)
+    coefficient = loading.router_coefficient(cfg, model)
+    return Policy(model.to(META), cfg.head, coefficient, group, cfg.tiled_mlp)
 
 
 class Live(TorchDispatchMode):
@@ -99,11 +102,13 @@ class Live(TorchDispatchMode):
 
 class MicroBytes(NamedTuple):
     """Bytes of one micro-batch: `kept` wait for the backward pass, `head` are its part for the head, and
-    `peak` is the most at any time of both passes. None of them holds weights."""
+    `peak` is the most at any time of both passes. None of them holds weights. `moved` wait in CPU memory
+    instead."""
 
     kept: int
     head: int
     peak: int
+    moved: int
 
 
 def micro_bytes(policy: Policy, batch: MicroBatch, cuda: bool, backward: bool = True) -> MicroBytes:
@@ -119,7 +124,7 @@ def micro_bytes(policy: Policy, batch: MicroBatch, cuda: bool, backward: bool = 
     known = [*inputs, *policy.parameters(), *policy.buffers()]
     hooks = [p.register_post_accumulate_grad_hook(forget) for p in policy.parameters() if p.requires_grad]
     try:
-        with torch.set_grad_enabled(backward), stand_ins(policy, cuda) as head, Live(known) as live:
+        with torch.set_grad_enabled(backward), stand_ins(policy, cuda) as others, Live(known) as live:
             logps = policy(batch)
             kept = live.now
             if backward:
@@ -131,20 +136,26 @@ def micro_bytes(policy: Policy, batch: MicroBatch, cuda: bool, backward: bool = 
     finally:
         for hook in hooks:
             hook.remove()
-    return MicroBytes(kept, head[0] if head else 0, live.peak)
+    return MicroBytes(kept, others.head, live.peak, others.moved)
 
 
 def forget(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-@contextmanager
-def stand_ins(policy: Policy, cuda: bool) -> Iterator[list[int]]:
-    """For a while, the head takes its memory without looking at values, and so does CUDA's attention.
+@dataclass
+class Others:
+    """Bytes that the stand-ins count."""
 
-    Yields a list that the head's backward pass adds its bytes to.
-    """
-    device, found = "cuda" if cuda else "cpu", list[int]()
+    head: int = 0  # of its backward pass
+    moved: int = 0  # to CPU memory
+
+
+@contextmanager
+def stand_ins(policy: Policy, cuda: bool) -> Iterator[Others]:
+    """For a while, the head takes its memory without looking at values, and so does CUDA's attention. What
+    is offloaded is no longer there."""
+    device, found = "cuda" if cuda else "cpu", Others()
     head = policy.head
     if head is not None and policy.backend != "oracle":
 
@@ -154,8 +165,19 @@ def stand_ins(policy: Policy, cuda: bool) -> Iterator[list[int]]:
         head.forward = forward  # pyright: ignore
     if cuda:
         attention.AttentionInterface.register(attention.IMPLEMENTATION, flex_shape)
+
+    def move(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        found.moved += tensor.nbytes
+        return tensor.shape, tensor.dtype
+
+    def save_on_cpu(**_: Any) -> AbstractContextManager[Any]:
+        if not cuda:
+            return nullcontext()
+        return saved_tensors_hooks(move, lambda x: torch.empty(x[0], dtype=x[1], device=META))
+
     try:
-        yield found
+        with patch("transformers.modeling_utils.save_on_cpu", save_on_cpu, create=True):
+            yield found
     finally:
         if head is not None:
             head.__dict__.pop("forward", None)
@@ -166,7 +188,7 @@ class HeadShape(torch.autograd.Function):
     """What `recompute` allocates, at the sizes of its tiles."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, device: str, found: list[int]) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, device: str, found: Others) -> Tensor:
         (n, h), v = hidden.shape, weight.shape[0]
         rows, cols = tiled.TILES[device]
         ctx.save_for_backward(hidden)
@@ -192,7 +214,7 @@ class HeadShape(torch.autograd.Function):
         if weight.requires_grad:
             grad_weight = torch.empty_like(weight)
             used += [grad_weight, torch.empty_like(hidden)]
-        ctx.found.append(sum(x.nbytes for x in used))
+        ctx.found.head = sum(x.nbytes for x in used)
         del used
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 

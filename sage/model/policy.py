@@ -9,49 +9,20 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from sage.data.packing import MicroBatch
 from sage.model import attention
 from sage.model.dropout import random_rates
-from sage.model.kernels import TokenStats, token_stats
+from sage.model.head import Head, float32_head, own_stats
+from sage.model.kernels import TokenStats
 from sage.model.logps import LogitStats, PairLogps
 from sage.model.rope import TextRopes, texts_of
 from sage.model.sequence import ALONE, SequenceGroup
+from sage.model.tiles import Tiles, in_tiles_of, token_wise
 from sage.util.errors import UserError
 
 OWN = "own"  # as `Policy.backend`: the logits come from the model's own full forward
-
-
-class Head(nn.Module):
-    """Statistics of labels from hidden states, without logits of the positions that are not scored.
-
-    It holds the head's weight as its own parameter (the same object as the model's), so that ZeRO-3 gathers
-    it for this module's forward and again before its backward.
-    """
-
-    def __init__(self, lm_head: nn.Linear, config: transformers.PreTrainedConfig):
-        super().__init__()
-        self.weight, self.bias = lm_head.weight, lm_head.bias
-        # Models transform their logits in many ways. These are the common ones; the self-check finds the
-        # others.
-        self.softcap = number(config, "final_logit_softcapping") or None  # Gemma 2
-        # Cohere multiplies its logits by logit_scale, and Granite divides them by logits_scaling.
-        self.scale = (number(config, "logit_scale") or 1.0) / (number(config, "logits_scaling") or 1.0)
-
-    def forward(self, hidden: Tensor, labels: Tensor, stats: tuple[str, ...], backend: str) -> TokenStats:
-        return token_stats(
-            hidden,
-            self.weight,
-            labels,
-            bias=self.bias,
-            softcap=self.softcap,
-            scale=self.scale,
-            stats=stats,
-            backend=backend,
-        )
 
 
 class Policy(nn.Module):
@@ -67,11 +38,13 @@ class Policy(nn.Module):
         backend: str = "auto",
         router_coefficient: float = 0.0,
         group: SequenceGroup = ALONE,
+        tiled_mlp: bool = False,
     ):
         """`backend` computes the head: a backend of `sage.model.kernels`, auto, or OWN.
 
         With auto the self-check may choose a faster backend. Until then auto means tiled. All ranks of
-        `group` call the policy together, with the same micro-batch, and get the same results.
+        `group` call the policy together, with the same micro-batch, and get the same results. `tiled_mlp`
+        computes the modules in `tiles` in tiles along the tokens.
         """
         super().__init__()
         if router_coefficient and group.size > 1:
@@ -83,6 +56,19 @@ class Policy(nn.Module):
         self.model: Any = model.eval()  # all of it: peft's outer module begins in training mode
         causal = self.causal
         self.rates = random_rates(causal)
+        self.tiles: list[Tiles] = []
+        if tiled_mlp:
+            if router_coefficient:
+                raise UserError(
+                    "model.tiled_mlp=true: the load-balancing loss of this model's routers needs all tokens "
+                    "of a row at once: set model.router_aux_coef=0, or model.tiled_mlp=false"
+                )
+            self.tiles = [Tiles(m) for m in token_wise(causal, causal.config.get_text_config().hidden_size)]
+            if not self.tiles:
+                raise UserError(
+                    f"model.tiled_mlp=true: no part of {type(causal).__name__} computes each token by itself "
+                    "from one tensor, as an MLP does: set model.tiled_mlp=false"
+                )
         lm_head = causal.get_output_embeddings()
         if hasattr(lm_head, "base_layer"):
             raise UserError(
@@ -201,7 +187,7 @@ class Policy(nn.Module):
         self.use_attention(self.attention)
         if self.ropes:  # one text: the frequencies forget the texts before it
             self.ropes.texts = [(slice(0, 1), slice(0, batch.input_ids.shape[1]))]
-        with float32_head(causal):
+        with float32_head(causal), in_tiles_of(None, self.tiles):
             kept = self.last_logits(batch.input_ids.shape[1] - int(batch.positions[0]))
             logits = causal(input_ids=batch.input_ids, use_cache=False, **kept).logits[0]
         places = batch.positions - (batch.input_ids.shape[1] - len(logits))
@@ -293,45 +279,11 @@ class Policy(nn.Module):
             self.ropes.watch()
 
 
-def number(config: transformers.PreTrainedConfig, name: str) -> float | None:
-    """A field of a config, where it has it as a number."""
-    value = getattr(config, name, None)
-    return float(value) if isinstance(value, (int, float)) else None
-
-
 def router_loss_of(out: Any) -> Tensor:
     """The load-balancing loss in the output of a model's full forward."""
     if not isinstance(loss := getattr(out, "aux_loss", None), Tensor):
         raise UserError("the model gives no load-balancing loss of its routers: set model.router_aux_coef=0")
     return loss
-
-
-def own_stats(logits: Tensor, labels: Tensor, stats: tuple[str, ...]) -> TokenStats:
-    """`sage.model.kernels.token_stats` from [s, v] logits that the model computed itself."""
-    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return TokenStats(
-        logps=logps.gather(1, labels[:, None]).squeeze(1),
-        sum_sq_probs=logps.detach().exp().square().sum(-1) if "sum_sq_probs" in stats else None,
-    )
-
-
-@contextmanager
-def float32_head(causal: Any) -> Iterator[None]:
-    """The model's own logits in float32: the product of its head would round them to the model's dtype."""
-    lm_head = causal.get_output_embeddings()
-    if type(lm_head) is not nn.Linear or lm_head.weight.dtype not in (torch.bfloat16, torch.float16):
-        yield
-        return
-
-    def product(x: Tensor) -> Tensor:
-        bias = None if lm_head.bias is None else lm_head.bias.float()
-        return F.linear(x.float(), lm_head.weight.float(), bias)
-
-    lm_head.forward = product  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        del lm_head.forward
 
 
 def per_side(values: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sage.data.packing import MicroBatch, collate
 from sage.data.tokens import Pair, TokenizedPairs
 from sage.model.engine import Engine, Frozen
+from sage.model.head import Head
 from sage.model.kernels import TokenStats, token_stats
-from sage.model.policy import Head, Policy
+from sage.model.policy import Policy
 from sage.model.sequence import ALONE
 from sage.model.sharding import is_sharded, own_part
 from sage.util.errors import first_line
@@ -188,27 +189,30 @@ class Sample:
         have gone, with the same part of the whole row's. Gradients must be enabled.
         """
         policy: Any = whole.policy
-        _, batch = self.batch(layout, list(range(self.short)), stranger=True)
-        batch = batch.to(whole.device)
-
-        def gradient() -> Tensor:
-            with embedded_by(policy) as embedded:
-                logps = whole(batch, tokens=True)
-            return torch.autograd.grad(logps.sum(), embedded)[0].float()
-
         group = policy.group
         try:
-            part = gradient()
+            _, (part,) = self.gradients(whole, layout)
             policy.group = ALONE
-            right = gradient()
+            _, (right,) = self.gradients(whole, layout)
         except Exception as e:
             return f"its backward pass fails ({type(e).__name__}: {first_line(e)})"
         finally:
             policy.group = group
         own = right[:, group.rank * part.shape[1] :][:, : part.shape[1]]
-        off, size = float((part[:, : own.shape[1]] - own).norm()), float(right.norm())
-        limit = 1e-3 if torch.finfo(policy.dtype).eps < 1e-6 else PARTS_LIMIT
-        return None if off <= limit * size else f"its gradients are off by {off / max(size, 1e-30):.2g}"
+        return gradient_fault(part[:, : own.shape[1]], own, float(right.norm()), policy.dtype)
+
+    def gradients(
+        self, whole: Engine | Frozen | Whole, layout: str, weights: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Log-probabilities of the short pairs' tokens, and the gradients of their sum in what the embedding
+        puts out and in `weights`; no gradients where they are disabled."""
+        policy: Any = whole.policy
+        _, batch = self.batch(layout, list(range(self.short)), stranger=True)
+        with embedded_by(policy) if torch.is_grad_enabled() else nullcontext(list[Tensor]()) as embedded:
+            logps = whole(batch.to(whole.device), tokens=True)
+        asked = [*embedded, *weights] if embedded else []
+        found = torch.autograd.grad(logps.sum(), asked, materialize_grads=True) if asked else ()
+        return logps.detach(), [gradient.float() for gradient in found]
 
     def difference_from_tiled(self, engine: Engine | Frozen, layout: str) -> str | None:
         """How the policy's head differs from the tiled one on the same hidden states; None if it does not.
@@ -232,6 +236,12 @@ class Sample:
         finally:
             hook.remove()
         return next((r for r in engine.gather(reason) if r), None)
+
+
+def gradient_fault(ours: Tensor, right: Tensor, size: float, dtype: torch.dtype) -> str | None:
+    """How far a gradient is off, in parts of `size`; None if rounding explains it."""
+    off, limit = float((ours - right).norm()), 1e-3 if torch.finfo(dtype).eps < 1e-6 else PARTS_LIMIT
+    return None if off <= limit * size else f"its gradients are off by {off / max(size, 1e-30):.2g}"
 
 
 @torch.enable_grad()

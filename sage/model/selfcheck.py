@@ -23,6 +23,7 @@ from sage.model.policy import OWN, Policy
 from sage.model.rope import TextRopes
 from sage.model.sample import Sample, Whole, changed_by_asking, lengths_of
 from sage.model.sharding import is_sharded, size_of
+from sage.model.tilecheck import check_tiles
 from sage.util import processes, ranks
 from sage.util.errors import UserError, first_line, named
 from sage.util.progress import console
@@ -278,6 +279,9 @@ def settle(
                 f"model.path={name}: in training mode, which gradient checkpointing and adapter dropout "
                 f"need, {reason}; set model.gradient_checkpointing=false and model.lora.dropout=0"
             )
+    if policy.tiles:
+        with as_in_training(policy) if trained else torch.no_grad():
+            check_tiles(engine, sample, layout, name)
     return layout
 
 

@@ -52,7 +52,7 @@ class BaseModel(NamedTuple):
         else:
             model = read()
         coefficient = loading.router_coefficient(self.cfg, model)
-        return Policy(model, self.cfg.head, coefficient, sequence_group(together))
+        return Policy(model, self.cfg.head, coefficient, sequence_group(together), self.cfg.tiled_mlp)
 
     def identity(self) -> dict[str, str]:
         """What the model's log-probabilities depend on. Reads all weights."""
@@ -89,6 +89,7 @@ def open_model(model: ModelConfig, device: torch.device, seed: int, cache_dir: s
     """Find a model's folder, downloading or converting it if needed, and load its tokenizer."""
     dtype = ranks.main_only(lambda: loading.compute_dtype(model, device))
     loading.check_head(model, device)
+    loading.check_offload(model, device)
     folder = ranks.machine_first(lambda: loading.resolve_model(model, cache_dir))
     return BaseModel(model, folder, loading.load_tokenizer(folder, model), dtype, seed)
 
@@ -102,7 +103,11 @@ def open_reference(cfg: TrainConfig, base: BaseModel, device: torch.device) -> B
     if cfg.reference_model is None:
         return None
     model = ModelConfig(
-        cfg.reference_model, dtype=cfg.model.dtype, attention=cfg.model.attention, head=cfg.model.head
+        cfg.reference_model,
+        dtype=cfg.model.dtype,
+        attention=cfg.model.attention,
+        head=cfg.model.head,
+        tiled_mlp=cfg.model.tiled_mlp,
     )
     found = open_model(model, device, cfg.seed, cfg.cache_dir)
     if len({json.dumps(m.tokenizer.get_vocab(), sort_keys=True) for m in (base, found)}) > 1:

@@ -188,6 +188,7 @@ def estimated(cfg: TrainConfig, machine: Machine, folder: str, dtype: torch.dtyp
     every = sum(p.numel() for p in policy.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad) if trains else 0
     engine = footprint(trainable, every - trainable, dtype.itemsize, cfg.engine, cfg.world_size, machine.cuda)
+    engine.host += micro.moved
     if not trains:
         engine.export = 0
     own_base = cfg.model.lora and not cfg.model.adapter_path and not cfg.reference_model
