@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -30,3 +33,18 @@ def random_rates(model: nn.Module) -> list[tuple[Any, str, float]]:
         if isinstance(value, float)
         and ("drop" in name or "jitter" in name or (name == "p" and isinstance(holder, DROPOUTS)))
     ]
+
+
+@contextmanager
+def as_in_training(policy: Any) -> Iterator[None]:
+    """Gradients flow, and an adapter's dropout is off, for a while."""
+    rates: dict[Any, float] = {m: m.p for m in policy.modules() if isinstance(m, nn.Dropout)}
+    for module in rates:
+        module.p = 0.0
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, rate in rates.items():
+            module.p = rate
+        policy.set_mode(False)  # rates were set back that are 0 in training mode

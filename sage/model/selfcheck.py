@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sage.data.tokens import TokenizedPairs
+from sage.model.dropout import as_in_training
 from sage.model.engine import Engine, Frozen
 from sage.model.kernels import BACKENDS, choose_backend
 from sage.model.policy import OWN, Policy
@@ -334,18 +335,3 @@ def heads_of(policy: Policy, device: torch.device) -> list[str]:
     """The heads to try, the one that the config asks for first."""
     chosen = choose_backend(device, policy.dtype) if policy.backend == "auto" else policy.backend
     return list(dict.fromkeys([chosen, *(["tiled"] if chosen == "triton" else []), OWN]))
-
-
-@contextmanager
-def as_in_training(policy: Policy) -> Iterator[None]:
-    """Gradients flow, and an adapter's dropout is off, for a while."""
-    rates: dict[Any, float] = {m: m.p for m in policy.modules() if isinstance(m, nn.Dropout)}
-    for module in rates:
-        module.p = 0.0
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, rate in rates.items():
-            module.p = rate
-        policy.set_mode(False)  # rates were set back that are 0 in training mode
