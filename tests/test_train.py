@@ -44,6 +44,20 @@ class Counting(Hook):
         return {"count/parameters": float(sum(p.numel() for p in run.engine.policy.parameters()))}
 
 
+def several_pairs_a_problem() -> list[dict]:
+    """Two problems with two right and two wrong responses each: eight pairs."""
+    return [
+        {
+            "prompt": f"Ann has {a} apples and buys 4. How many apples?",
+            "chosen": f"{right} {a + 4}.",
+            "rejected": f"The answer is {wrong}.",
+        }
+        for a in (3, 5)
+        for right in ("There are", "So she has")
+        for wrong in (a * 4, a - 4)
+    ]
+
+
 @pytest.fixture(scope="session")
 def common(tiny_model, tmp_path_factory) -> list[str]:
     """Overrides of every run here: 30 pairs of unequal length, batches of 7, 2 or 3 pairs per micro-batch."""
@@ -99,7 +113,15 @@ def benchmark(problem_file) -> list[str]:
 def one_rank(common, benchmark, tmp_path_factory) -> Path:
     """Every run of one rank that the tests below look at, by name."""
     root = tmp_path_factory.mktemp("one")
+    problems = [
+        f"data.path={write_jsonl(root / 'problems.jsonl', several_pairs_a_problem())}",
+        "micro_batch_tokens=4000",
+        "steps=1",
+        "batch_size=8",
+    ]
     runs = {
+        "problems": problems,
+        "problems_unshared": [*problems, "data.packing=unshared"],
         **{f"zero{z}": [f"engine=zero{z}", f"save_every={STEPS}"] for z in ZERO},
         **{f"unclipped{z}": [f"engine=zero{z}", "optimizer.max_grad_norm=0", "steps=4"] for z in ZERO},
         **{f"bf16_{z}": [f"engine=zero{z}", "model.dtype=bfloat16", "save_every=4", "steps=4"] for z in ZERO},
@@ -435,6 +457,33 @@ def test_a_hook_measures_and_changes_nothing(one_rank):
     assert (run / "count_5.txt").exists()
     assert json.loads((run / "summary.json").read_text())["after"]["count/parameters"] > 0
     assert column(run, "loss") == column(one_rank / "zero0", "loss")
+
+
+@slow
+def test_training_computes_the_texts_of_a_problem_once(one_rank, tiny_model, tmp_path):
+    """Protects batches with several pairs of a problem: each prompt and each response is computed once, and
+    the gradient is the same as with a prompt for each response."""
+    from transformers import AutoTokenizer
+
+    pairs = tokenize_pairs(
+        read_pair_set(str(one_rank / "problems.jsonl")),
+        AutoTokenizer.from_pretrained(tiny_model),
+        chat=ChatFormat(),
+        max_length=130,
+        num_proc=1,
+        cache_dir=str(tmp_path),
+    )
+    prompts = {tuple(p.prompt_ids) for p in (pairs[i] for i in range(8))}
+    texts = {
+        (*p.prompt_ids, -1, *r) for p in (pairs[i] for i in range(8)) for r in (p.chosen_ids, p.rejected_ids)
+    }
+    responses = sum(len(text) - text.index(-1) - 1 for text in texts)
+    assert len(prompts) == 2 and len(texts) == 8  # where a pair at a time would compute 16
+    once = pairs.common_prefix + sum(len(p) - pairs.common_prefix for p in prompts) + responses
+    apart = sum(map(len, texts)) - len(texts)
+    shared, unshared = metrics(one_rank / "problems")[-1], metrics(one_rank / "problems_unshared")[-1]
+    assert (shared["cost/backward_tokens"], unshared["cost/backward_tokens"]) == (once, apart)
+    assert shared["grad_norm"] == pytest.approx(unshared["grad_norm"], rel=1e-4)
 
 
 @slow
