@@ -7,6 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -583,7 +584,8 @@ def test_final_loads_in_plain_transformers_and_generates(one_rank, tiny_model, n
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     final = one_rank / name / "final"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    model: Any = AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
     message = [{"role": "user", "content": "How many apples?"}]
     prompt = tokenizer.apply_chat_template(
         message, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -621,7 +623,7 @@ def test_lora(one_rank, tiny_model, stage):
     assert abs(losses[0] - math.log(2)) < 1e-6 and losses[-1] < losses[0] - 1e-3
     assert largest_difference(losses, column(one_rank / "lora0", "loss")) < 1e-5
     merged = AutoModelForCausalLM.from_pretrained(run / "final")
-    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    base: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.arange(2, 60)[None]
     with torch.no_grad():
         initial = base(ids).logits
