@@ -27,6 +27,7 @@ from sage.config import nearest
 from sage.util import stopping
 from sage.util.errors import UserError, refusal, report
 from sage.util.output import outlive_reader
+from sage.util.progress import console
 
 RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
@@ -195,6 +196,7 @@ def forget_ranks() -> None:
         )
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
+    console.quiet = False  # it saw them when it was imported
 
 
 def complete() -> None:

@@ -67,6 +67,7 @@ def main() -> None:
     run_dir, rank = Path(sys.argv[1]), ranks.rank()
     stopping.install(run_dir, rank)
     try:
+        ranks.check_place()
         held = hold(run_dir, rank)
         gc.disable()  # imports make half a million objects that stay: looking for garbage takes a second
         from hydra.utils import get_method

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from forks import ENVIRONMENT, on_ranks
 
@@ -22,6 +25,40 @@ del tensor
 print(i)
 ranks.leave()
 """
+
+
+PLACES = {
+    "RANK=x WORLD_SIZE=1": "RANK=x:",
+    "RANK= WORLD_SIZE= LOCAL_RANK=": "RANK=, WORLD_SIZE=:",  # srun's line outside of srun
+    "RANK=1": "WORLD_SIZE=:",
+    "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=a MASTER_PORT=1": "RANK=2, WORLD_SIZE=2:",
+    "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0": "MASTER_PORT=, MASTER_ADDR=:",
+    "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1": "LOCAL_RANK=:",
+    "RANK=0 WORLD_SIZE=1": None,
+    "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=a MASTER_PORT=1": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_places_that_no_rank_can_have(place, monkeypatch):
+    """A variable that a script leaves out is one message, not a traceback of torch's, or a wait."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (setting.split("=") for setting in place.split()):
+        monkeypatch.setenv(name, value)
+    if PLACES[place] is None:
+        return ranks.check_place()
+    with pytest.raises(UserError, match=f"cannot be a rank with {PLACES[place]}"):
+        ranks.check_place()
+
+
+@pytest.mark.parametrize("rank", ["3", "", "x"])
+def test_a_platforms_rank_neither_silences_nor_ends_a_command(rank):
+    """It may be set for every process of a job. What `sage` imports first has seen it."""
+    code = "import sage.cli as c; c.forget_ranks(); c.console.print('said')"
+    said = subprocess.check_output([sys.executable, "-c", code], env={**ENVIRONMENT, "RANK": rank}, text=True)
+    assert said == "said\n"
 
 
 @pytest.mark.slow

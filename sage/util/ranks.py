@@ -27,16 +27,43 @@ def _group() -> Any:
 
 def rank() -> int:
     """The group's number for this process; before there is a group, the launcher's; without a launcher, 0."""
-    return dist.get_rank() if (dist := _group()) else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if (dist := _group()) else _given("RANK", 0)
 
 
 def world_size() -> int:
-    return dist.get_world_size() if (dist := _group()) else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if (dist := _group()) else _given("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """This process's number on its own machine, which is also the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _given("LOCAL_RANK", 0)
+
+
+def _given(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+def check_place() -> None:
+    """Refuse what a launcher has set, or left out, if this process cannot be a rank with it.
+
+    Raises:
+        UserError: names the variables.
+    """
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys():
+        return
+    numbers = ["RANK", "WORLD_SIZE", *(["LOCAL_RANK", "MASTER_PORT"] if world_size() > 1 else [])]
+    wrong = [name for name in numbers if not os.environ.get(name, "").isdecimal()]
+    if world_size() > 1 and not os.environ.get("MASTER_ADDR"):
+        wrong.append("MASTER_ADDR")
+    if not wrong and rank() >= world_size():
+        wrong = ["RANK", "WORLD_SIZE"]
+    if wrong:
+        found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in wrong)
+        raise UserError(
+            f"this process cannot be a rank with {found}: a launcher must set RANK, WORLD_SIZE, LOCAL_RANK, "
+            "MASTER_ADDR and MASTER_PORT (docs/clusters.md). If there is no launcher, unset them"
+        )
 
 
 def join(backend: str) -> None:
