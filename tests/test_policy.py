@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
+import sage.model.head
 import sage.model.loading
-import sage.model.policy
 from sage.config import LoraConfig, ModelConfig
 from sage.data.packing import LAYOUTS, MicroBatch, collate
 from sage.data.tokens import Pair
@@ -204,9 +204,9 @@ def test_long_and_short_prompts_in_one_row(layout):
 def test_the_head_that_is_asked_for(monkeypatch):
     """`model.head` reaches the kernels, and Triton where it cannot run is refused in words."""
     used = []
-    token_stats = sage.model.policy.token_stats
+    token_stats = sage.model.head.token_stats
     monkeypatch.setattr(
-        sage.model.policy, "token_stats", lambda *a, **k: used.append(k["backend"]) or token_stats(*a, **k)
+        sage.model.head, "token_stats", lambda *a, **k: used.append(k["backend"]) or token_stats(*a, **k)
     )
     Policy(tiny("llama"), "oracle")(collate(pairs(), "padded"))
     assert used == ["oracle"]

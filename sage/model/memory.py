@@ -77,10 +77,14 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.shapes = {tensor.shape for tensor in known if tensor.requires_grad and tensor.dim() > 1}
+        self.backward = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 0  # code that asks for a value, such as whether positions were packed by somebody else
+        if self.backward and func is torch.ops.aten.add.Tensor and args[0].shape in self.shapes:
+            return args[0]  # the second gradient of a tied weight, which autograd adds in place without us
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -128,6 +132,7 @@ def micro_bytes(policy: Policy, batch: MicroBatch, cuda: bool, backward: bool = 
             logps = policy(batch)
             kept = live.now
             if backward:
+                live.backward = True
                 (logps.chosen.sum() - logps.rejected.sum()).backward()
     except Exception as e:  # a model's code fails in many ways
         raise UserError(
