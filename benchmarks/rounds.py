@@ -1,13 +1,14 @@
 """Compare three rounds with one round of equal training and of equal cost, by the commands that a user runs.
 
-    python benchmarks/rounds.py run FOLDER [--seeds 5]     resumes wherever it was stopped
-    python benchmarks/rounds.py list FOLDER                the commands that are left
-    python benchmarks/rounds.py table FOLDER               the tables of docs/evidence.md
+    python benchmarks/rounds.py run arithmetic FOLDER [--seeds 5]     resumes wherever it was stopped
+    python benchmarks/rounds.py run words FOLDER [--seeds 3]          after scripts/make_words.py DATA FOLDER
+    python benchmarks/rounds.py list arithmetic FOLDER                the commands that are left
+    python benchmarks/rounds.py table arithmetic FOLDER               the tables of docs/evidence.md
 
-All runs are on arithmetic, once with SAGE and once with plain DPO:
+Each run is done once with SAGE and once with plain DPO:
 
-- "three rounds" sample BUDGET responses in each round, and train for STEPS steps on their pairs;
-- "one round" samples BUDGET responses once, and trains for as many steps as the three rounds together;
+- "three rounds" sample a budget of responses in each round, and train for some steps on their pairs;
+- "one round" samples one budget, and trains for as many steps as the three rounds together;
 - "one round, three budgets" also samples as many responses as the three rounds together.
 
 So the last has the cost of the three rounds in every part, sampled responses and trained pairs, and no price
@@ -20,34 +21,59 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import study
 from study import cell, run
 
 from sage.config import SUMMARY_FILE
 from sage.reporting.groups import interval
 
-ROUNDS, BUDGET, STEPS = 3, 2500, 20  # BUDGET asks an eighth of the problems, 8 responses each
+ROUNDS = 3
 METHODS = {"SAGE": [], "uniform": ["+baseline=dpo"]}
-ARMS = {
-    "three rounds": (ROUNDS, BUDGET, STEPS),
-    "one round": (1, BUDGET, ROUNDS * STEPS),
-    "one round, three budgets": (1, ROUNDS * BUDGET, ROUNDS * STEPS),
+ARMS = {  # name -> rounds, budgets in each, steps in each
+    "three rounds": (ROUNDS, 1, 1),
+    "one round": (1, 1, ROUNDS),
+    "one round, three budgets": (1, ROUNDS, ROUNDS),
 }
-COMMON = ["+experiment=arithmetic", "+benchmark=arithmetic", "data.eval_path=null", "model.dtype=float32"]
+
+
+class Task(NamedTuple):
+    common: list[str]
+    budget: int  # responses of one round, 8 to a problem
+    steps: int  # of one round
+
+
+def arithmetic(folder: Path) -> Task:
+    """A round asks an eighth of the problems. A run takes about a minute of one core."""
+    common = ["+experiment=arithmetic", "+benchmark=arithmetic", "data.eval_path=null", "model.dtype=float32"]
+    return Task(common, budget=2500, steps=20)
+
+
+def words(folder: Path) -> Task:
+    """A round asks a quarter of the problems. A run takes about 15 minutes of one core."""
+    task = study.words(folder)
+    common = [word for word in task.common if not word.startswith("data.path=")]
+    building = [word for word in task.prepare["pairs"][1:] if word not in common]
+    settings = ["optimizer.lr=1e-5", "optimizer.schedule=constant", "loss.beta=0.1"]
+    return Task([*common, *building, *task.problems["test"], *settings], budget=1600, steps=8)
+
+
+TASKS = {"arithmetic": arithmetic, "words": words}
 
 
 def where(folder: Path, method: str, arm: str, seed: int) -> Path:
     return folder / method / arm.replace(",", "").replace(" ", "_") / str(seed)
 
 
-def commands(folder: Path, seeds: int) -> Iterator[tuple[Path, list[str]]]:
+def commands(task: Task, folder: Path, seeds: int) -> Iterator[tuple[Path, list[str]]]:
     """Each run's folder and command; all arms of a seed before the next, so that a part compares fairly."""
     for seed in range(seeds):
-        for method, words in METHODS.items():
-            for arm, (rounds, budget, steps) in ARMS.items():
-                length = [f"rounds={rounds}", f"round.budget={budget}", f"steps={steps}", "eval_every=0"]
-                yield where(folder, method, arm, seed), ["rounds", *COMMON, *words, *length, f"seed={seed}"]
+        for method, overrides in METHODS.items():
+            for arm, (rounds, budgets, steps) in ARMS.items():
+                length = [f"rounds={rounds}", f"round.budget={budgets * task.budget}"]
+                length += [f"steps={steps * task.steps}", "eval_every=0", f"seed={seed}"]
+                yield where(folder, method, arm, seed), ["rounds", *task.common, *overrides, *length]
 
 
 # --- the tables
@@ -60,8 +86,9 @@ def finished(folder: Path, method: str, arm: str, seeds: int) -> dict[int, dict[
 
 
 def accuracy(summary: dict[str, Any], number: int = -1) -> float:
-    """The accuracy after a round, in percent."""
-    return 100 * summary["rounds"][number]["benchmarks"]["arithmetic"]["accuracy"]
+    """The accuracy after a round, in percent, on the one benchmark."""
+    (measured,) = summary["rounds"][number]["benchmarks"].values()
+    return 100 * measured["accuracy"]
 
 
 def total(name: str) -> Callable[[dict[str, Any]], float]:
@@ -98,6 +125,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("run", "list", "table"))
+    parser.add_argument("task", choices=TASKS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
@@ -105,7 +133,7 @@ def main() -> None:
     if args.what == "table":
         table(folder, args.seeds)
     else:
-        run(commands(folder, args.seeds), show=args.what == "list")
+        run(commands(TASKS[args.task](folder), folder, args.seeds), show=args.what == "list")
 
 
 if __name__ == "__main__":

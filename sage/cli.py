@@ -52,7 +52,7 @@ commands
   inspect           show pairs exactly as they will be trained; needs the tokenizer only
   eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
   verify FILE       verdicts on responses that are already there; verify RUN_DIR: on those of a finished eval
-  resume RUN_DIR    continue an interrupted run exactly; steps=N: to more steps; world_size=N: on N ranks
+  resume RUN_DIR    continue an interrupted run exactly; steps=N, rounds=N: to more; world_size=N: on N ranks
   report RUN...     what runs did, and how they compare: on the terminal, as one HTML page, as CSV
 
 sage COMMAND --help             every config group and key
@@ -104,12 +104,13 @@ def execute(word: str, composed: DictConfig, hydra_config: Any, run_dir: Path) -
 
 def resume() -> None:
     folder, *given = sys.argv[1:] or ["--help"]
-    form = "(steps|world_size)=[1-9][0-9]*|start=(true|false)"
+    form = "(steps|rounds|world_size)=[1-9][0-9]*|start=(true|false)"
     if folder.startswith("-") or not all(re.fullmatch(form, option) for option in given):
         print(
-            "usage: sage resume RUN_DIR [steps=N] [world_size=N] [start=false]\n\n"
+            "usage: sage resume RUN_DIR [steps=N] [rounds=N] [world_size=N] [start=false]\n\n"
             "Continue an interrupted run exactly, from its newest intact checkpoint.\n"
             "steps=N       more steps, also for a finished training run, if its learning rate is constant\n"
+            "rounds=N      more rounds, also for finished `sage rounds`\n"
             "world_size=N  on another number of ranks\n"
             "start=false   start nothing, but print the commands for torchrun, srun and deepspeed"
         )

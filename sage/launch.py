@@ -13,6 +13,7 @@ from hydra.utils import get_class
 
 from sage import config
 from sage.answering.problems import read_problems
+from sage.commands import more
 from sage.config import (
     BuildPairsConfig,
     CommandConfig,
@@ -198,10 +199,16 @@ def requeued(cfg: RunConfig, run_dir: Path, here: bool) -> None:
         resume(run_dir, world_size=cfg.world_size, here=here)
 
 
-def resume(run_dir: Path, steps: int | None = None, world_size: int | None = None, here: bool = True) -> None:
+def resume(
+    run_dir: Path,
+    steps: int | None = None,
+    rounds: int | None = None,
+    world_size: int | None = None,
+    here: bool = True,
+) -> None:
     """Go on with a run from its newest checkpoint, or print the commands that do so, if not `here`.
 
-    `steps` gives it another number of steps, and `world_size` another number of ranks.
+    `steps` and `rounds` give it another number of them, and `world_size` another number of ranks.
 
     Raises:
         UserError: there is no such run, it is finished, or more steps would change those that it has done.
@@ -211,16 +218,21 @@ def resume(run_dir: Path, steps: int | None = None, world_size: int | None = Non
         raise UserError(f"{run_dir}: `sage {cfg.command}` has no state to continue from: start it again")
     before = cfg.world_size
     cfg.world_size = world_size or before
+    longer = steps is not None or rounds is not None
+    if not longer and (run_dir / config.SUMMARY_FILE).exists():
+        hint = {"train": "; steps=N gives it more", "rounds": "; rounds=N gives it more"}.get(cfg.command, "")
+        raise UserError(f"{run_dir}: this run is finished; its summary.json holds the results{hint}")
     if steps is not None:
-        give_steps(cfg, run_dir, steps)
-    elif (run_dir / config.SUMMARY_FILE).exists():
-        more = "; steps=N gives it more" if type(cfg) is TrainConfig else ""
-        raise UserError(f"{run_dir}: this run is finished; its summary.json holds the results{more}")
+        more.give_steps(cfg, run_dir, steps)
+    if rounds is not None:
+        more.give_rounds(cfg, run_dir, rounds)
+    cfg.start = here
     config.check(cfg)
+    cfg.start = True
     check_writable(run_dir, "hydra.run.dir")
     preflight(cfg, here)
     with reserved(run_dir, "hydra.run.dir"):
-        if steps is not None or cfg.world_size != before:
+        if longer or cfg.world_size != before:
             if alive(run_dir):
                 raise UserError(f"a rank of {run_dir} still runs: wait for it, or kill it")
             config.write(cfg, run_dir)
@@ -240,35 +252,6 @@ def work(cfg: RunConfig, run_dir: Path, here: bool) -> None:
     from sage.commands.rounds import rounds  # here, because it loads torch and transformers
 
     rounds(run_dir, partial(start, go_on=stopping.go_on(run_dir)))
-
-
-def give_steps(cfg: RunConfig, run_dir: Path, steps: int) -> None:
-    """Set the steps of a training run that has begun. What it has done must be what it would do anyway."""
-    from sage.train import learning_rate  # here, because it loads torch
-    from sage.training.checkpoint import list_checkpoints
-
-    if type(cfg) is not TrainConfig:
-        raise UserError(f"steps={steps}: `sage {cfg.command}` has no steps")
-    saved = list_checkpoints(run_dir)
-    done = int(saved[-1].name.removeprefix("step_")) if saved else 0
-    if steps <= done:
-        raise UserError(f"steps={steps}: {run_dir} has done {done} already")
-    # How many steps some epochs are is only known once the pairs are tokenised.
-    same = cfg.optimizer.schedule == "constant" and cfg.optimizer.warmup_ratio == 0
-    if cfg.steps is not None:
-        same = all(
-            learning_rate(step, cfg.steps, cfg.optimizer) == learning_rate(step, steps, cfg.optimizer)
-            for step in range(done)
-        )
-    if done and not same:
-        raise UserError(
-            f"steps={steps}: {run_dir} has done {done} steps, and their learning rates depend on the number "
-            "of steps, by optimizer.schedule and optimizer.warmup_ratio. Only a constant schedule without "
-            "warm-up can be given more: start a new run from final/"
-        )
-    if done and get_class(cfg.curriculum["_target_"]).uses_steps:
-        raise UserError(f"steps={steps}: the curriculum of {run_dir} grows with the number of steps")
-    cfg.steps, cfg.epochs = steps, None
 
 
 def built_pairs(cfg: TrainConfig) -> Path:

@@ -79,6 +79,10 @@ def main() -> None:
 
         cfg = config.load(run_dir)
         assert isinstance(cfg, config.RunConfig)
+        if cfg.command not in JOBS:
+            raise UserError(
+                f"{run_dir}: `sage {cfg.command}` starts the ranks of its parts itself: sage resume {run_dir}"
+            )
         check_world(run_dir, cfg.world_size)
         with activity("loading PyTorch and DeepSpeed"):
             job = get_method(JOBS[cfg.command])

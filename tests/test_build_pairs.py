@@ -67,6 +67,13 @@ def test_own_right_against_own_wrong():
     assert pairs_of(MIXED)[0] == [("0-0", "it is seven 7", "it is eight 8", 0.25, "own")]
 
 
+@pytest.mark.parametrize("rule", ["boxed/timeout", "last/crash"])
+def test_a_response_without_a_verdict_is_in_no_pair(rule):
+    """It may be right, and would be learned as wrong."""
+    got, counts = pairs_of([MIXED[0], dataclasses.replace(MIXED[1], rule=rule)])
+    assert got == [] and counts["undecided_responses"] == 1 and counts["problems_without_wrong"] == 1
+
+
 def test_chosen_from_own_gold_or_both():
     wrong = [a for a in MIXED if not a.correct]
     assert pairs_of(wrong, ["gold"])[0] == [] and pairs_of(wrong, ["gold"])[1]["problems_without_right"] == 1

@@ -3,6 +3,7 @@ gets the same requests."""
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
 from pathlib import Path
@@ -48,12 +49,10 @@ def naive(source: Source, ids: list[int], tokens: int) -> tuple[str, list[int], 
     """(text, ids, finish) of transformers' greedy `generate`, one prompt at a time."""
     tokenizer = loading.load_tokenizer(source.folder, source.model)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
-    made = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[
-        0, len(ids) :
-    ]
-    made = made.tolist()
+    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    made = model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()  # pyright: ignore
     finish = "end" if made[-1] == tokenizer.eos_token_id else "length"
-    return tokenizer.decode(made[:-1] if finish == "end" else made), made, finish
+    return str(tokenizer.decode(made[:-1] if finish == "end" else made)), made, finish
 
 
 @pytest.mark.parametrize(
@@ -203,6 +202,20 @@ def test_vllm_gets_the_same_requests_and_stop_rules(source, tmp_path, monkeypatc
         ("", [], "no_room"),
         (tokenizer.decode([1, 34, 49]), [1, 34, 49, 1], "end"),
     ]
+    assert not multiprocessing.active_children(), "vLLM's process holds GPU memory as long as it lives"
+
+
+def test_each_rank_gives_vllm_gpus_of_its_own(monkeypatch):
+    cuda = torch.device("cuda", 1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert VLLM().gpus(torch.device("cpu")) == []
+    assert VLLM().gpus(cuda) == ["1"] and VLLM(tensor_parallel=2).gpus(cuda) == ["2", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,5")
+    assert VLLM().gpus(cuda) == ["7"]
+    with pytest.raises(UserError, match=r"generation.tensor_parallel=2.*has 3: lower it, or world_size"):
+        VLLM(tensor_parallel=2).gpus(cuda)
 
 
 @pytest.mark.skipif(

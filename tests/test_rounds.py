@@ -25,6 +25,7 @@ from sage.answering.asking import Outcome, choose, samples_of
 from sage.answering.attempts import Attempt, read_attempts, write_lines
 from sage.answering.problems import load_problems, read_problems
 from sage.commands.build_pairs import other_attempts
+from sage.commands.more import give_rounds
 from sage.commands.pairing import make_pairs
 from sage.commands.report import report
 from sage.commands.rounds import check_attempts, rounds
@@ -464,11 +465,13 @@ def test_a_full_disk_is_one_message(begin, monkeypatch):
         rounds(begin("part", "rounds=1"), fails)
 
 
-def test_a_damaged_file_of_pairs_is_built_again(begin, monkeypatch):
+@pytest.mark.parametrize("name", ["pairs/pairs.jsonl", "outcomes.jsonl", "problems.jsonl"])
+def test_a_damaged_file_is_made_again(name, begin, monkeypatch):
+    """Also if whole lines are missing, which looks like a shorter file."""
     with suppress(Killed):
-        rounds(begin("run"), Parts(monkeypatch, kill=18))
-    damaged = begin("run") / "round_1/pairs/pairs.jsonl"
-    damaged.write_text(damaged.read_text()[:100])
+        rounds(begin("run"), Parts(monkeypatch, kill=30))
+    damaged = begin("run") / "round_1" / name
+    damaged.write_text("".join(damaged.read_text().splitlines(keepends=True)[:-3]))
     rounds(begin("run"), Parts(monkeypatch))
     rounds(begin("whole"), Parts(monkeypatch))
     assert results(begin("run")) == results(begin("whole"))
@@ -501,15 +504,17 @@ def test_real_parts(tmp_path):
 # --- what is refused
 
 
-def test_a_verifier_that_times_out_on_everything():
+def test_a_verifier_that_times_out_on_everything(capsys):
     def attempts(*rules: str) -> list[Attempt]:
         return [
             Attempt("0", i, "Q", "x", 1, "end", "7", "x", False, rule, None) for i, rule in enumerate(rules)
         ]
 
     check_attempts(1, attempts("boxed/timeout", "boxed/math"), Path("file"))
-    with pytest.raises(UserError, match="timed out or crashed on all 2 answers"):
-        check_attempts(1, attempts("boxed/timeout", "boxed/crash"), Path("file"))
+    assert "on 1 of 2 answers" in capsys.readouterr().out
+    file = Path("RUN/round_1/pairs/generations.jsonl")
+    with pytest.raises(UserError, match=r"all 2 answers.*delete RUN/round_1/pairs, then.*sage resume RUN`"):
+        check_attempts(1, attempts("boxed/timeout", "boxed/crash"), file)
 
 
 @pytest.mark.parametrize(
@@ -538,6 +543,64 @@ def test_bad_configs_are_refused_before_anything_starts(overrides, parts, sage, 
     words = ["+experiment=arithmetic", "+benchmark=arithmetic", f"cache_dir={tmp_path}", *overrides]
     refused(sage("rounds", f"hydra.run.dir={tmp_path / 'run'}", *words), *parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_several_rounds_read_must_not_change_between_them(begin, monkeypatch):
+    """Problems that change would be asked by the pass rates of others, and accuracies would not compare."""
+    rounds(begin("run", "rounds=1"), Parts(monkeypatch))
+    (begin("run") / "summary.json").unlink()
+    file = begin("run").parent / "problems.jsonl"
+    before = file.read_text()
+    file.write_text(before.replace('"Q3"', '"Q33"'))
+    with pytest.raises(UserError, match=r"another data.problems.path.*put back what it began with"):
+        rounds(begin("run"), Parts(monkeypatch))
+    file.write_text(before)
+    rounds(begin("run"), Parts(monkeypatch))
+    monkeypatch.setattr("sage.model.loading.fingerprint", lambda *_: "other weights")
+    with pytest.raises(UserError, match=r"another model.path: .*, and now it is other weights"):
+        rounds(begin("run"), Parts(monkeypatch))
+
+
+@pytest.mark.parametrize(
+    "name, again",
+    [
+        ("round_1/train/summary.json", "round_1/train"),
+        ("round_1/pairs/generations.jsonl", "round_1/pairs"),
+        ("round_1/eval/arithmetic/generations.jsonl", "round_1/eval"),
+        ("round_2/eval/summary.json", "round_2/eval"),
+        ("times.jsonl", "times.jsonl"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_to_delete(name, again, begin, monkeypatch):
+    """And when that is deleted, the run ends as an undisturbed one."""
+    select = "select=benchmark/arithmetic/accuracy"
+    rounds(begin("whole", "rounds=3", select), Parts(monkeypatch))
+    rounds(begin("run", "rounds=2", select), Parts(monkeypatch))
+    give_rounds(cfg := config.load(begin("run")), begin("run"), 3)  # pyright: ignore
+    config.write(cfg, begin("run"))
+    if name == "round_1/pairs/generations.jsonl":
+        (begin("run") / "round_1/outcomes.jsonl").unlink()  # which is made of it
+    damaged, part = begin("run") / name, begin("run") / again
+    damaged.write_text(damaged.read_text()[:-9])
+    with pytest.raises(UserError, match=rf"{damaged} is damaged: delete {part}, and resume the rounds"):
+        rounds(begin("run"), Parts(monkeypatch))
+    shutil.rmtree(part) if part.is_dir() else part.unlink()
+    rounds(begin("run"), Parts(monkeypatch))
+    assert results(begin("run")) == results(begin("whole"))
+
+
+def test_more_rounds_are_those_of_a_longer_run(begin, monkeypatch, sage, tmp_path):
+    monkeypatch.setattr("sage.launch.start", lambda ranks, folder, go_on: Parts(monkeypatch)(ranks, folder))
+    rounds(begin("run", "rounds=1"), Parts(monkeypatch))
+    rounds(begin("whole", "rounds=3"), Parts(monkeypatch))
+    run_dir = str(begin("run"))
+    refused(sage("resume", run_dir), "this run is finished", "rounds=N gives it more")
+    refused(sage("resume", run_dir, "rounds=1"), "rounds=1", "has done 1 already")
+    refused(sage("resume", run_dir, "steps=9"), "steps=9 is for `sage train`", "rounds=N")
+    refused(sage("resume", run_dir, "rounds=3", "start=false"), "start=false")
+    assert config.load(begin("run")).rounds == 1  # pyright: ignore
+    assert sage("resume", run_dir, "rounds=3")[0] == 0
+    assert results(begin("run")) == results(begin("whole"))
 
 
 def test_rounds_that_still_run_are_not_started_twice(tmp_path):

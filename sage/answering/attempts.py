@@ -25,7 +25,7 @@ import torch
 from sage.answering.generation import Source
 from sage.answering.problems import Problem, prompts_of
 from sage.answering.responses import Generator, Request, seed_of
-from sage.answering.verify import Verifier
+from sage.answering.verify import UNDECIDED, Verifier
 from sage.config import ModelConfig, SamplingConfig
 from sage.data.chat import ChatFormat, encode_prompts, response_ends
 from sage.model import loading
@@ -63,6 +63,11 @@ class Attempt:
     @property
     def truncated(self) -> bool:
         return self.finish in ("length", "no_room")
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the answer could not be compared, so it counts as wrong but may be right."""
+        return self.rule.endswith(UNDECIDED)
 
 
 class Sampler:

@@ -55,6 +55,9 @@ class NeedsMathematics(Exception):
     """No plain rule decides."""
 
 
+UNDECIDED = ("/timeout", "/crash")  # ends of the rules of verdicts that are no comparison
+
+
 class Verdict(NamedTuple):
     """`rule` is WHERE/HOW: where the answer stood and what decided; "none" where no answer was found.
 

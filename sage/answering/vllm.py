@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -10,10 +11,13 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
 
+import torch
+
 from sage.answering.generation import Backend, Source
 from sage.answering.responses import NO_ROOM, Request, Response, response_of
 from sage.config import SamplingConfig, key
 from sage.model import loading
+from sage.util import ranks
 from sage.util.errors import UserError
 
 
@@ -42,8 +46,27 @@ class VLLM(Backend):
             "trust_remote_code": source.model.trust_remote_code,
         }
         # Spawned, because CUDA cannot be used in a fork.
-        with ProcessPoolExecutor(1, get_context("spawn"), vllm_start, (options,)) as process:
+        start = (options, self.gpus(source.device))
+        with ProcessPoolExecutor(1, get_context("spawn"), vllm_start, start) as process:
             yield VLLMGenerator(process, tokenizer, source.ends, sampling)
+
+    def gpus(self, device: torch.device) -> list[str]:
+        """The GPUs of this rank's vLLM, as CUDA_VISIBLE_DEVICES names them. Each rank has its own.
+
+        Raises:
+            UserError: this machine has too few.
+        """
+        if device.type != "cuda":
+            return []
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        names = visible or [str(number) for number in range(torch.cuda.device_count())]
+        first = ranks.local_rank() * self.tensor_parallel
+        if len(mine := names[first : first + self.tensor_parallel]) < self.tensor_parallel:
+            raise UserError(
+                f"generation.tensor_parallel={self.tensor_parallel}: each rank needs as many GPUs for vLLM, "
+                f"and this machine has {len(names)}: lower it, or world_size"
+            )
+        return mine
 
 
 class VLLMGenerator:
@@ -67,8 +90,10 @@ class VLLMGenerator:
                 yield index, response_of(self.tokenizer, ids, finish, self.ends, self.sampling.stop)
 
 
-def vllm_start(options: dict[str, Any]) -> None:
+def vllm_start(options: dict[str, Any], gpus: list[str]) -> None:
     global llm
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # nothing has looked for GPUs in this process yet
     import vllm
 
     llm = vllm.LLM(**options)  # pyright: ignore[reportAttributeAccessIssue]

@@ -31,7 +31,7 @@ PAIRS_FILE = "pairs.jsonl"
 MANIFEST_FILE = "manifest.json"
 # Raise it when new code for prompts, sampling, verification or pairing gives other pairs. Cached ones are
 # rebuilt.
-PAIRS_VERSION = 2
+PAIRS_VERSION = 3
 
 
 def build_pairs(run_dir: Path) -> None:
@@ -111,7 +111,7 @@ def other_attempts(
                     f"pairing.rejected_from: problem {problem.problem_id} of {folder} is not that of "
                     f"{cfg.data.problems.path}: its prompt or its answer differs"
                 )
-            if not attempt.correct and attempt.response.strip():
+            if not (attempt.correct or attempt.undecided) and attempt.response.strip():
                 ids = attempt.response_ids if tokenizer == fingerprint else None
                 here.setdefault(problem.problem_id, []).append(replace(attempt, response_ids=ids))
         found |= here

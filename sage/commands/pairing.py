@@ -92,12 +92,13 @@ def make_pairs(
         wrong = [
             Candidate(a.response, "own", sampled_ids(a), a.extracted is None, a.truncated)
             for a in others.get(problem.problem_id, own)
-            if not a.correct and a.response.strip()
+            if not (a.correct or a.undecided) and a.response.strip()
         ]
         if cfg.chosen == "gold" or (cfg.chosen == "own_then_gold" and not right):
             right = [Candidate(gold, "gold")] if gold else []
         rejects = distinct(wrong, cfg.near_duplicate)
         chosen = distinct(right, cfg.near_duplicate)
+        counts["undecided_responses"] += sum(a.undecided for a in own)
         counts["duplicate_responses"] += len(wrong) - len(rejects) + len(right) - len(chosen)
         if not chosen or not rejects:
             counts["problems_without_right" if not chosen else "problems_without_wrong"] += 1

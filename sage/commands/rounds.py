@@ -29,13 +29,14 @@ from filelock import Timeout
 
 from sage import config
 from sage.answering.asking import Outcome, choose
-from sage.answering.attempts import GENERATIONS_FILE, Attempt, read_attempts
+from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE, Attempt
 from sage.answering.problems import Problem, read_problems
 from sage.commands.build_pairs import MANIFEST_FILE, intact
 from sage.commands.rounds_parts import PROBLEMS_FILE, Parts
 from sage.commands.rounds_pool import training_pairs
 from sage.commands.rounds_results import (
     OUTCOMES_FILE,
+    attempts_in,
     read_json,
     read_outcomes,
     results,
@@ -54,7 +55,8 @@ from sage.config import (
 from sage.model import loading
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
-from sage.util import stopping
+from sage.util import checksums, stopping
+from sage.util.checksums import digest
 from sage.util.errors import UserError, disk_full
 from sage.util.files import link_folder, write_json, write_text
 from sage.util.locks import RANK_LOCK, lock
@@ -109,6 +111,7 @@ class Rounds:
         return read_problems(self.cfg.data.problems)
 
     def run(self) -> None:
+        checksums.claim(self.run_dir / BEGUN_FILE, self.inputs())
         policies, values, ended = [self.cfg.model], [], None
         criterion = Criterion.of(self.cfg.select) if self.cfg.select else None
         best, stale = 0, 0  # the round of the best policy, and the rounds since then
@@ -135,6 +138,16 @@ class Rounds:
         if best:
             link_folder(Path(policies[best].path), self.run_dir / "final")
         self.finish(done, best, max(values, default=None), ended)
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what several rounds read, which must not change between them."""
+        first, benchmarks = self.cfg.model, self.cfg.benchmark.items()
+        folder = loading.resolve_model(first, self.cfg.cache_dir)
+        return {
+            "model.path": loading.fingerprint(folder, first.adapter_path),
+            "data.problems.path": digest([asdict(problem) for problem in self.problems]),
+            **{f"benchmark.{n}.path": digest([asdict(p) for p in read_problems(b)]) for n, b in benchmarks},
+        }
 
     def round(self, number: int, policy: ModelConfig) -> ModelConfig:
         """Do one round with the policy of the round before. Returns the new policy."""
@@ -186,7 +199,7 @@ class Rounds:
             Finished: the policy gave right answers only, when each problem was last asked.
         """
         file = self.folder(number) / PROBLEMS_FILE
-        if file.exists():
+        if checksums.intact(file):
             return
         seen: dict[str, Outcome] = {}
         for earlier in range(1, number):
@@ -206,6 +219,7 @@ class Rounds:
         )
         asked = [replace(p, samples=counts[p.problem_id]) for p in self.problems if p.problem_id in counts]
         write_text(file, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in asked))
+        checksums.seal_file(file)
         console.print(f"round {number}: {len(asked)} problems, {sum(counts.values())} responses")
 
     def build(self, number: int, policy: ModelConfig) -> None:
@@ -231,8 +245,8 @@ class Rounds:
         if not intact(pairs):
             (pairs / MANIFEST_FILE).unlink(missing_ok=True)
         self.parts.do(build, pairs, pairs / MANIFEST_FILE)
-        if not (folder / OUTCOMES_FILE).exists():
-            attempts = read_attempts(pairs / GENERATIONS_FILE)
+        if not checksums.intact(folder / OUTCOMES_FILE):
+            attempts = attempts_in(pairs, read_json(pairs / MANIFEST_FILE)["counts"]["responses"])
             check_attempts(number, attempts, pairs / GENERATIONS_FILE)
             write_outcomes(folder, attempts)
 
@@ -293,10 +307,17 @@ class Rounds:
 
 def check_attempts(number: int, attempts: Sequence[Attempt], file: Path) -> None:
     """Refuse a round in which no answer could be compared in time: its right answers would count as wrong."""
-    answered = [a.rule for a in attempts if a.extracted is not None]
-    lost = [rule for rule in answered if rule.endswith(("/timeout", "/crash"))]
-    if lost and len(lost) == len(answered):
+    answered = [a for a in attempts if a.extracted is not None]
+    lost = sum(a.undecided for a in answered)
+    if lost and lost == len(answered):
         raise UserError(
-            f"round {number}: the verifier timed out or crashed on all {len(lost)} answers, so none counts "
-            f"as right: is the machine overloaded, or are the true answers no formulas? See {file}"
+            f"round {number}: the verifier timed out or crashed on all {lost} answers, so none counts as "
+            f"right: is the machine overloaded, or are the true answers no formulas? See {file}. To sample "
+            f"and verify again, delete {file.parent}, then {stopping.go_on(file.parents[2])}"
+        )
+    if lost:
+        console.print(
+            f"round {number}: the verifier timed out or crashed on {lost} of {len(answered)} answers: they "
+            "count as not right, and make no pair",
+            markup=False,
         )

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from sage.answering.asking import Outcome
-from sage.answering.attempts import Attempt
+from sage.answering.attempts import GENERATIONS_FILE, Attempt, read_attempts
 from sage.commands.build_pairs import MANIFEST_FILE
 from sage.commands.evaluate import compare_attempts
 from sage.config import SUMMARY_FILE, RoundsConfig, load
 from sage.reporting.rounds import RoundsRun
+from sage.util.checksums import seal_file
+from sage.util.errors import UserError
 from sage.util.files import write_text
 from sage.util.locks import alive
 
@@ -50,7 +54,10 @@ def results(run_dir: Path, number: int, names: Sequence[str]) -> dict[str, Any]:
         measured = read_json(folder / "eval" / SUMMARY_FILE)["benchmarks"][name]
         benchmarks[name] = {k: measured[k] for k in ("accuracy", "interval", "problems")}
         if number:
-            changes = compare_attempts(folder_of(run_dir, number - 1) / "eval" / name, folder / "eval" / name)
+            before, after = (folder_of(run_dir, n) / "eval" / name for n in (number - 1, number))
+            for answers in (before, after):  # which of them is damaged, if one is
+                attempts_in(answers, measured["problems"])
+            changes = compare_attempts(before, after)
             benchmarks[name] |= {k: changes[k] for k in ("difference", "gained", "lost")}
             benchmarks[name]["difference_interval"] = changes["interval"]
     return {**result, "benchmarks": benchmarks}
@@ -66,7 +73,31 @@ def older_pairs(folder: Path, new: int) -> dict[str, int]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+    with whole(file):
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[None]:
+    """Say how to make a file of a finished part again, if it is missing or cannot be read.
+
+    A part depends on its config and on earlier parts only, so it is the same when it is done again.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        part = next((f for f in file.parents if re.fullmatch(r"round_\d+", f.parent.name)), file)
+        reason = "is missing" if isinstance(e, FileNotFoundError) else "is damaged"
+        raise UserError(f"{file} {reason}: delete {part}, and resume the rounds, which make it again") from e
+
+
+def attempts_in(folder: Path, number: int) -> list[Attempt]:
+    """The attempts that a part has left in `folder`, of which there must be this number."""
+    file = folder / GENERATIONS_FILE
+    with whole(file):
+        if len(found := read_attempts(file)) != number:
+            raise ValueError(f"{len(found)} of {number} responses")
+        return found
 
 
 def write_outcomes(folder: Path, attempts: Sequence[Attempt]) -> None:
@@ -75,20 +106,23 @@ def write_outcomes(folder: Path, attempts: Sequence[Attempt]) -> None:
         found.setdefault(attempt.problem_id, []).append(attempt.correct)
     rows = [{"problem_id": i, "samples": len(v), "right": sum(v)} for i, v in found.items()]
     write_text(folder / OUTCOMES_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    seal_file(folder / OUTCOMES_FILE)
 
 
 def read_outcomes(folder: Path) -> dict[str, Outcome]:
     """The outcome of each problem that a round asked."""
-    with (folder / OUTCOMES_FILE).open(encoding="utf-8") as lines:
+    file = folder / OUTCOMES_FILE
+    with whole(file), file.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    return {row["problem_id"]: Outcome(row["samples"], row["right"]) for row in rows}
+        return {row["problem_id"]: Outcome(row["samples"], row["right"]) for row in rows}
 
 
 def seconds(run_dir: Path, number: int) -> dict[str, float]:
     """The seconds of each part of a round, over all its attempts, but those that SIGKILL ended."""
     total: Counter[str] = Counter()
-    if (run_dir / TIMES_FILE).exists():
-        for line in (run_dir / TIMES_FILE).read_text(encoding="utf-8").splitlines():
+    file = run_dir / TIMES_FILE
+    with whole(file):
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
             row = json.loads(line)
             folder, part = row["part"].split("/")
             if folder == folder_of(run_dir, number).name:
@@ -102,7 +136,8 @@ def read_rounds(run_dir: Path, name: str) -> RoundsRun:
     assert isinstance(cfg, RoundsConfig)
     benchmarks, file, found = list(cfg.benchmark), run_dir / SUMMARY_FILE, []
     if file.exists():
-        status, found = "finished", read_json(file)["rounds"]
+        with whole(file):
+            status, found = "finished", read_json(file)["rounds"]
     else:
         status = "running" if alive(run_dir) else "interrupted"
         while done(folder_of(run_dir, len(found)), len(found), benchmarks):

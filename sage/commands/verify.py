@@ -19,7 +19,7 @@ from typing import Any
 
 from sage.answering.problems import ANSWERS
 from sage.answering.statistics import wilson
-from sage.answering.verify import Verdict, Verifier
+from sage.answering.verify import UNDECIDED, Verdict, Verifier
 from sage.config import CONFIG_FILE, SUMMARY_FILE, EvalConfig, VerifyConfig, freeze, load
 from sage.data.source import read_rows, refuse_bad_rows
 from sage.util.errors import UserError
@@ -77,7 +77,7 @@ def verify_rows(cfg: VerifyConfig, run_dir: Path) -> None:
         f"accuracy {right / total:.1%}, 95% interval {low:.1%} to {high:.1%}: {right} of {total} right, "
         f"{rules['none']} without an answer"
     )
-    if stopped := sum(count for rule, count in rules.items() if rule.endswith(("/timeout", "/crash"))):
+    if stopped := sum(count for rule, count in rules.items() if rule.endswith(UNDECIDED)):
         console.print(f"{stopped} took too long or too much memory, and count as wrong")
     console.print(f"verdicts: {output}")
 
