@@ -27,7 +27,7 @@ from sage.util.files import sha256
 
 
 def attempt(
-    problem_id: str, sample: int, response: str, *, correct=False, finish="end", extracted="1"
+    problem_id: str, sample: int, response: str, *, correct=False, finish="end", extracted: str | None = "1"
 ) -> Attempt:
     return Attempt(
         problem_id,
