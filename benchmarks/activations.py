@@ -99,7 +99,7 @@ def measure(shape: str, layers: int | None, tokens: int, name: str) -> None:
         logps = policy(pair_of(length))
         kept = private_bytes()
         (logps.chosen - logps.rejected).sum().backward()
-        return kept, float(logps.chosen)
+        return kept, float(logps.chosen.detach())
 
     step(2 * PROMPT)  # gradients and kernels have their memory from here on
     before, started = private_bytes(), time.process_time()
