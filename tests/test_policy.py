@@ -1,4 +1,3 @@
-# type: ignore  (transformers' configs are made from dicts here)
 """The policy's response log-probabilities and gradients against full logits, one unpadded row at a time."""
 
 from __future__ import annotations

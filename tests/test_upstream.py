@@ -1,4 +1,3 @@
-# type: ignore  (other libraries' type hints do not know their private names)
 """Names of other libraries that sage uses although they are private or may move. One assertion each.
 
 A failure here says which upgrade broke sage, and where to look, before any training run does.
