@@ -134,16 +134,16 @@ def words(folder: Path) -> Task:
         common=[
             *[f"hydra.searchpath=[file://{folder / 'conf'}]", *policy, *sampling],
             *[f"data.path={folder / 'pairs' / 'pairs.jsonl'}"],
-            *["batch_size=32", "micro_batch_tokens=2048", "data.max_length=256", "save_every=50"],
+            *["batch_size=32", "micro_batch_tokens=2048", "data.max_length=256", "save_every=25"],
         ],
         benchmark="words",
         problems={
             split: ["+benchmark=words", f"benchmark.words.path={folder / f'problems_{split}.jsonl'}"]
             for split in ("validation", "test")
         },
-        grid=[(1e-6, 0.1), (3e-6, 0.1), (1e-5, 0.1)],
-        steps=100,
-        every=20,
+        grid=[(3e-6, 0.1), (1e-5, 0.1)],
+        steps=50,  # three passes over 511 pairs
+        every=25,
         prepare={
             "pairs": [
                 *["build-pairs", *policy, *sampling, *problems, "data.problems.answer_from=plain"],
