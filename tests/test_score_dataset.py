@@ -20,8 +20,10 @@ from conftest import make_pairs, refused, write_jsonl
 from forks import Started, be_worker
 from many_runs import ERROR_FILE, column, execute, freeze, largest_difference, metrics
 
+from sage import config
+from sage.commands.score_dataset import write_top
 from sage.data.chat import ChatFormat
-from sage.data.pairs import load_pairs, read_pair_set
+from sage.data.pairs import load_data, load_pairs, read_pair_set
 from sage.data.source import write_rows
 from sage.data.tokens import tokenize_pairs
 from sage.util.checksums import claim
@@ -242,6 +244,19 @@ def test_a_killed_run_goes_on_and_leaves_the_same_files(runs, common, tmp_path):
 
 
 @slow
+def test_top_takes_no_rows_of_a_source_that_has_changed(common, tmp_path):
+    """Protects from rows that were never scored: a pair_id may be no more than a row's number."""
+    file = write_jsonl(tmp_path / "pairs.jsonl", rows_with_gaps())
+    cfg = config.load(freeze_scoring(tmp_path / "run", *common, f"data.path={file}", "top=0.3"))
+    assert isinstance(cfg, config.ScoreConfig)
+    source = load_data(cfg.data, cfg.cache_dir)
+    ids = source.pairs["pair_id"][:2]
+    assert len(write_top(cfg, tmp_path, source.content, ids).read_text().splitlines()) == 2
+    write_jsonl(file, rows_with_gaps()[::-1])
+    with pytest.raises(UserError, match=r"pairs\.jsonl was changed while its pairs were scored.* top=0\.3"):
+        write_top(cfg, tmp_path, source.content, ids)
+
+
 def test_top_holds_the_highest_rows_as_they_were(runs, common):
     """Protects the filter: the 30% of lines with the highest scores, unchanged and in order. They train."""
     lines = Path(common[2].split("=")[1]).read_text().splitlines()

@@ -242,6 +242,13 @@ def test_heads_that_ranks_cannot_share_are_refused_before_weights_are_read(tmp_p
         SequenceGroup(4).to_heads(query, query, query)
 
 
+def test_attention_gives_contiguous_memory_with_one_head_for_each_rank(monkeypatch):
+    """Protects models that look at the output with `view`, as transformers' own attention lets them."""
+    monkeypatch.setattr(SequenceGroup, "exchange", lambda _self, x: x)
+    out = SequenceGroup(4).to_tokens(torch.arange(64.0).view(1, 8, 1, 8))
+    assert out.shape == (1, 2, 4, 8) and out.is_contiguous()
+
+
 @pytest.mark.parametrize(
     "overrides, parts",
     [

@@ -41,7 +41,7 @@ from sage.util.checksums import claim, intact, seal_file
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
 from sage.util.progress import console, track
-from sage.util.ranks import main_only
+from sage.util.ranks import machine_first, main_only
 
 FORWARD_FOLDER = "forward"
 BINS, BAR_WIDTH = 16, 50  # of the histogram
@@ -59,6 +59,7 @@ def score_dataset(run_dir: Path) -> None:
     bases = {"policy": open_model(cfg.model, device, cfg.seed, cfg.cache_dir)}
     if reference := open_reference(cfg, bases["policy"], device):
         bases["reference"] = reference
+    source = machine_first(lambda: load_data(cfg.data, cfg.cache_dir)).content
     pairs = read_pairs(cfg, bases["policy"].tokenizer, run_dir)
     identities = {name: {"path": base.cfg.path, **base.identity()} for name, base in bases.items()}
     manifest = {
@@ -79,7 +80,8 @@ def score_dataset(run_dir: Path) -> None:
     started = time.perf_counter()
     done = run_models(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)
     if engine.rank == 0:
-        finish(cfg, run_dir, manifest, pairs, loss, scorers, done / (time.perf_counter() - started))
+        speed = done / (time.perf_counter() - started)
+        finish(cfg, run_dir, manifest, source, pairs, loss, scorers, speed)
 
 
 def build_scorer(name: str, node: dict[str, Any]) -> Scorer:
@@ -152,12 +154,16 @@ def finish(
     cfg: ScoreConfig,
     run_dir: Path,
     manifest: dict[str, Any],
+    source: str,
     pairs: TokenizedPairs,
     loss: Loss,
     scorers: dict[str, Scorer],
     speed: float,
 ) -> None:
-    """Write RUN_DIR/scores/, the best rows if `top` asks for them, and a summary."""
+    """Write RUN_DIR/scores/, the best rows if `top` asks for them, and a summary.
+
+    `source` names the content of the source when its pairs were read.
+    """
     parts = sorted((run_dir / FORWARD_FOLDER).glob("*.parquet"))
     forward = pa.concat_tables([pq.read_table(part) for part in parts]).take(np.argsort(pairs.by_prompt()))
     if forward["pair_id"].to_pylist() != pairs.pair_ids().tolist():
@@ -186,7 +192,7 @@ def finish(
             torch.tensor(scores), count, cfg.seed, admitted=scorers["score"].admitted(stats)
         ).numpy()
         summary |= {
-            "top": str(write_top(cfg, run_dir, table["pair_id"].take(best).to_pylist())),
+            "top": str(write_top(cfg, run_dir, source, table["pair_id"].take(best).to_pylist())),
             "top_pairs": len(best),
         }
     show(cfg, table, scores, summary)
@@ -229,10 +235,21 @@ def derive(
     )
 
 
-def write_top(cfg: ScoreConfig, run_dir: Path, pair_ids: list[str]) -> Path:
-    """Write the rows of these pairs, unchanged, to RUN_DIR/top; those of several sources to top/NAME."""
+def write_top(cfg: ScoreConfig, run_dir: Path, source: str, pair_ids: list[str]) -> Path:
+    """Write the rows of these pairs, unchanged, to RUN_DIR/top; those of several sources to top/NAME.
+
+    Raises:
+        UserError: the source no longer has the content that `source` names.
+    """
     data, wanted = cfg.data, set(pair_ids)
-    table = load_data(data, cfg.cache_dir).table("row", "pair_id")
+    found = load_data(data, cfg.cache_dir)
+    if found.content != source:
+        raise UserError(
+            f"{data.title()} was changed while its pairs were scored, so top={cfg.top} cannot take its rows. "
+            f"The scores are complete, in {run_dir / SCORES_FOLDER}. Put the file back, and run the same "
+            "command again: it computes nothing twice"
+        )
+    table = found.table("row", "pair_id")
     rows: dict[str, list[int]] = {name: [] for name in data.sources}
     for row, pair_id in zip(table["row"].to_pylist(), table["pair_id"].to_pylist(), strict=True):
         if pair_id in wanted:

@@ -96,7 +96,9 @@ class SequenceGroup:
             return out
         _, length, heads, width = out.shape
         found = _Exchange.apply(out.reshape(self.size, length // self.size, heads, width), self)
-        return found.transpose(0, 1).reshape(1, length // self.size, self.size * heads, width)  # pyright: ignore
+        whole = found.transpose(0, 1).reshape(1, length // self.size, self.size * heads, width)  # pyright: ignore
+        # With one head for each rank the reshape copies nothing, but some models take a view (AFMoE, JetMoE).
+        return whole.contiguous()
 
     def exchange(self, x: Tensor) -> Tensor:
         """[N, ...] -> [N, ...]: part i goes to rank i, and the part at j comes from rank j."""
