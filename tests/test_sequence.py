@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -82,7 +83,7 @@ def measure(folder: Path) -> dict[str, dict]:
 
 
 def errors(name: str, group: SequenceGroup, layout: str, prefix: int, checkpoint: bool) -> dict[str, float]:
-    model = tiny(name)
+    model: Any = tiny(name)
     if checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = collate(pairs(prefix), layout, prefix)

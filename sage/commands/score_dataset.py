@@ -59,7 +59,7 @@ def score_dataset(run_dir: Path) -> None:
     bases = {"policy": open_model(cfg.model, device, cfg.seed, cfg.cache_dir)}
     if reference := open_reference(cfg, bases["policy"], device):
         bases["reference"] = reference
-    source = machine_first(lambda: load_data(cfg.data, cfg.cache_dir)).content
+    content = machine_first(lambda: load_data(cfg.data, cfg.cache_dir)).content
     pairs = read_pairs(cfg, bases["policy"].tokenizer, run_dir)
     identities = {name: {"path": base.cfg.path, **base.identity()} for name, base in bases.items()}
     manifest = {
@@ -81,7 +81,7 @@ def score_dataset(run_dir: Path) -> None:
     done = run_models(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)
     if engine.rank == 0:
         speed = done / (time.perf_counter() - started)
-        finish(cfg, run_dir, manifest, source, pairs, loss, scorers, speed)
+        finish(cfg, run_dir, manifest, content, pairs, loss, scorers, speed)
 
 
 def build_scorer(name: str, node: dict[str, Any]) -> Scorer:
@@ -154,7 +154,7 @@ def finish(
     cfg: ScoreConfig,
     run_dir: Path,
     manifest: dict[str, Any],
-    source: str,
+    content: str,
     pairs: TokenizedPairs,
     loss: Loss,
     scorers: dict[str, Scorer],
@@ -162,7 +162,7 @@ def finish(
 ) -> None:
     """Write RUN_DIR/scores/, the best rows if `top` asks for them, and a summary.
 
-    `source` names the content of the source when its pairs were read.
+    `content` names what the source held when its pairs were read.
     """
     parts = sorted((run_dir / FORWARD_FOLDER).glob("*.parquet"))
     forward = pa.concat_tables([pq.read_table(part) for part in parts]).take(np.argsort(pairs.by_prompt()))
@@ -192,7 +192,7 @@ def finish(
             torch.tensor(scores), count, cfg.seed, admitted=scorers["score"].admitted(stats)
         ).numpy()
         summary |= {
-            "top": str(write_top(cfg, run_dir, source, table["pair_id"].take(best).to_pylist())),
+            "top": str(write_top(cfg, run_dir, content, table["pair_id"].take(best).to_pylist())),
             "top_pairs": len(best),
         }
     show(cfg, table, scores, summary)
@@ -235,15 +235,15 @@ def derive(
     )
 
 
-def write_top(cfg: ScoreConfig, run_dir: Path, source: str, pair_ids: list[str]) -> Path:
+def write_top(cfg: ScoreConfig, run_dir: Path, content: str, pair_ids: list[str]) -> Path:
     """Write the rows of these pairs, unchanged, to RUN_DIR/top; those of several sources to top/NAME.
 
     Raises:
-        UserError: the source no longer has the content that `source` names.
+        UserError: the source no longer has the content that `content` names.
     """
     data, wanted = cfg.data, set(pair_ids)
     found = load_data(data, cfg.cache_dir)
-    if found.content != source:
+    if found.content != content:
         raise UserError(
             f"{data.title()} was changed while its pairs were scored, so top={cfg.top} cannot take its rows. "
             f"The scores are complete, in {run_dir / SCORES_FOLDER}. Put the file back, and run the same "
