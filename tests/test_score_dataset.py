@@ -243,7 +243,6 @@ def test_a_killed_run_goes_on_and_leaves_the_same_files(runs, common, tmp_path):
     assert all(ours[name] == theirs[name] for name in set(ours) - told)
 
 
-@slow
 def test_top_takes_no_rows_of_a_source_that_has_changed(common, tmp_path):
     """Protects from rows that were never scored: a pair_id may be no more than a row's number."""
     file = write_jsonl(tmp_path / "pairs.jsonl", rows_with_gaps())
@@ -257,6 +256,7 @@ def test_top_takes_no_rows_of_a_source_that_has_changed(common, tmp_path):
         write_top(cfg, tmp_path, source.content, ids)
 
 
+@slow
 def test_top_holds_the_highest_rows_as_they_were(runs, common):
     """Protects the filter: the 30% of lines with the highest scores, unchanged and in order. They train."""
     lines = Path(common[2].split("=")[1]).read_text().splitlines()
