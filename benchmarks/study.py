@@ -142,7 +142,7 @@ def words(folder: Path) -> Task:
             for split in ("validation", "test")
         },
         grid=[(3e-6, 0.1), (1e-5, 0.1)],
-        steps=50,  # 800 of 511 pairs: 1.6 passes. SAGE scores twice as many.
+        steps=50,  # 800 pairs: 1.6 passes over 511. SAGE scores twice as many.
         every=25,
         prepare={
             "pairs": [
