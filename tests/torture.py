@@ -203,6 +203,8 @@ def outcome(run: tuple[str, str, int], run_dir: Path) -> dict[str, Any]:
     if "summary.json" in found:
         summary = json.loads(found["summary.json"])
         found["summary.json"] = {name: value for name, value in summary.items() if name not in TIMELESS}
+        # score-dataset removes its progress after that, so a kill in between leaves some, which nobody reads.
+        found = {name: content for name, content in found.items() if not name.startswith("forward/")}
     return found
 
 

@@ -3,7 +3,8 @@
 The forward pass writes its numbers to RUN_DIR/forward/, shard by shard. A killed run resumes with the shard
 that it was working on. The pairs of one prompt lie side by side there, so that each text is computed once.
 Strata and some scores need the whole set, so RUN_DIR/scores/ is written when all shards are there, in the
-order of the source. Then forward/ is removed. A file gets its name when it is whole.
+order of the source. The summary follows, and last forward/ is removed: a kill at that moment leaves some of
+it, which nothing reads. A file gets its name when it is whole.
 """
 
 from __future__ import annotations
