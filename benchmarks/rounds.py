@@ -12,7 +12,8 @@ Each run is done once with SAGE and once with plain DPO:
 - "one round, three budgets" also samples as many responses as the three rounds together.
 
 So the last has the cost of the three rounds in every part, sampled responses and trained pairs, and no price
-of one in units of the other is needed. OMP_NUM_THREADS says how many threads a run takes.
+of one in units of the other is needed. `run TASK FOLDER --options` instead repeats SAGE's three rounds with
+each option of the `round` group. OMP_NUM_THREADS says how many threads a run takes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,13 @@ ARMS = {  # name -> rounds, budgets in each, steps in each
     "three rounds": (ROUNDS, 1, 1),
     "one round": (1, 1, ROUNDS),
     "one round, three budgets": (1, ROUNDS, ROUNDS),
+}
+OPTIONS = {  # name -> overrides of SAGE's three rounds
+    "three rounds": [],
+    "reference=initial": ["round.reference=initial"],
+    "keep=0.5": ["round.keep=0.5"],
+    "rising temperature": ["round.temperatures=[1,1.2,1.4]"],
+    "rejected=earlier": ["round.rejected=earlier"],
 }
 
 
@@ -66,14 +75,15 @@ def where(folder: Path, method: str, arm: str, seed: int) -> Path:
     return folder / method / arm.replace(",", "").replace(" ", "_") / str(seed)
 
 
-def commands(task: Task, folder: Path, seeds: int) -> Iterator[tuple[Path, list[str]]]:
+def commands(task: Task, folder: Path, seeds: int, options: bool) -> Iterator[tuple[Path, list[str]]]:
     """Each run's folder and command; all arms of a seed before the next, so that a part compares fairly."""
-    for seed in range(seeds):
-        for method, overrides in METHODS.items():
-            for arm, (rounds, budgets, steps) in ARMS.items():
-                length = [f"rounds={rounds}", f"round.budget={budgets * task.budget}"]
-                length += [f"steps={steps * task.steps}", "eval_every=0", f"seed={seed}"]
-                yield where(folder, method, arm, seed), ["rounds", *task.common, *overrides, *length]
+    arms = [(m, arm, over, *length) for m, over in METHODS.items() for arm, length in ARMS.items()]
+    if options:
+        arms = [("SAGE", name, over, *ARMS["three rounds"]) for name, over in OPTIONS.items()]
+    for seed, (method, arm, overrides, rounds, budgets, steps) in product(range(seeds), arms):
+        length = [f"rounds={rounds}", f"round.budget={budgets * task.budget}"]
+        length += [f"steps={steps * task.steps}", "eval_every=0", f"seed={seed}"]
+        yield where(folder, method, arm, seed), ["rounds", *task.common, *overrides, *length]
 
 
 # --- the tables
@@ -112,12 +122,17 @@ def table(folder: Path, seeds: int) -> None:
                 *(f"{interval([total(name)(s) for s in found.values()]).mean:,.0f}" for name in costs),
             ]
             print(f"| {' | '.join(row)} |")
-    after = range(ROUNDS + 1)
-    print(f"\n| after round | {' | '.join(map(str, after))} |\n|{'---|' * (len(after) + 1)}")
-    for method in METHODS:
-        found = finished(folder, method, "three rounds", seeds).values()
-        row = [cell(interval([accuracy(s, number) for s in found]), ".1f") for number in after]
-        print(f"| {method} | {' | '.join(row)} |")
+    after = [*range(ROUNDS + 1)]
+    print(f"\n| three rounds after round | seeds | {' | '.join(map(str, after))} | end - SAGE's |")
+    print(f"|{'---|' * (len(after) + 3)}")
+    plain = finished(folder, "SAGE", "three rounds", seeds)
+    arms = {"SAGE": ("SAGE", "three rounds"), "uniform": ("uniform", "three rounds")}
+    for name, arm in {**arms, **{name: ("SAGE", name) for name in OPTIONS if name not in ARMS}}.items():
+        if found := finished(folder, *arm, seeds):
+            rows = [cell(interval([accuracy(s, number) for s in found.values()]), ".1f") for number in after]
+            lead = [accuracy(found[seed]) - accuracy(plain[seed]) for seed in found.keys() & plain.keys()]
+            against = "" if name == "SAGE" else cell(interval(lead), "+.1f")
+            print(f"| {name} | {len(found)} | {' | '.join(rows)} | {against} |")
 
 
 def main() -> None:
@@ -128,12 +143,14 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--options", action="store_true", help="SAGE's three rounds with each option")
     args = parser.parse_args()
     folder = args.folder.resolve()
     if args.what == "table":
         table(folder, args.seeds)
     else:
-        run(commands(TASKS[args.task](folder), folder, args.seeds), show=args.what == "list")
+        task = TASKS[args.task](folder)
+        run(commands(task, folder, args.seeds, args.options), show=args.what == "list")
 
 
 if __name__ == "__main__":
