@@ -72,7 +72,7 @@ TASKS = {"arithmetic": arithmetic, "words": words}
 
 
 def where(folder: Path, method: str, arm: str, seed: int) -> Path:
-    return folder / method / arm.replace(",", "").replace(" ", "_") / str(seed)
+    return folder / method / arm.replace(",", "").replace(" ", "_").replace("=", "_") / str(seed)
 
 
 def commands(task: Task, folder: Path, seeds: int, options: bool) -> Iterator[tuple[Path, list[str]]]:
