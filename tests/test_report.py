@@ -22,10 +22,12 @@ from many_runs import freeze
 from scipy import stats
 
 from sage.commands import report
+from sage.data.pairs import read_pair_set
 from sage.reporting.groups import group, interval, mean_curve, thin
 from sage.reporting.page import strata
 from sage.reporting.runs import find, read_metrics
 from sage.training.hooks import Hook
+from sage.training.pair_log import CONTENT_KEY
 from sage.util.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -70,13 +72,13 @@ def write_run(folder: Path, pairs: Path, *overrides: str, steps: int = STEPS, fi
             )
     write_jsonl(folder / "metrics.jsonl", lines)
     if scored:
-        write_samples(folder / "samples", rng, steps)
+        write_samples(folder / "samples", rng, steps, read_pair_set(str(pairs)).content)
     if finished:
         (folder / "summary.json").write_text("{}")
     return folder
 
 
-def write_samples(folder: Path, rng: np.random.Generator, steps: int) -> None:
+def write_samples(folder: Path, rng: np.random.Generator, steps: int, content: str) -> None:
     rows = []
     for step in range(1, steps + 1):
         margins = rng.normal(size=12)
@@ -95,7 +97,8 @@ def write_samples(folder: Path, rng: np.random.Generator, steps: int) -> None:
                 }
             )
     folder.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), folder / "00000001.parquet")
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({CONTENT_KEY: content})
+    pq.write_table(table, folder / "00000001.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +174,20 @@ def test_page_stands_alone_and_shows_the_extremes(made):
     html = (made / "report.html").read_text()
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)", html) and "@import" not in html
     assert "Confident errors" in html and "pairs selected most often" in html
-    assert ">Ann has" in html  # the text of a pair, as it is
+    assert ">Ann has" in html and "texts are left out" not in html  # the text of a pair, as it is
     assert html.count("<svg") > 30
     assert r"\begin{tabular}" in html and "| setting |" in html
+
+
+def test_texts_of_a_source_that_changed_are_left_out(tmp_path):
+    """Protects from texts of other rows: a row number names another pair in the changed file."""
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in make_pairs(30)]
+    source = write_jsonl(tmp_path / "source.jsonl", rows)
+    write_run(tmp_path / "run", source, "scorer=sage")
+    write_jsonl(source, rows[::-1])
+    report.report([str(tmp_path / "run")])
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "Ann has" not in html and "their texts are left out" in html
 
 
 def test_groups_are_named_by_what_differs(sweep):

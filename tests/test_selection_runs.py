@@ -12,6 +12,9 @@ import pytest
 from conftest import REPO, make_pairs, write_jsonl
 from many_runs import ERROR_FILE, column, execute, freeze, interrupted, metrics, weights
 
+from sage.reporting.choices import texts_of
+from sage.reporting.runs import find
+
 pytestmark = pytest.mark.slow
 BATCH = 4
 SCORERS = sorted(p.stem for p in (REPO / "conf" / "scorer").glob("*.yaml"))
@@ -173,6 +176,12 @@ def test_the_log_is_bounded_and_can_be_switched_off(one_rank):
     assert sorted({row["step"] for row in samples(one_rank / "bounded")}) == [1, 3, 5, 7]
     assert len(samples(one_rank / "bounded")) == 48
     assert not (one_rank / "unlogged" / "samples").exists()
+
+
+def test_a_report_finds_the_texts_of_the_logged_pairs(one_rank):
+    (run,), *_ = find([str(one_rank / "bounded")])
+    ids = {row["pair_id"] for row in samples(run.path)}
+    assert texts_of(run, [*ids]).keys() == ids
 
 
 @pytest.mark.parametrize("pairs", FEW)

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sage.config import read_frozen
 from sage.data.pairs import load_data
 from sage.reporting.runs import Run
+from sage.training.pair_log import CONTENT_KEY
 from sage.util.errors import UserError
 
 CONFIDENT, NEAR = 1.0, 0.25  # standard deviations of the candidates' margins
@@ -91,8 +92,10 @@ def shares(table: pa.Table) -> Shares:
     return Shares(np.array(numbers), np.array(candidates), np.array(chosen))
 
 
-def often(run: Run) -> tuple[list[Often], list[Often], dict[str, int]]:
-    """The pairs that were selected most and least often, and counts over all scored pairs."""
+def often(run: Run) -> tuple[list[Often], list[Often], dict[str, int], bool]:
+    """The pairs that were selected most and least often, counts over all scored pairs, and whether the pairs
+    have their texts.
+    """
     table = run.samples
     assert table is not None
     selected = pc.cast(table["selected"], pa.int32())
@@ -123,22 +126,26 @@ def often(run: Run) -> tuple[list[Often], list[Often], dict[str, int]]:
         "selected more than once": int((times > 1).sum()),
         "most often": int(times.max(initial=0)),
     }
-    return pairs[:count], pairs[count:], counts
+    return pairs[:count], pairs[count:], counts, bool(texts)
 
 
 def texts_of(run: Run, pair_ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """Prompt, chosen and rejected of these pairs, from the run's own data; empty where it is gone."""
-    wanted = set(pair_ids)
+    """Prompt, chosen and rejected of these pairs, from the run's own data; empty where it is gone or changed.
+
+    Ids may be row numbers, so a source that has changed since may give them to other pairs.
+    """
+    wanted, table = set(pair_ids), run.samples
     try:
         cfg: Any = OmegaConf.to_object(read_frozen(run.path))
-        data = load_data(cfg.data, cfg.cache_dir).pairs if cfg.data.has_pairs else None
+        data = load_data(cfg.data, cfg.cache_dir) if cfg.data.has_pairs else None
     except (UserError, OmegaConfBaseException, OSError):
         data = None
-    if data is None:
+    known = table is not None and (table.schema.metadata or {}).get(CONTENT_KEY)
+    if data is None or data.content.encode() != known:
         return {}
-    rows = [i for i, pair_id in enumerate(data["pair_id"]) if pair_id in wanted]
+    rows = [i for i, pair_id in enumerate(data.pairs["pair_id"]) if pair_id in wanted]
     texts = {}
-    for row in data.select(rows):
+    for row in data.pairs.select(rows):
         parts = (json.loads(row[name]) for name in ("prompt", "chosen", "rejected"))  # pyright: ignore
         texts[row["pair_id"]] = tuple(part if isinstance(part, str) else as_text(part) for part in parts)  # pyright: ignore
     return texts

@@ -32,18 +32,20 @@ SCHEMA = pa.schema(
     ]
 )
 FLUSH_ROWS = 50_000
+CONTENT_KEY = b"sage.content"  # of a file's metadata: the content of the source that the pairs are from
 
 
 class PairLog:
     """Written by rank 0.
 
-    `expected` is the number of rows of the whole run. At most `limit` rows are kept; 0 keeps none.
+    `expected` is the number of rows of the whole run. At most `limit` rows are kept; 0 keeps none. `content`
+    names what the pairs' source held, so that a reader knows whether the ids still belong to its texts.
     """
 
-    def __init__(self, run_dir: Path, expected: int, limit: int, main: bool):
+    def __init__(self, run_dir: Path, expected: int, limit: int, main: bool, content: str = ""):
         self.folder, self.rows = run_dir / FOLDER, []
         self.stride = math.ceil(expected / limit) if limit and main else 0
-        self.main = main
+        self.main, self.schema = main, SCHEMA.with_metadata({CONTENT_KEY: content})
 
     def rewind(self, step: int) -> None:
         """Delete the files of the steps after `step`, which are about to run again."""
@@ -63,7 +65,7 @@ class PairLog:
         arrays = [
             pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(n, f.type) for f in SCHEMA
         ]
-        self.rows.append(pa.table(arrays, schema=SCHEMA))
+        self.rows.append(pa.table(arrays, schema=self.schema))
         if sum(map(len, self.rows)) >= FLUSH_ROWS:
             self.flush()
 

@@ -96,7 +96,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     forward.reset_costs()  # what a warm cache would have saved is not a cost of training
 
     rows = data.steps * scorer.draws(cfg.batch_size)[0] // scorer.score_every
-    log = PairLog(run_dir, rows, cfg.tracking.sample_rows, main=engine.rank == 0)
+    log = PairLog(run_dir, rows, cfg.tracking.sample_rows, engine.rank == 0, data.content)
     selection = Selection(
         scorer, curriculum, loss, data.pairs, forward, reference, log, cfg.batch_size, cfg.seed
     )
@@ -157,6 +157,7 @@ class Data(NamedTuple):
     pairs: TokenizedPairs
     held_out: TokenizedPairs | None
     steps: int  # of the whole run
+    content: str  # names what the source of `pairs` holds
 
     @property
     def sets(self) -> list[TokenizedPairs]:
@@ -164,6 +165,7 @@ class Data(NamedTuple):
 
 
 def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
+    content = ranks.machine_first(lambda: load_data(cfg.data, cfg.cache_dir)).content
     pairs = read_pairs(cfg, tokenizer, run_dir)
     held_out = read_pairs(cfg, tokenizer, run_dir, held_out=True) if cfg.data.has_held_out else None
     if held_out and not console.quiet and (common := held_out.also_in(pairs)):
@@ -172,7 +174,8 @@ def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
             "training pairs too: their loss does not show what the policy has learned in general",
             markup=False,
         )
-    return Data(pairs, held_out, cfg.steps or math.ceil((cfg.epochs or 0) * len(pairs) / cfg.batch_size))
+    steps = cfg.steps or math.ceil((cfg.epochs or 0) * len(pairs) / cfg.batch_size)
+    return Data(pairs, held_out, steps, content)
 
 
 def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool = False) -> TokenizedPairs:
