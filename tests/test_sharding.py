@@ -106,7 +106,7 @@ def folder(tiny_model, tmp_path_factory) -> Path:
     import transformers
 
     root = tmp_path_factory.mktemp("sharding")
-    for name in (*MODELS[1:], "positions"):
+    for name in (*MODELS[1:], "positions", "two_heads"):
         model = shutil.copytree(tiny_model, root / f"model_{name}")
         (model / "model.safetensors").unlink()
         torch.manual_seed(1)
@@ -137,6 +137,9 @@ def folder(tiny_model, tmp_path_factory) -> Path:
         else:
             config = transformers.LlamaConfig(**sizes)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+        if name == "two_heads":  # the config ties the head, and the files hold one of its own
+            text = (model / "config.json").read_text().replace('embeddings": false', 'embeddings": true')
+            (model / "config.json").write_text(text)
     for name, options in ADAPTERS.items():
         model = transformers.AutoModelForCausalLM.from_pretrained(root / "model_untied")
         peft.get_peft_model(
@@ -144,6 +147,7 @@ def folder(tiny_model, tmp_path_factory) -> Path:
         ).save_pretrained(root / f"adapter_{name}")
     for name, source, more in [
         ("positions", root / "model_positions", []),
+        ("two_heads", root / "model_two_heads", []),
         *(
             (n, root / "model_untied", ["+model/lora=default", f"model.adapter_path={root}/adapter_{n}"])
             for n in ADAPTERS
@@ -222,9 +226,10 @@ def test_an_adapter_is_merged_for_an_export_and_not_in_the_policy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["positions", *ADAPTERS])
+@pytest.mark.parametrize("run", ["positions", "two_heads", *ADAPTERS])
 def test_what_needs_whole_weights_is_split_after_it_has_been_read(found, folder, run):
-    """A model that looks at a weight it has read, and adapters that change or look at those of the model."""
+    """A model that looks at a weight it has read, one whose tied weights differ in its files, and adapters
+    that change or look at weights of the model."""
     assert found[run]["differ"] == [] and found[run]["late"]
     assert max(found[run]["parts"]) < 0.52 * found[run]["total"]
     assert found[run]["by_layers"] == (run != "tokens")  # peft moves the embedding to another name
@@ -232,6 +237,17 @@ def test_what_needs_whole_weights_is_split_after_it_has_been_read(found, folder,
         mine, right = content(folder / run / "sharded"), content(folder / run / "whole")
         assert mine.keys() == right.keys()
         assert all((mine[k] - right[k]).abs().max() < 1e-6 for k in right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["sharded", "whole"])
+def test_an_exported_head_of_its_own_is_not_tied_by_the_config(found, folder, how):
+    """Protects tools that believe the config: they would put the embedding in the head's place."""
+    run = folder / "two_heads" / how
+    head, embedding = (content(run)[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert (
+        not head.equal(embedding) and not json.loads((run / "config.json").read_text())["tie_word_embeddings"]
+    )
 
 
 @pytest.mark.slow

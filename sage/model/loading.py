@@ -215,7 +215,20 @@ def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
         )
     if not cfg.allow_missing:
         check_weights(cfg, info)
+    untie_config(model)
     return model
+
+
+def untie_config(model: Any) -> None:
+    """If the config ties the head to the embedding, and the files hold two different weights, transformers
+    keeps both. Make the config say so: other tools would tie them in what is exported."""
+    configs = (model.config, model.config.get_text_config())
+    tying = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+    if tying and getattr(model, "_tied_weights_keys", None):
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and head.weight is not embedding.weight:
+            for config in tying:
+                config.tie_word_embeddings = False
 
 
 def check_weights(cfg: ModelConfig, info: dict[str, Any]) -> None:

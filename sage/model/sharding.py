@@ -38,7 +38,12 @@ def load_sharded(
     that come from no file are split at the end, and with `at_once` all are. Every rank calls this.
     """
 
-    def take(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
+    def take(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+        tied = module._parameters.get(name)  # before it becomes a second name of `weight`
+        both = weight is not None and weight is not tied and is_split(weight) and is_split(tied)
+        # transformers ties weights that are both in the files if they are equal. Split ones look empty.
+        if both and any(ranks.gather(not torch.equal(own_part(tied), own_part(weight)))):
+            raise ValueError("the files hold different values for weights that the config ties")
         if at_once or weight is None or weight.is_meta or is_split(weight) or not hasattr(weight, READ):
             return
         holder = nn.Module()
