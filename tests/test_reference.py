@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from many_runs import column, execute, freeze
+from safetensors.torch import save_file
 
 from sage.model import loading, reference
 from sage.model.logps import PairLogps
@@ -43,8 +44,6 @@ def test_a_damaged_file_is_not_believed(logps, tmp_path, fault, capsys):
     elif fault == "flipped bit":
         file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     elif fault == "no checksum":
-        from safetensors.torch import save_file
-
         save_file(logps._asdict(), file)
     assert read_logps(file, 8 if fault == "other pairs" else 7) is None
     out = capsys.readouterr().out
@@ -104,6 +103,18 @@ def test_a_killed_pass_goes_on_after_its_last_part(tmp_path, monkeypatch, damage
 def test_a_small_pass_writes_no_part(tmp_path):
     assert len(compute(Forward(), Pairs(3, [1, 1, 1]), tmp_path / "parts", "test").chosen) == 3
     assert not (tmp_path / "parts").exists()
+
+
+def test_a_pass_outlives_one_that_ends_first_and_removes_their_parts(monkeypatch, tmp_path):
+    """Two runs of one cache may do the same pass. The first to end removes the parts of both."""
+
+    def save(tensors, file, metadata):
+        save_file(tensors, file, metadata)
+        shutil.rmtree(tmp_path / "parts")
+
+    monkeypatch.setattr(reference, "PART", 40)
+    monkeypatch.setattr(reference, "save_file", save)
+    assert len(compute(Forward(), Pairs(18, [2, 4, 4]), tmp_path / "parts", "test").chosen) == 18
 
 
 @pytest.mark.parametrize(

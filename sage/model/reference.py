@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -131,7 +132,8 @@ def compute(forward: PairForward, pairs: TokenizedPairs, folder: Path, title: st
             part = forward.all_logps(pairs, order[start:end])
             parts.append(PairLogps(*(values.cpu().contiguous() for values in part)))
             if forward.engine.rank == 0 and end < len(pairs):
-                write_logps(folder / f"{start:010}-{end:010}.safetensors", parts[-1])
+                with suppress(FileNotFoundError):  # a run with the same pass has ended, and removed `folder`
+                    write_logps(folder / f"{start:010}-{end:010}.safetensors", parts[-1])
             shown.advance(end - start)
     places = torch.from_numpy(np.argsort(order))
     return PairLogps(*(torch.cat(values)[places] for values in zip(*parts, strict=True)))
