@@ -2,7 +2,8 @@
 
 It writes a random model of Qwen2.5-0.5B's shape to a temporary folder and loads it with gloo ranks on the
 CPU. Mapped pages of the model's files are not counted: all processes share them, and the system drops them
-when it needs memory. What counts is a process's private memory, sampled every few milliseconds.
+when it needs memory. What counts is a process's private memory, sampled every few milliseconds. It needs the
+extra `lora`.
 """
 
 from __future__ import annotations
