@@ -60,7 +60,7 @@ def arithmetic(folder: Path) -> Task:
 
 
 def words(folder: Path) -> Task:
-    """A round asks a quarter of the problems. A run takes about 15 minutes of one core."""
+    """A round asks a quarter of the problems. A run takes about half an hour of one core."""
     task = study.words(folder)
     common = [word for word in task.common if not word.startswith("data.path=")]
     building = [word for word in task.prepare["pairs"][1:] if word not in common]
