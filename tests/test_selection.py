@@ -579,6 +579,14 @@ def test_margins_from_another_model(tmp_path):
         read_margins(str(file), np.array(["a", "c"], object))
     with pytest.raises(UserError, match="not Parquet"):
         read_margins(str(tmp_path / "none.parquet"), np.array(["a"], object))
+    for ids, margins, message in (
+        (["a", "b", "a"], [1.0, 2.0, 9.0], "pair 'a' occurs twice"),
+        (["a", "b"], [1.0, None], "the margin of pair 'b' is None"),
+        (["a", "b"], ["1", "2"], "the margin of pair 'a' is '1'"),
+    ):
+        pq.write_table(pa.table({"pair_id": ids, "margin": margins}), file)
+        with pytest.raises(UserError, match=message):
+            read_margins(str(file), np.array(["a", "b"], object))
 
 
 def test_frozen_configs_find_classes_that_moved():

@@ -218,14 +218,29 @@ class Selection:
 
 
 def read_margins(file: str, pair_ids: np.ndarray) -> Tensor:
-    """The column `margin` of a Parquet file or folder, in the order of `pair_ids`: [n] float32."""
+    """The column `margin` of a Parquet file or folder, in the order of `pair_ids`: [n] float32.
+
+    Raises:
+        UserError: it is no such file, a margin is no number, an id occurs twice, or a pair is not in it.
+    """
     try:
-        columns = pq.read_table(file, columns=["pair_id", "margin"]).to_pydict()
+        columns = pq.read_table(file, columns=["pair_id", "margin"])
     except (OSError, pa.ArrowInvalid, KeyError) as e:
         raise UserError(
             f"scorer.margins_from={file}: not Parquet with columns pair_id and margin: {e}"
         ) from e
-    found = dict(zip(columns["pair_id"], columns["margin"], strict=True))
+    names, margins = columns["pair_id"].to_pylist(), columns["margin"].to_pylist()
+    found: dict[str, float] = {}
+    for name, margin in zip(names, margins, strict=True):
+        if not isinstance(margin, int | float):
+            raise UserError(
+                f"scorer.margins_from={file}: the margin of pair {name!r} is {margin!r}, no number"
+            )
+        if name in found:
+            raise UserError(
+                f"scorer.margins_from={file}: pair {name!r} occurs twice: keep one margin for each pair"
+            )
+        found[name] = margin
     if missing := [name for name in pair_ids if name not in found]:
         raise UserError(
             f"scorer.margins_from={file}: {len(missing)} of {len(pair_ids)} training pairs are not in it, "
