@@ -47,8 +47,8 @@ IDS = [*SEEN, *(f"u{i}" for i in range(20))]
 
 
 def chosen(seed="0/2", **options):
-    given = {"samples": 4, "max_samples": 16, "floor": 0.1, "budget": None, **options}
-    return choose(IDS, SEEN, seed=seed, **given)
+    given = {"max_samples": 16, "floor": 0.1, "budget": None, **options}
+    return choose(dict.fromkeys(IDS, 4), SEEN, seed=seed, **given)
 
 
 def test_open_problems_are_asked_and_settled_ones_rarely():
@@ -66,9 +66,16 @@ def test_a_budget_asks_a_part_of_the_same_problems():
 
 def test_a_floor_never_leaves_a_round_without_problems():
     """One settled problem is one that is asked, however small the floor."""
-    assert choose(
-        ["a"], {"a": Outcome(4, 0)}, samples=4, max_samples=4, floor=0.01, budget=None, seed=""
-    ) == {"a": 4}
+    asked = choose({"a": 4}, {"a": Outcome(4, 0)}, max_samples=4, floor=0.01, budget=None, seed="")
+    assert asked == {"a": 4}
+
+
+def test_a_problem_never_needs_more_than_the_budget():
+    """Hopeless problems want ever more responses. A budget for one problem always asks one."""
+    last = {i: Outcome(4, 0) for i in "abc"}
+    asked = choose(dict.fromkeys("abc", 4), last, max_samples=32, floor=1, budget=5, seed="")
+    assert list(asked.values()) == [5]
+    assert choose({"a": 9}, {}, max_samples=32, floor=1, budget=5, seed="") == {"a": 5}
 
 
 def test_samples_grow_until_an_answer_is_right():
@@ -88,6 +95,14 @@ def test_problems_may_say_how_many_responses_they_want(tmp_path):
         file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1=", "answer": "2", "samples": bad}])
         with pytest.raises(UserError, match="samples must be a whole number above 0"):
             load_problems(str(file), columns={"samples": "samples"})
+
+
+def test_rounds_ask_as_often_as_a_problem_says(begin, monkeypatch, tmp_path):
+    rows = [{"prompt": f"Q{i}", "answer": str(i), "n": i + 3} for i in range(4)]
+    file = write_jsonl(tmp_path / "own.jsonl", rows)
+    words = [f"data.problems.path={file}", "data.problems.columns.samples=n", "rounds=1"]
+    rounds(begin("run", *words, "round.max_samples=4"), Parts(monkeypatch))
+    assert [o["samples"] for o in outcomes(begin("run") / "round_1")] == [3, 4, 5, 6]
 
 
 # --- the loop, with parts that only write what the real ones would
@@ -165,7 +180,7 @@ class Parts:
 
     def score(self, cfg, folder: Path, skill: int) -> None:
         """The policy prefers the chosen response to problems up to its skill."""
-        rows = [json.loads(line) for line in Path(cfg.data.path).read_text().splitlines()]
+        rows = [json.loads(line) for line in Path(cfg.data.path).read_text().split("\n")[:-1]]
         margins = [float(skill - int(row["answer"])) - 0.5 for row in rows]
         (folder / "scores").mkdir(parents=True, exist_ok=True)
         scores = pa.table({"pair_id": [row["pair_id"] for row in rows], "policy_mean": margins})
@@ -360,6 +375,16 @@ def test_older_pairs_stay_while_they_are_wrong(begin, monkeypatch):
     assert kept
 
 
+def test_texts_with_other_line_ends_stay_in_one_line(begin, monkeypatch):
+    """JSON may hold U+2028 and U+0085 as they are, where `splitlines` would cut a pair in two."""
+    odd = ["round.keep=1", "round.budget=48", "rounds=2", "data.problems.prompt='{problem}\u2028=\u0085'"]
+    for name, options in (("odd", odd), ("plain", odd[:3])):
+        rounds(begin(name, *options), Parts(monkeypatch, skill=4))
+    odd, plain = ((begin(name) / "round_2/pool.jsonl").read_text() for name in ("odd", "plain"))
+    assert "\u2028" in odd and odd.count("\n") == plain.count("\n")
+    assert summary_of(begin("odd"))["rounds"][2]["kept_pairs"]
+
+
 def test_the_report_of_rounds(begin, monkeypatch, capsys):
     """Its tables are those of the outcomes on disk, also after a kill. Each part is named by its round."""
     run_dir = begin("run", "round.keep=1", "pairing.samples=4", "rounds=2")
@@ -465,15 +490,22 @@ def test_a_full_disk_is_one_message(begin, monkeypatch):
         rounds(begin("part", "rounds=1"), fails)
 
 
-@pytest.mark.parametrize("name", ["pairs/pairs.jsonl", "outcomes.jsonl", "problems.jsonl"])
+@pytest.mark.parametrize("name", ["pairs/pairs.jsonl", "outcomes.jsonl", "problems.jsonl", "pool.jsonl"])
 def test_a_damaged_file_is_made_again(name, begin, monkeypatch):
     """Also if whole lines are missing, which looks like a shorter file."""
-    with suppress(Killed):
-        rounds(begin("run"), Parts(monkeypatch, kill=30))
-    damaged = begin("run") / "round_1" / name
+    older = name == "pool.jsonl"
+    run_dir = begin("run", *["round.keep=1", "rounds=2"] * older)
+    rounds(begin("whole", *["round.keep=1"] * older), Parts(monkeypatch))
+    if older:  # the third round, which scores that pool again, comes later
+        rounds(run_dir, Parts(monkeypatch))
+        give_rounds(cfg := config.load(run_dir), run_dir, 3)  # pyright: ignore
+        config.write(cfg, run_dir)
+    else:
+        with suppress(Killed):
+            rounds(run_dir, Parts(monkeypatch, kill=30))
+    damaged = run_dir / ("round_2" if older else "round_1") / name
     damaged.write_text("".join(damaged.read_text().splitlines(keepends=True)[:-3]))
-    rounds(begin("run"), Parts(monkeypatch))
-    rounds(begin("whole"), Parts(monkeypatch))
+    rounds(run_dir, Parts(monkeypatch))
     assert results(begin("run")) == results(begin("whole"))
 
 
@@ -568,6 +600,7 @@ def test_what_several_rounds_read_must_not_change_between_them(begin, monkeypatc
         ("round_1/pairs/generations.jsonl", "round_1/pairs"),
         ("round_1/eval/arithmetic/generations.jsonl", "round_1/eval"),
         ("round_2/eval/summary.json", "round_2/eval"),
+        ("round_1/train/best/skill", "round_1/train"),
         ("times.jsonl", "times.jsonl"),
     ],
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -27,33 +27,32 @@ class Outcome(NamedTuple):
 
 
 def choose(
-    problem_ids: Sequence[str],
+    samples: Mapping[str, int],
     seen: Mapping[str, Outcome],
     *,
-    samples: int,
     max_samples: int,
     floor: float,
     budget: int | None,
     seed: str,
 ) -> dict[str, int]:
-    """The problems of a round, in the order of `problem_ids`, and how many responses each gets.
+    """The problems of a round, in the order of `samples`, and how many responses each gets.
 
     All open problems are asked, and the share `floor` of the mastered and of the hopeless ones, rounded up.
     If the budget does not pay for that, a random part of these problems is asked. Every draw depends only
     on the seed and the problem's id.
 
     Args:
+        samples: the responses that each problem starts with.
         seen: the last outcome of each problem that was asked before.
-        samples: responses to a problem.
         max_samples: a hopeless problem gets twice as many as last time, up to this.
-        budget: responses to all problems together; None = no limit.
+        budget: responses to all problems together, and so also to one; None = no limit.
     """
 
     def drawn(problem_id: str) -> str:
         return hashlib.sha256(f"{seed}/{problem_id}".encode()).hexdigest()
 
     kinds: dict[str, list[str]] = {}
-    for problem_id in sorted(problem_ids, key=drawn):
+    for problem_id in sorted(samples, key=drawn):
         kind = seen[problem_id].kind if problem_id in seen else "unseen"
         kinds.setdefault(kind, []).append(problem_id)
     asked = [*kinds.get("unseen", []), *kinds.get("frontier", [])]
@@ -63,11 +62,13 @@ def choose(
     room = math.inf if budget is None else budget
     chosen: dict[str, int] = {}
     for problem_id in sorted(asked, key=drawn):
-        count = samples_of(seen.get(problem_id), samples, max_samples)
+        count = samples_of(seen.get(problem_id), samples[problem_id], max_samples)
+        if budget is not None:
+            count = min(count, budget)  # or nobody could ever ask it
         if count <= room:
             chosen[problem_id] = count
             room -= count
-    return {problem_id: chosen[problem_id] for problem_id in problem_ids if problem_id in chosen}
+    return {problem_id: chosen[problem_id] for problem_id in samples if problem_id in chosen}
 
 
 def samples_of(last: Outcome | None, samples: int, most: int) -> int:

@@ -37,6 +37,7 @@ from sage.commands.rounds_pool import training_pairs
 from sage.commands.rounds_results import (
     OUTCOMES_FILE,
     attempts_in,
+    check_export,
     read_json,
     read_outcomes,
     results,
@@ -172,6 +173,7 @@ class Rounds:
         self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)
         shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
         trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")
+        check_export(trained)
         policy = replace(self.cfg.model, path=str(trained), revision=None, adapter_path=None)
         self.evaluate(number, policy)
         return policy
@@ -209,9 +211,8 @@ class Rounds:
                 "nothing is left to learn: every problem had right answers only when it was last asked"
             )
         counts = choose(
-            [p.problem_id for p in self.problems],
+            {p.problem_id: p.samples or self.cfg.pairing.samples for p in self.problems},
             seen,
-            samples=self.cfg.pairing.samples,
             max_samples=self.cfg.round.max_samples,
             floor=self.cfg.round.floor,
             budget=self.cfg.round.budget,

@@ -15,6 +15,7 @@ from sage.commands.rounds_parts import Parts
 from sage.commands.rounds_results import OLDER_FOLDER, POOL_FILE
 from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig
 from sage.model.reference import SCORES_FOLDER
+from sage.util import checksums
 from sage.util.files import write_text
 from sage.util.progress import console
 
@@ -30,7 +31,7 @@ def pairs_file(parts: Parts, number: int) -> Path:
 def training_pairs(parts: Parts, number: int, policy: ModelConfig) -> Path:
     """`pairs_file`, made if need be. `policy` is the one that the round starts from."""
     new, file = parts.folder(number) / "pairs" / PAIRS_FILE, pairs_file(parts, number)
-    if file == new or file.exists():
+    if file == new or checksums.intact(file):
         return file
     older = pairs_file(parts, number - 1)
     folder = parts.folder(number) / OLDER_FOLDER
@@ -46,9 +47,11 @@ def training_pairs(parts: Parts, number: int, policy: ModelConfig) -> Path:
     table = pq.read_table(folder / SCORES_FOLDER, columns=["pair_id", "policy_mean"])
     margins = dict(zip(*(table[name].to_pylist() for name in ("pair_id", "policy_mean")), strict=True))
     asked = {problem.problem_id for problem in read_problems(parts.asked(number))}
-    lines = older.read_text(encoding="utf-8").splitlines(keepends=True)
+    with older.open(encoding="utf-8") as opened:  # `splitlines` would also split at U+2028 in a response
+        lines = list(opened)
     kept = stay(lines, margins, asked, parts.cfg.round.keep)
     write_text(file, new.read_text(encoding="utf-8") + "".join(kept))
+    checksums.seal_file(file)
     console.print(f"round {number}: {len(kept)} of {len(lines)} older pairs stay")
     return file
 

@@ -18,7 +18,7 @@ from sage.commands.build_pairs import MANIFEST_FILE
 from sage.commands.evaluate import compare_attempts
 from sage.config import SUMMARY_FILE, RoundsConfig, load
 from sage.reporting.rounds import RoundsRun
-from sage.util.checksums import seal_file
+from sage.util import checksums
 from sage.util.errors import UserError
 from sage.util.files import write_text
 from sage.util.locks import alive
@@ -91,6 +91,16 @@ def whole(file: Path) -> Iterator[None]:
         raise UserError(f"{file} {reason}: delete {part}, and resume the rounds, which make it again") from e
 
 
+def check_export(folder: Path) -> None:
+    """Seal the policy that a round has exported, or check that it is still as it was sealed."""
+    if not (folder / checksums.CHECKSUMS_FILE).exists():
+        checksums.seal(folder)
+        return
+    for name in checksums.damaged(folder):
+        with whole(file := folder / name):
+            raise ValueError if file.exists() else FileNotFoundError
+
+
 def attempts_in(folder: Path, number: int) -> list[Attempt]:
     """The attempts that a part has left in `folder`, of which there must be this number."""
     file = folder / GENERATIONS_FILE
@@ -106,7 +116,7 @@ def write_outcomes(folder: Path, attempts: Sequence[Attempt]) -> None:
         found.setdefault(attempt.problem_id, []).append(attempt.correct)
     rows = [{"problem_id": i, "samples": len(v), "right": sum(v)} for i, v in found.items()]
     write_text(folder / OUTCOMES_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    seal_file(folder / OUTCOMES_FILE)
+    checksums.seal_file(folder / OUTCOMES_FILE)
 
 
 def read_outcomes(folder: Path) -> dict[str, Outcome]:
