@@ -245,9 +245,8 @@ def test_an_exported_head_of_its_own_is_not_tied_by_the_config(found, folder, ho
     """Protects tools that believe the config: they would put the embedding in the head's place."""
     run = folder / "two_heads" / how
     head, embedding = (content(run)[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    assert (
-        not head.equal(embedding) and not json.loads((run / "config.json").read_text())["tie_word_embeddings"]
-    )
+    config = json.loads((run / "config.json").read_text())
+    assert not head.equal(embedding) and not config["tie_word_embeddings"]
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ from sage.util.checksums import claim, intact, seal_file
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
 from sage.util.progress import console, track
-from sage.util.ranks import machine_first, main_only
+from sage.util.ranks import main_only
 
 FORWARD_FOLDER = "forward"
 BINS, BAR_WIDTH = 16, 50  # of the histogram
@@ -60,8 +60,7 @@ def score_dataset(run_dir: Path) -> None:
     bases = {"policy": open_model(cfg.model, device, cfg.seed, cfg.cache_dir)}
     if reference := open_reference(cfg, bases["policy"], device):
         bases["reference"] = reference
-    content = machine_first(lambda: load_data(cfg.data, cfg.cache_dir)).content
-    pairs = read_pairs(cfg, bases["policy"].tokenizer, run_dir)
+    pairs, content = read_pairs(cfg, bases["policy"].tokenizer, run_dir)
     identities = {name: {"path": base.cfg.path, **base.identity()} for name, base in bases.items()}
     manifest = {
         "pairs": {"path": cfg.data.title(), "count": len(pairs), "fingerprint": pairs.fingerprint},

@@ -92,10 +92,8 @@ def shares(table: pa.Table) -> Shares:
     return Shares(np.array(numbers), np.array(candidates), np.array(chosen))
 
 
-def often(run: Run) -> tuple[list[Often], list[Often], dict[str, int], bool]:
-    """The pairs that were selected most and least often, counts over all scored pairs, and whether the pairs
-    have their texts.
-    """
+def often(run: Run) -> tuple[list[Often], list[Often], dict[str, int]]:
+    """The pairs that were selected most and least often, and counts over all scored pairs."""
     table = run.samples
     assert table is not None
     selected = pc.cast(table["selected"], pa.int32())
@@ -126,7 +124,7 @@ def often(run: Run) -> tuple[list[Often], list[Often], dict[str, int], bool]:
         "selected more than once": int((times > 1).sum()),
         "most often": int(times.max(initial=0)),
     }
-    return pairs[:count], pairs[count:], counts, bool(texts)
+    return pairs[:count], pairs[count:], counts
 
 
 def texts_of(run: Run, pair_ids: Sequence[str]) -> dict[str, tuple[str, str, str]]:

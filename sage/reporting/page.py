@@ -219,14 +219,13 @@ def detail(run: Run) -> dict[str, Any]:
         ):
             split = {"candidates": values, "selected": values[selected]}
             figures.append(pictures.histograms(f"{name}: all steps", split, name))
-    most, least, counts, has_texts = choices.often(run)
+    most, least, counts = choices.often(run)
     return {
         "path": str(run.path),
         "figures": [figure for figure in figures if figure],
         "most": most,
         "least": least,
         "counts": counts,
-        "has_texts": has_texts,
     }
 
 

@@ -165,9 +165,8 @@ class Data(NamedTuple):
 
 
 def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
-    content = ranks.machine_first(lambda: load_data(cfg.data, cfg.cache_dir)).content
-    pairs = read_pairs(cfg, tokenizer, run_dir)
-    held_out = read_pairs(cfg, tokenizer, run_dir, held_out=True) if cfg.data.has_held_out else None
+    pairs, content = read_pairs(cfg, tokenizer, run_dir)
+    held_out = read_pairs(cfg, tokenizer, run_dir, held_out=True)[0] if cfg.data.has_held_out else None
     if held_out and not console.quiet and (common := held_out.also_in(pairs)):
         console.print(
             f"warning: {common} of {len(held_out)} held-out pairs ({cfg.data.title(held_out=True)}) are "
@@ -178,12 +177,16 @@ def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
     return Data(pairs, held_out, steps, content)
 
 
-def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool = False) -> TokenizedPairs:
-    """The config's pairs, or its held-out ones, tokenised; says how many there are, and what was dropped."""
+def read_pairs(
+    cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool = False
+) -> tuple[TokenizedPairs, str]:
+    """The config's pairs, or its held-out ones, tokenised, and the content of their source. Says how many
+    there are, and what was dropped.
+    """
     data = cfg.data
     title = data.title(held_out)
     source = ranks.machine_first(lambda: load_data(data, cfg.cache_dir, held_out))
-    notes = list(source.notes)
+    notes, content = list(source.notes), source.content
     if data.answers:
         drop = data.answers == "drop"
         with activity("verifying answers"):
@@ -213,7 +216,7 @@ def read_pairs(cfg: TrainConfig, tokenizer: Any, run_dir: Path, held_out: bool =
         console.print(shown(pairs[0], tokenizer, ends, width=FIRST_PAIR_WIDTH), end="\n\n")
     if data.list_dropped:
         list_rows(run_dir / "dropped.jsonl", title, dropped, held_out)
-    return pairs
+    return pairs, content
 
 
 def list_rows(file: Path, title: str, rows: list[dict[str, Any]], held_out: bool) -> None:
