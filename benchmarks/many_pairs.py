@@ -70,14 +70,14 @@ def write_pairs(file: Path, count: int, words: list[str]) -> None:
     file.with_suffix(".tmp").rename(file)
 
 
-def first_step(folder: Path, pairs: Path, ranks: int) -> tuple[float, float]:
-    """Start a run of one step, and return the seconds until its metrics are there, and the ranks' largest
+def first_step(folder: Path, pairs: Path) -> tuple[float, float]:
+    """Start a run of one step, and return the seconds until its metrics are there, and its rank's largest
     private memory until then in GB.
     """
     run_dir, peak = folder / "run", 0
     shutil.rmtree(run_dir, ignore_errors=True)
     words = ["sage", "train", "model=hf", f"model.path={folder / 'model'}", f"cache_dir={folder / 'cache'}"]
-    words += ["+baseline=dpo", "loss=simpo", "steps=1", "batch_size=4", f"world_size={ranks}"]
+    words += ["+baseline=dpo", "loss=simpo", "steps=1", "batch_size=4"]
     words += [f"data.path={pairs}", "data.max_length=1024", "data.eval_limit=8", f"hydra.run.dir={run_dir}"]
     began, metrics = time.perf_counter(), run_dir / "metrics.jsonl"
     with (folder / "output").open("w") as output:
@@ -85,7 +85,7 @@ def first_step(folder: Path, pairs: Path, ranks: int) -> tuple[float, float]:
         while not (metrics.exists() and '"loss"' in metrics.read_text()):
             if process.poll() is not None:
                 raise SystemExit((folder / "output").read_text())
-            peak = max(peak, *map(private_bytes, ranks_of(process)), 0)
+            peak = max(peak, *map(private_bytes, ranks_of(process)))
             time.sleep(0.02)
         seconds = time.perf_counter() - began
         if process.wait():
@@ -115,7 +115,6 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--warm", type=int, default=3, help="warm runs of each size")
     args = parser.parse_args()
     folder = args.folder.resolve()
@@ -129,7 +128,7 @@ def main() -> None:
         if not file.exists():
             write_pairs(file, count, words)
         for turn in range(1 + args.warm):
-            seconds, memory = first_step(folder, file, args.ranks)
+            seconds, memory = first_step(folder, file)
             row = {"pairs": count, "run": turn, "seconds": round(seconds, 1), "rank_gb": round(memory, 3)}
             print(json.dumps(row), flush=True)
 

@@ -123,16 +123,15 @@ def table(folder: Path, seeds: int) -> None:
             ]
             print(f"| {' | '.join(row)} |")
     after = [*range(ROUNDS + 1)]
-    print(f"\n| three rounds after round | seeds | {' | '.join(map(str, after))} | end - SAGE's |")
+    print(f"\n| accuracy after round | seeds | {' | '.join(map(str, after))} | end - SAGE's |")
     print(f"|{'---|' * (len(after) + 3)}")
     plain = finished(folder, "SAGE", "three rounds", seeds)
-    arms = {"SAGE": ("SAGE", "three rounds"), "uniform": ("uniform", "three rounds")}
-    for name, arm in {**arms, **{name: ("SAGE", name) for name in OPTIONS if name not in ARMS}}.items():
-        if found := finished(folder, *arm, seeds):
+    for method, arm in [("uniform", "three rounds"), *(("SAGE", name) for name in OPTIONS)]:
+        if found := finished(folder, method, arm, seeds):
             rows = [cell(interval([accuracy(s, number) for s in found.values()]), ".1f") for number in after]
             lead = [accuracy(found[seed]) - accuracy(plain[seed]) for seed in found.keys() & plain.keys()]
-            against = "" if name == "SAGE" else cell(interval(lead), "+.1f")
-            print(f"| {name} | {len(found)} | {' | '.join(rows)} | {against} |")
+            against = "" if found == plain else cell(interval(lead), "+.1f")
+            print(f"| {method}, {arm} | {len(found)} | {' | '.join(rows)} | {against} |")
 
 
 def main() -> None:
