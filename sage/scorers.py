@@ -174,7 +174,7 @@ class Ranking(Scorer):
     drop_uncertainty: float = 0.0
     drop_negative: float = 0.0
     max_nan: float = 0.1  # a larger share of NaN scores in one scoring stops the run
-    margins_from: str | None = None  # Parquet with pair_id and margin, as another model sees the pairs
+    margins_from: str | None = None  # where another model's margins are
     uses_logit: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

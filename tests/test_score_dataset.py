@@ -26,6 +26,7 @@ from sage.data.chat import ChatFormat
 from sage.data.pairs import load_data, load_pairs, read_pair_set
 from sage.data.source import write_rows
 from sage.data.tokens import tokenize_pairs
+from sage.training.selection import read_margins
 from sage.util.checksums import claim
 from sage.util.errors import UserError
 from sage.util.progress import console
@@ -195,6 +196,26 @@ def test_columns_equal_plain_transformers(runs, pairs, tiny_model, other_model):
     stratum = found["stratum"]
     assert np.bincount(stratum).tolist() == [15, 15, 15, 15]
     assert all(difficulty[stratum == k].max() <= difficulty[stratum == k + 1].min() for k in range(3))
+
+
+@slow
+def test_margins_of_a_file_in_another_order(runs, tiny_model, tmp_path):
+    """Protects from other rows' margins: without a column of ids, a pair's id is its row's number."""
+    from transformers import AutoTokenizer
+
+    rows = [{k: v for k, v in row.items() if k != "pair_id"} for row in rows_with_gaps()][::-1]
+    reversed_pairs = tokenize_pairs(
+        read_pair_set(str(write_jsonl(tmp_path / "reversed.jsonl", rows[:40]))),
+        AutoTokenizer.from_pretrained(tiny_model),
+        chat=ChatFormat(),
+        max_length=200,
+        num_proc=1,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    expected = table_of(runs / "pair")["margin"][::-1][:40]
+    found = read_margins(str(runs / "pair" / "scores"), reversed_pairs)
+    np.testing.assert_array_equal(found.numpy(), expected)
+    assert len({*expected}) > 30
 
 
 @slow

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -26,6 +30,7 @@ from sage.baseline_scorers import (
 )
 from sage.config.frozen import up_to_date
 from sage.curriculum import Curriculum, SageCurriculum, Setting, allot
+from sage.data.tokens import TokenizedPairs
 from sage.losses import DPO
 from sage.model.logps import LogitStats, PairLogps
 from sage.order import Shuffled, order_by_difficulty, strata_by_difficulty
@@ -568,17 +573,19 @@ def test_scores_are_reused_for_an_interval(tmp_path):
     assert sorted(batches[0] + batches[1]) == sorted(rest[0] + rest[1]) == [0, 1, 2, 3]
 
 
-def test_margins_from_another_model(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def pairs_named(*ids: str, hashes: Sequence[int] = ()) -> TokenizedPairs:
+    columns = {"pair_id": list(ids), "text_hash": pa.array(hashes or range(len(ids)), pa.uint64())}
+    return TokenizedPairs(datasets.Dataset(pa.table(columns)), {}, "")
 
+
+def test_margins_from_another_model(tmp_path):
     file = tmp_path / "margins.parquet"
     pq.write_table(pa.table({"pair_id": ["b", "a"], "margin": [2.0, 1.0]}), file)
-    assert read_margins(str(file), np.array(["a", "b"], object)).tolist() == [1.0, 2.0]
+    assert read_margins(str(file), pairs_named("a", "b")).tolist() == [1.0, 2.0]
     with pytest.raises(UserError, match="1 of 2 training pairs are not in it, for example 'c'"):
-        read_margins(str(file), np.array(["a", "c"], object))
+        read_margins(str(file), pairs_named("a", "c"))
     with pytest.raises(UserError, match="not Parquet"):
-        read_margins(str(tmp_path / "none.parquet"), np.array(["a"], object))
+        read_margins(str(tmp_path / "none.parquet"), pairs_named("a"))
     for ids, margins, message in (
         (["a", "b", "a"], [1.0, 2.0, 9.0], "pair 'a' occurs twice"),
         (["a", "b"], [1.0, None], "the margin of pair 'b' is None"),
@@ -586,7 +593,19 @@ def test_margins_from_another_model(tmp_path):
     ):
         pq.write_table(pa.table({"pair_id": ids, "margin": margins}), file)
         with pytest.raises(UserError, match=message):
-            read_margins(str(file), np.array(["a", "b"], object))
+            read_margins(str(file), pairs_named("a", "b"))
+
+
+def test_margins_follow_the_texts_not_the_ids(tmp_path):
+    """Protects from other rows' margins: an id may be a row's number."""
+    file, large = tmp_path / "margins.parquet", 2**63 + 5
+    hashes = pa.array([large, 7, 7], pa.uint64())
+    pq.write_table(
+        pa.table({"pair_id": ["1", "2", "3"], "text_hash": hashes, "margin": [1.0, 2.0, 2.0]}), file
+    )
+    assert read_margins(str(file), pairs_named("1", "2", hashes=[7, large])).tolist() == [2.0, 1.0]
+    with pytest.raises(UserError, match="1 of 2 training pairs are not in it, for example '1'"):
+        read_margins(str(file), pairs_named("1", "2", hashes=[8, large]))
 
 
 def test_frozen_configs_find_classes_that_moved():

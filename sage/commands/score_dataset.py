@@ -172,7 +172,8 @@ def finish(
             "order: choose another hydra.run.dir"
         )
     stats = PairStats.of(loss, logps_of(forward, "policy"), logps_of(forward, "reference"), logit_of(forward))
-    table = derive(forward, stats, scorers, cfg.strata, cfg.seed)
+    forward = forward.append_column("text_hash", pa.array(pairs.text_hashes()))
+    table = derive(forward, stats, pairs, scorers, cfg.strata, cfg.seed)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(manifest)})
     (run_dir / SCORES_FOLDER).mkdir(exist_ok=True)
     for number in range(len(parts)):
@@ -201,7 +202,12 @@ def finish(
 
 
 def derive(
-    forward: pa.Table, stats: PairStats, scorers: dict[str, Scorer], strata: int, seed: int
+    forward: pa.Table,
+    stats: PairStats,
+    pairs: TokenizedPairs,
+    scorers: dict[str, Scorer],
+    strata: int,
+    seed: int,
 ) -> pa.Table:
     """The columns of the forward pass, and those that follow from them.
 
@@ -227,7 +233,7 @@ def derive(
         "logit_curvature": h * squared_norm + g * (chosen_uncertainty + rejected_uncertainty),
     }
     for name, scorer in scorers.items():
-        other = scorer.margins_from and read_margins(scorer.margins_from, forward["pair_id"].to_numpy())
+        other = scorer.margins_from and read_margins(scorer.margins_from, pairs)
         columns[name] = scorer(replace(stats, other_margin=other))
     derived = to_table(columns)
     return pa.table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import threading
@@ -14,6 +15,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from sage.data import placement
 from sage.data.columns import lengths_of, to_column
@@ -28,8 +30,11 @@ RULES = placement.RULES | {
     "other_tokenizer": "the sampled token ids belong to another tokenizer, so the texts are encoded instead"
 }
 KEPT = pa.schema(
-    [("pair_id", pa.string()), ("pass_rate", pa.float64())] + [(name, pa.list_(pa.int32())) for name in IDS]
+    [("pair_id", pa.string()), ("pass_rate", pa.float64())]
+    + [(name, pa.list_(pa.int32())) for name in IDS]
+    + [("text_hash", pa.uint64())]  # whatever the tokenizer
 )
+TEXTS = ("prompt", "chosen", "rejected", "tools")
 ENCODED = pa.schema(
     [*KEPT, ("row", pa.int64()), ("rules", pa.list_(pa.string()))]
     + [("reason", pa.string()), ("detail", pa.string())]
@@ -175,7 +180,9 @@ def _watch(parent: int) -> None:
 def _encode(start: int) -> pa.RecordBatch:
     pairs, encode = _shared
     batch = pairs[start : start + BATCH]
-    columns = {**encode(batch), "row": batch["row"]}
+    texts = zip(*(batch[name] for name in TEXTS), strict=True)
+    hashes = [xxhash.xxh3_64_intdigest(json.dumps(parts).encode()) for parts in texts]
+    columns = {**encode(batch), "row": batch["row"], "text_hash": hashes}
     arrays = [
         to_column(columns[name]) if name in IDS else pa.array(columns[name], ENCODED.field(name).type)
         for name in ENCODED.names

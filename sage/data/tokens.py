@@ -45,7 +45,7 @@ class Pair(NamedTuple):
 class TokenizedPairs:
     """Pairs ready for training.
 
-    data: a dataset with Pair's columns, mapped from a file of which only what is asked for is read.
+    data: a dataset with the columns of KEPT, mapped from a file of which only what is asked for is read.
     dropped: reason -> pair_ids.
     fingerprint: names these very ids.
     notes: what the user should know about how the pairs were encoded, one sentence each.
@@ -64,7 +64,8 @@ class TokenizedPairs:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(**self.data[index])
+        row = self.data[index]
+        return Pair(*(row[name] for name in Pair._fields))
 
     @cached_property
     def _lengths(self) -> np.ndarray:
@@ -137,6 +138,10 @@ class TokenizedPairs:
             columns = [(batch[name].offsets.to_numpy(), batch[name].values.to_numpy()) for name in IDS]
             for row in range(len(batch)):
                 yield hash(tuple(ids[starts[row] : starts[row + 1]].tobytes() for starts, ids in columns))
+
+    def text_hashes(self) -> np.ndarray:
+        """uint64 [pairs]: a hash of each pair's texts, the same for every tokenizer."""
+        return self.data.data.table["text_hash"].to_numpy()
 
     def pass_rates(self) -> np.ndarray:
         """float64 [pairs], NaN where unknown."""

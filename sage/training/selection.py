@@ -64,7 +64,7 @@ class Selection:
         self.other_margin = None
         if scorer.margins_from is not None:
             file = scorer.margins_from
-            self.other_margin = ranks.main_only(lambda: read_margins(file, pairs.pair_ids()))
+            self.other_margin = ranks.main_only(lambda: read_margins(file, pairs))
 
     def choose(self, step: int) -> Choice:
         """The pairs of this step. Called once for every step, in order."""
@@ -217,33 +217,35 @@ class Selection:
         self.scorer.load_state_dict(state["scorer"])
 
 
-def read_margins(file: str, pair_ids: np.ndarray) -> Tensor:
-    """The column `margin` of a Parquet file or folder, in the order of `pair_ids`: [n] float32.
+def read_margins(file: str, pairs: TokenizedPairs) -> Tensor:
+    """The column `margin` of a Parquet file or folder, in the order of `pairs`: [n] float32.
+
+    A pair is found by its texts where the file has their hashes, as `sage score-dataset` writes them. So
+    neither another order nor other ids matter. Elsewhere it is found by its pair_id.
 
     Raises:
         UserError: it is no such file, a margin is no number, an id occurs twice, or a pair is not in it.
     """
+    title = f"scorer.margins_from={file}"
     try:
-        columns = pq.read_table(file, columns=["pair_id", "margin"])
+        table = pq.read_table(file)
+        by_text = "text_hash" in table.column_names
+        key = "text_hash" if by_text else "pair_id"
+        names, margins = table[key].to_pylist(), table["margin"].to_pylist()
     except (OSError, pa.ArrowInvalid, KeyError) as e:
-        raise UserError(
-            f"scorer.margins_from={file}: not Parquet with columns pair_id and margin: {e}"
-        ) from e
-    names, margins = columns["pair_id"].to_pylist(), columns["margin"].to_pylist()
-    found: dict[str, float] = {}
+        raise UserError(f"{title}: not Parquet with columns pair_id and margin: {e}") from e
+    found: dict[str | int, float] = {}
     for name, margin in zip(names, margins, strict=True):
         if not isinstance(margin, int | float):
-            raise UserError(
-                f"scorer.margins_from={file}: the margin of pair {name!r} is {margin!r}, no number"
-            )
-        if name in found:
-            raise UserError(
-                f"scorer.margins_from={file}: pair {name!r} occurs twice: keep one margin for each pair"
-            )
+            raise UserError(f"{title}: the margin of pair {name!r} is {margin!r}, no number")
+        if name in found and not by_text:
+            raise UserError(f"{title}: pair {name!r} occurs twice: keep one margin for each pair")
         found[name] = margin
-    if missing := [name for name in pair_ids if name not in found]:
+    ids = pairs.pair_ids().tolist()
+    wanted = pairs.text_hashes().tolist() if by_text else ids
+    if missing := [pair_id for pair_id, name in zip(ids, wanted, strict=True) if name not in found]:
         raise UserError(
-            f"scorer.margins_from={file}: {len(missing)} of {len(pair_ids)} training pairs are not in it, "
-            f"for example {missing[0]!r}: it was made from other data"
+            f"{title}: {len(missing)} of {len(ids)} training pairs are not in it, for example "
+            f"{missing[0]!r}: it was made from other data"
         )
-    return torch.tensor([found[name] for name in pair_ids], dtype=torch.float32)
+    return torch.tensor([found[name] for name in wanted], dtype=torch.float32)
