@@ -152,6 +152,20 @@ def test_what_the_check_accepts_gives_the_tokens_of_plain_generate(name):
     assert decoded(decoder, ids[:1], rooms[:1]) == got[:1]
 
 
+def test_a_model_with_an_adapter_runs_in_a_refilled_batch(capsys):
+    """Protects speed: peft's forward does not name positions, so its model did without them and failed."""
+    import peft
+
+    ids, config = prompts(), peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(build("llama"), config).eval()
+    generator = HFGenerator(adapted, None, {2}, SamplingConfig(temperature=0.0, max_new_tokens=10), HF(3))
+    generator.prepare(ids)
+    assert isinstance(generator.decoder, RefilledBatch) and not capsys.readouterr().out
+    for prompt, mine in zip(ids, decoded(generator.decoder, ids, [10] * len(ids)), strict=True):
+        plain = adapted.generate(input_ids=torch.tensor([prompt]), max_new_tokens=10, do_sample=False)
+        assert mine == plain[0, len(prompt) :].tolist()
+
+
 class IgnoresWindows(RefilledBatch):
     """Shows every row all of its past, whatever the model's masks say."""
 

@@ -18,6 +18,7 @@ from sage.answering.decoders import PlainGenerate
 from sage.answering.responses import NO_ROOM, Decoder, Generator, Request, Response, Sampling
 from sage.config import ModelConfig, SamplingConfig, key
 from sage.model import loading
+from sage.model.adapters import inside_adapter
 from sage.util.progress import console
 
 
@@ -64,7 +65,9 @@ class HFGenerator:
     """A Generator on a transformers model. `prepare` checks it against the model's own `generate`."""
 
     def __init__(self, model: Any, tokenizer: Any, ends: set[int], sampling: SamplingConfig, options: HF):
-        self.model, self.tokenizer, self.ends, self.options = model, tokenizer, ends, options
+        # Only transformers' own forward names what it takes, such as positions.
+        self.model, self.tokenizer = inside_adapter(model), tokenizer
+        self.ends, self.options = ends, options
         self.max_new_tokens = sampling.max_new_tokens
         self.choose = Sampling(tokenizer, ends, sampling.temperature, sampling.top_p, sampling.stop)
         self.context = context_of(model.config)

@@ -44,6 +44,11 @@ def add_adapter(model: Any, cfg: ModelConfig, seed: int) -> Any:
         raise UserError(f"model.lora.targets={cfg.lora.targets}: {first_line(e)}") from e
 
 
+def inside_adapter(model: Any) -> Any:
+    """The transformers model inside its adapter, whose layers it holds; the model itself if it has none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def needs_whole_model(cfg: ModelConfig) -> bool:
     """Whether peft reads or sets the model's own weights when it adds the adapter, so that they must be whole
     on each rank until then."""

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 
 from sage.config import ModelConfig
 from sage.data.source import resolve_path
-from sage.model.adapters import add_adapter
+from sage.model.adapters import add_adapter, inside_adapter
 from sage.model.folder import check_adapter, check_weights_files, read_object, reason
 from sage.model.gguf import convert_gguf
 from sage.model.kernels import has_triton
@@ -258,7 +258,7 @@ def check_weights(cfg: ModelConfig, info: dict[str, Any]) -> None:
 def router_coefficient(cfg: ModelConfig, model: Any) -> float:
     """The coefficient of the routers' load-balancing loss: our config's, else the model's own; 0 where it
     is off."""
-    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config.get_text_config()
+    config = inside_adapter(model).config.get_text_config()
     routed = hasattr(config, "output_router_logits")
     if cfg.router_aux_coef is not None:
         if cfg.router_aux_coef and not routed:

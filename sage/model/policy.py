@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sage.data.packing import MicroBatch
 from sage.model import attention
+from sage.model.adapters import inside_adapter
 from sage.model.dropout import random_rates
 from sage.model.head import Head, float32_head, own_stats
 from sage.model.kernels import TokenStats
@@ -97,7 +98,7 @@ class Policy(nn.Module):
     @property
     def causal(self) -> Any:
         """The transformers model, inside its adapter where there is one."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return inside_adapter(self.model)
 
     def forward(
         self,
