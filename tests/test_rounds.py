@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import refused, write_jsonl
+from conftest import REPO, refused, write_jsonl
 from hydra import compose, initialize_config_module
 from whole_runs import files, in_this_process, kill_often
 
@@ -590,6 +590,28 @@ def test_what_several_rounds_read_must_not_change_between_them(begin, monkeypatc
     rounds(begin("run"), Parts(monkeypatch))
     monkeypatch.setattr("sage.model.loading.fingerprint", lambda *_: "other weights")
     with pytest.raises(UserError, match=r"another model.path: .*, and now it is other weights"):
+        rounds(begin("run"), Parts(monkeypatch))
+
+
+def test_held_out_pairs_and_a_reference_must_not_change_either(begin, monkeypatch, tmp_path):
+    """Held-out losses of rounds would not compare, and later rounds would have another reference."""
+    file, reference = tmp_path / "held_out.jsonl", tmp_path / "reference"
+    pair = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    write_jsonl(file, [pair])
+    shutil.copytree(REPO / "sage/assets/arithmetic", reference)
+    rounds(
+        begin("run", "rounds=1", f"data.eval_path={file}", f"reference_model={reference}"), Parts(monkeypatch)
+    )
+    (begin("run") / "summary.json").unlink()
+    write_jsonl(file, [pair | {"rejected": "4"}])
+    with pytest.raises(UserError, match=r"another data.eval_path"):
+        rounds(begin("run"), Parts(monkeypatch))
+    write_jsonl(file, [pair])
+    weights = reference / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"another reference_model"):
         rounds(begin("run"), Parts(monkeypatch))
 
 

@@ -53,6 +53,7 @@ from sage.config import (
     RoundsConfig,
     TrainConfig,
 )
+from sage.data.pairs import load_data
 from sage.model import loading
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
@@ -142,13 +143,20 @@ class Rounds:
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what several rounds read, which must not change between them."""
-        first, benchmarks = self.cfg.model, self.cfg.benchmark.items()
-        folder = loading.resolve_model(first, self.cfg.cache_dir)
-        return {
-            "model.path": loading.fingerprint(folder, first.adapter_path),
+        cfg, benchmarks = self.cfg, self.cfg.benchmark.items()
+        found = {
+            "model.path": self.weights(cfg.model),
             "data.problems.path": digest([asdict(problem) for problem in self.problems]),
             **{f"benchmark.{n}.path": digest([asdict(p) for p in read_problems(b)]) for n, b in benchmarks},
         }
+        if cfg.reference_model is not None:
+            found["reference_model"] = self.weights(ModelConfig(cfg.reference_model))
+        if cfg.data.eval_path is not None:
+            found["data.eval_path"] = load_data(cfg.data, cfg.cache_dir, held_out=True).content
+        return found
+
+    def weights(self, model: ModelConfig) -> str:
+        return loading.fingerprint(loading.resolve_model(model, self.cfg.cache_dir), model.adapter_path)
 
     def round(self, number: int, policy: ModelConfig) -> ModelConfig:
         """Do one round with the policy of the round before. Returns the new policy."""
