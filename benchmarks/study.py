@@ -74,6 +74,9 @@ class Task(NamedTuple):
     steps: int
     every: int  # steps between evaluations
     prepare: dict[str, list[str]]  # folder -> the command that fills it, before all runs
+    sampling: list[str] | None = (
+        None  # of `sage eval` after each run, whose accuracy then chooses the settings
+    )
 
     def metric(self) -> str:
         return f"benchmark/{self.benchmark}/accuracy"
@@ -125,31 +128,33 @@ def rare(folder: Path) -> Task:
 
 def words(folder: Path) -> Task:
     policy = ["model=hf", f"model.path={folder / 'policy'}"]
-    sampling = ["sampling.max_new_tokens=48", "generation.batch_size=64", "generation.chunk=512"]
+    sampling = ["sampling.max_new_tokens=32", "generation.batch_size=64", "generation.chunk=512"]
     problems = [f"data.problems.path={folder / 'problems_train.jsonl'}", "data.problems.prompt='{problem}'"]
     option = folder / "conf" / "benchmark" / "words.yaml"  # a benchmark of our own is an option of its group
     option.parent.mkdir(parents=True, exist_ok=True)
     option.write_text("words: {path: FILE, prompt: '{problem}', answer_from: plain}\n")
+    own = [f"hydra.searchpath=[file://{folder / 'conf'}]", *sampling]
     return Task(
         common=[
-            *[f"hydra.searchpath=[file://{folder / 'conf'}]", *policy, *sampling],
+            *[*own, *policy],
             *[f"data.path={folder / 'pairs' / 'pairs.jsonl'}"],
-            *["batch_size=16", "micro_batch_tokens=2048", "data.max_length=256", "save_every=25"],
+            *["batch_size=16", "micro_batch_tokens=2048", "data.max_length=256", "save_every=50"],
         ],
         benchmark="words",
         problems={
             split: ["+benchmark=words", f"benchmark.words.path={folder / f'problems_{split}.jsonl'}"]
             for split in ("validation", "test")
         },
-        grid=[(3e-6, 0.1), (1e-5, 0.1)],
-        steps=50,  # 800 pairs: 1.6 passes over 511. SAGE scores twice as many.
-        every=25,
+        grid=[(3e-6, 0.1), (1e-5, 0.1), (3e-5, 0.1)],
+        steps=50,  # 800 pairs of 1,089. SAGE scores twice as many.
+        every=50,
         prepare={
             "pairs": [
                 *["build-pairs", *policy, *sampling, *problems, "data.problems.answer_from=plain"],
                 *["pairing.samples=8", "pairing.per_problem=2"],
             ]
         },
+        sampling=[*own, "model=hf", "sampling.temperature=1", "samples=4"],
     )
 
 
@@ -172,13 +177,33 @@ def commands(task: Task, folder: Path, args: argparse.Namespace) -> Iterator[tup
         yield folder / name, words
     for method, (lr, beta) in product(args.methods if len(task.grid) > 1 else (), task.grid):
         words = train(task, method, lr, beta, "validation", TUNING_SEED, task.steps)
-        yield grid_folder(folder, method, lr, beta), words
+        yield from measured(task, folder, grid_folder(folder, method, lr, beta), words, "validation")
     # All methods of a seed before the next, so that a half-done study compares fairly.
     for seed, method in ((seed, method) for seed in range(args.seeds) for method in args.methods):
         chosen = tuned(task, folder, method)
         if chosen is not None:
             where = folder / "test" / str(args.steps) / slug(method) / str(seed)
-            yield where, train(task, method, *chosen, "test", seed, args.steps)
+            words = train(task, method, *chosen, "test", seed, args.steps)
+            yield from measured(task, folder, where, words, "test")
+
+
+def measured(
+    task: Task, folder: Path, where: Path, words: list[str], split: str
+) -> Iterator[tuple[Path, list[str]]]:
+    """The command of a run, and that which samples answers from its policy if the task asks for them."""
+    yield where, words
+    if task.sampling is not None:
+        problems = [word.removeprefix("+") for word in task.problems[split]]
+        yield sampled(folder, where), ["eval", f"model.path={where / 'final'}", *task.sampling, *problems]
+
+
+def sampled(folder: Path, where: Path) -> Path:
+    return folder / "sampled" / where.relative_to(folder)
+
+
+def sampled_accuracy(folder: Path, where: Path) -> float:
+    file = sampled(folder, where) / "summary.json"
+    return json.loads(file.read_text())["mean_accuracy"] if file.exists() else math.nan
 
 
 def grid_folder(folder: Path, method: str, lr: float, beta: float) -> Path:
@@ -190,15 +215,18 @@ def slug(method: str) -> str:
 
 
 def tuned(task: Task, folder: Path, method: str) -> tuple[float, float] | None:
-    """The settings whose best point on the validation problems is highest; None if a run is missing."""
+    """The settings that do best on the validation problems; None if a run is missing."""
     if len(task.grid) == 1:
         return task.grid[0]
     values = {}
     for lr, beta in task.grid:
-        runs = finished([grid_folder(folder, method, lr, beta)])
+        where = grid_folder(folder, method, lr, beta)
+        runs = finished([where])
         if not runs:
             return None
         values[lr, beta] = best(runs[0].metrics[task.metric()], task.metric())[0]
+        if task.sampling is not None:
+            values[lr, beta] = sampled_accuracy(folder, where)
     return max(values, key=lambda key: values[key])
 
 
@@ -261,7 +289,9 @@ def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
         for lr, beta in task.grid:
             runs = finished([grid_folder(folder, method, lr, beta)])
             value, step = best(runs[0].metrics[metric], metric) if runs else (math.nan, 0)
-            row.append(f"{value:.3f} at {step}" if runs else "")
+            answers = sampled_accuracy(folder, grid_folder(folder, method, lr, beta))
+            also = "" if math.isnan(answers) else f", sampled {answers:.3f}"
+            row.append(f"{value:.3f} at {step}{also}" if runs else "")
         if any(row):
             print(f"| {method} | {' | '.join(row)} |")
 
@@ -302,6 +332,15 @@ def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
             known = other in groups and other != method
             row.append(cell(paired(groups[other], group, points), "+.1f") if known else "")
         print(f"| {' | '.join(row)} |")
+    if task.sampling is not None:
+        print("\n| method | seeds | sampled | - DPO's | - (DPO + NLL)'s |\n|---|---|---|---|---|")
+        for method, group in groups.items():
+            answers = lambda run: 100 * sampled_accuracy(folder, run.path)  # noqa: E731
+            row = [method, str(len(group.runs)), cell(interval([*map(answers, group.runs)]), ".1f")]
+            for other in ("dpo", "dpo+nll"):
+                known = other in groups and other != method
+                row.append(cell(paired(groups[other], group, answers), "+.1f") if known else "")
+            print(f"| {' | '.join(row)} |")
 
 
 def main() -> None:

