@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import study
-from study import cell, run
+from study import cell, run, sampled, sampled_accuracy
 
 from sage.config import SUMMARY_FILE
 from sage.reporting.groups import interval
@@ -51,6 +51,7 @@ class Task(NamedTuple):
     common: list[str]
     budget: int  # responses of one round, 8 to a problem
     steps: int  # of one round
+    sampling: list[str] | None = None  # for `sage eval` of each run's policy
 
 
 def arithmetic(folder: Path) -> Task:
@@ -60,12 +61,14 @@ def arithmetic(folder: Path) -> Task:
 
 
 def words(folder: Path) -> Task:
-    """A round asks a quarter of the problems. A run takes about half an hour of one core."""
+    """A round asks a quarter of the problems. The settings are the best of the study's grid."""
     task = study.words(folder)
     common = [word for word in task.common if not word.startswith("data.path=")]
     building = [word for word in task.prepare["pairs"][1:] if word not in common]
-    settings = ["optimizer.lr=1e-5", "optimizer.schedule=constant", "loss.beta=0.1"]
-    return Task([*common, *building, *task.problems["test"], *settings], budget=1600, steps=8)
+    settings = ["optimizer.lr=3e-5", "optimizer.schedule=constant", "loss.beta=0.1", "loss.nll_weight=1"]
+    assert task.sampling is not None
+    sampling = [*task.sampling, *study.given(task.problems["test"])]
+    return Task([*common, *building, *task.problems["test"], *settings], 1600, 8, sampling)
 
 
 TASKS = {"arithmetic": arithmetic, "words": words}
@@ -83,7 +86,10 @@ def commands(task: Task, folder: Path, seeds: int, options: bool) -> Iterator[tu
     for seed, (method, arm, overrides, rounds, budgets, steps) in product(range(seeds), arms):
         length = [f"rounds={rounds}", f"round.budget={budgets * task.budget}"]
         length += [f"steps={steps * task.steps}", "eval_every=0", f"seed={seed}"]
-        yield where(folder, method, arm, seed), ["rounds", *task.common, *overrides, *length]
+        run_dir = where(folder, method, arm, seed)
+        yield run_dir, ["rounds", *task.common, *overrides, *length]
+        if task.sampling is not None:
+            yield sampled(folder, run_dir), ["eval", f"model.path={run_dir / 'final'}", *task.sampling]
 
 
 # --- the tables
@@ -108,7 +114,7 @@ def total(name: str) -> Callable[[dict[str, Any]], float]:
 def table(folder: Path, seeds: int) -> None:
     print("Accuracy in percent, differences in points: means and 95% intervals over seeds (Student's t).\n")
     columns = ["seeds", "accuracy", "three rounds' lead", "responses", "sampled tokens", "pairs built"]
-    columns += ["trained", "scored"]
+    columns += ["trained", "scored", "sampled accuracy", "three rounds' lead in it"]
     print(f"| method | run | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
     for method in METHODS:
         first = finished(folder, method, "three rounds", seeds)
@@ -121,6 +127,13 @@ def table(folder: Path, seeds: int) -> None:
                 "" if arm == "three rounds" else cell(interval(lead), "+.1f"),
                 *(f"{interval([total(name)(s) for s in found.values()]).mean:,.0f}" for name in costs),
             ]
+            answers, others = (
+                {s: 100 * sampled_accuracy(folder, where(folder, method, name, s)) for s in range(seeds)}
+                for name in (arm, "three rounds")
+            )
+            row.append(cell(interval([*answers.values()]), ".1f"))
+            lead = [others[seed] - answers[seed] for seed in answers]
+            row.append("" if arm == "three rounds" else cell(interval(lead), "+.1f"))
             print(f"| {' | '.join(row)} |")
     after = [*range(ROUNDS + 1)]
     print(f"\n| accuracy after round | seeds | {' | '.join(map(str, after))} | end - SAGE's |")

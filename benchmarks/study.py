@@ -193,8 +193,13 @@ def measured(
     """The command of a run, and that which samples answers from its policy if the task asks for them."""
     yield where, words
     if task.sampling is not None:
-        problems = [word.removeprefix("+") for word in task.problems[split]]
-        yield sampled(folder, where), ["eval", f"model.path={where / 'final'}", *task.sampling, *problems]
+        words = [*task.sampling, *given(task.problems[split])]
+        yield sampled(folder, where), ["eval", f"model.path={where / 'final'}", *words]
+
+
+def given(problems: list[str]) -> list[str]:
+    """The problems as `sage eval` takes them, which has a benchmark by default."""
+    return [word.removeprefix("+") for word in problems]
 
 
 def sampled(folder: Path, where: Path) -> Path:
