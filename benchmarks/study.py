@@ -74,9 +74,8 @@ class Task(NamedTuple):
     steps: int
     every: int  # steps between evaluations
     prepare: dict[str, list[str]]  # folder -> the command that fills it, before all runs
-    sampling: list[str] | None = (
-        None  # of `sage eval` after each run, whose accuracy then chooses the settings
-    )
+    # For `sage eval` after each run. Its accuracy then chooses the settings.
+    sampling: list[str] | None = None
 
     def metric(self) -> str:
         return f"benchmark/{self.benchmark}/accuracy"
@@ -229,9 +228,12 @@ def tuned(task: Task, folder: Path, method: str) -> tuple[float, float] | None:
         runs = finished([where])
         if not runs:
             return None
-        values[lr, beta] = best(runs[0].metrics[task.metric()], task.metric())[0]
-        if task.sampling is not None:
+        if task.sampling is None:
+            values[lr, beta] = best(runs[0].metrics[task.metric()], task.metric())[0]
+        else:
             values[lr, beta] = sampled_accuracy(folder, where)
+    if any(map(math.isnan, values.values())):
+        return None
     return max(values, key=lambda key: values[key])
 
 
