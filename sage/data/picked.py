@@ -32,9 +32,9 @@ RULES = placement.RULES | {
 KEPT = pa.schema(
     [("pair_id", pa.string()), ("pass_rate", pa.float64())]
     + [(name, pa.list_(pa.int32())) for name in IDS]
-    + [("text_hash", pa.uint64())]  # whatever the tokenizer
+    + [("text_hash", pa.uint64())]
 )
-TEXTS = ("prompt", "chosen", "rejected", "tools")
+TEXTS = ("prompt", "chosen", "rejected", "tools")  # what text_hash names, whatever the tokenizer
 ENCODED = pa.schema(
     [*KEPT, ("row", pa.int64()), ("rules", pa.list_(pa.string()))]
     + [("reason", pa.string()), ("detail", pa.string())]
