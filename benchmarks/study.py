@@ -7,11 +7,11 @@
     python benchmarks/study.py list arithmetic FOLDER              the commands that are left
     python benchmarks/study.py table arithmetic FOLDER             the tables of docs/evidence.md
 
-Each method is a group of overrides. It runs on a small grid with one seed, and keeps the settings that are
-best on the validation problems. Then it runs other seeds and answers the test problems. A run is one
-`sage train` in a folder of its own: a finished one is not repeated, and a broken one goes on from its last
-checkpoint. `sage report FOLDER/test/STEPS` shows the same runs in more detail. OMP_NUM_THREADS says how many
-threads a run takes.
+Each method is a group of overrides, and METHOD+nll adds the NLL term. It runs on a small grid with one seed,
+and keeps the settings that are best on the validation problems. Then it runs other seeds and answers the test
+problems. A run is one `sage train` in a folder of its own: a finished one is not repeated, and a broken one
+goes on from its last checkpoint. `sage report FOLDER/test/STEPS` shows the same runs in more detail.
+OMP_NUM_THREADS says how many threads a run takes.
 """
 
 from __future__ import annotations
@@ -34,16 +34,14 @@ from sage.data.source import resolve_path
 from sage.reporting.groups import Group, Interval, best, final, interval, mean_curve, paired
 from sage.reporting.runs import Run, find
 
-NLL, PLAIN = "loss.nll_weight=1", "+baseline=dpo"
+PLAIN, NLL = "+baseline=dpo", "+nll"
 METHODS: dict[str, list[str]] = {
     "dpo": [PLAIN],
-    "dpo+nll": [PLAIN, NLL],
     "dpo_norm": [PLAIN, "loss=dpo_norm"],
     "omni-dpo": [PLAIN, "loss=omni_dpo"],
     "score": ["curriculum=none"],
     "curriculum": ["scorer=uniform"],
     "sage": [],
-    "sage+nll": [NLL],
     "sage, 3 candidates": ["scorer.candidates_per_pair=3"],
     "score, 3 candidates": ["curriculum=none", "scorer.candidates_per_pair=3"],
     "score, 6 candidates": ["curriculum=none", "scorer.candidates_per_pair=6"],
@@ -59,6 +57,7 @@ METHODS: dict[str, list[str]] = {
         "curriculum.high=0.67",
     ],
 }
+DEFAULT = ["dpo", "dpo+nll", "sage", "sage+nll", *(m for m in METHODS if m not in ("dpo", "sage"))]
 PER_TOKEN = 25  # times DPO's beta, about the length of a response: beta of the losses per token
 PER_TOKEN_METHODS = ("dpo_norm", "omni-dpo")
 TUNING_SEED = 100
@@ -161,11 +160,13 @@ TASKS = {"arithmetic": arithmetic, "flipped": flipped, "rare": rare, "words": wo
 
 
 def train(task: Task, method: str, lr: float, beta: float, split: str, seed: int, steps: int) -> list[str]:
-    scale = PER_TOKEN if method in PER_TOKEN_METHODS else 1
+    name = method.removesuffix(NLL)
+    scale = PER_TOKEN if name in PER_TOKEN_METHODS else 1
+    overrides = [*METHODS[name], *(["loss.nll_weight=1"] if name != method else [])]
     every = max(task.every, steps // 10)
     return [
         *["train", *task.common, *task.problems[split], "benchmark_limit=null", f"steps={steps}"],
-        *[f"eval_every={every}", f"seed={seed}", *METHODS[method]],
+        *[f"eval_every={every}", f"seed={seed}", *overrides],
         *[f"optimizer.lr={lr:g}", "optimizer.schedule=constant", f"loss.beta={beta * scale:g}"],
     ]
 
@@ -362,11 +363,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--settings", metavar="LR,BETA", help="for all methods, instead of the grid")
     args = parser.parse_args()
-    if unknown := set(args.methods) - set(METHODS):
+    if unknown := {method.removesuffix(NLL) for method in args.methods} - set(METHODS):
         parser.error(f"no such method: {', '.join(sorted(unknown))}")
     folder = args.folder.resolve()
     task = TASKS[args.task](folder)
-    args.methods = args.methods or list(METHODS)
+    args.methods = args.methods or DEFAULT
     args.steps = args.steps or task.steps
     if args.settings:
         lr, beta = map(float, args.settings.split(","))
