@@ -31,6 +31,7 @@ from sage.commands.report import report
 from sage.commands.rounds import check_attempts, rounds
 from sage.commands.rounds_pool import stay
 from sage.reporting.runs import Rounds, read
+from sage.util import checksums
 from sage.util.errors import UserError
 from sage.util.files import sha256
 from sage.util.locks import lock
@@ -189,8 +190,13 @@ class Parts:
 
     def train(self, cfg, folder: Path, skill: int) -> None:
         assert cfg.patience is None and list(cfg.benchmark) == ["arithmetic"] * bool(cfg.select)
-        for name in ("final", "best", "checkpoints"):
+        before = Path(cfg.model.path)
+        assert (before / "float32" / "skill").exists() == (before / "skill").exists()
+        for name in ("final", "checkpoints", *["best"] * bool(cfg.select)):
             self.write_text(folder / name / "skill", str(skill + self.gain))
+            if cfg.export_float32 and name != "checkpoints":
+                self.write_text(folder / name / "float32" / "skill", str(skill + self.gain))
+                checksums.seal(folder / name / "float32")
         costs = {"cost/forward_pairs": 8, "cost/backward_pairs": 4}
         best = {"best": {"value": (skill + self.gain) / 100}} if cfg.select else {}
         self.write_text(folder / "summary.json", json.dumps({"steps": cfg.steps, **costs, **best}))
@@ -435,6 +441,19 @@ def test_the_best_round_is_kept_and_patience_ends(begin, monkeypatch):
     summary = summary_of(begin("down"))
     assert summary["ended"] == "no better benchmark/arithmetic/accuracy in 2 rounds"
     assert summary["best"]["round"] == 1 and (begin("down") / "final/skill").read_text() == "9"
+    assert float32_in(begin("up")) == ["round_3/train/best/float32"]
+
+
+def float32_in(run_dir: Path) -> list[str]:
+    return sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("float32"))
+
+
+def test_float32_weights_are_kept_for_the_next_round_only_unless_asked_for(begin, monkeypatch):
+    rounds(begin("run"), Parts(monkeypatch))
+    assert float32_in(begin("run")) == ["round_3/train/final/float32"]
+    rounds(begin("all", "export_float32=true"), Parts(monkeypatch))
+    every = [f"round_{n}/train/final/float32" for n in (1, 2, 3)]
+    assert float32_in(begin("all")) == ["final/float32", *every]
 
 
 def test_mastered_problems_end_the_rounds(begin, monkeypatch):

@@ -55,6 +55,7 @@ from sage.config import (
 )
 from sage.data.pairs import load_data
 from sage.model import loading
+from sage.model.masters import MASTERS_FOLDER
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
 from sage.util import checksums, stopping
@@ -138,7 +139,8 @@ class Rounds:
         if ended:
             console.print(f"stopped after round {done} of {self.cfg.rounds}: {ended}", markup=False)
         if best:
-            link_folder(Path(policies[best].path), self.run_dir / "final")
+            without = "" if self.cfg.export_float32 else MASTERS_FOLDER
+            link_folder(Path(policies[best].path), self.run_dir / "final", without)
         self.finish(done, best, max(values, default=None), ended)
 
     def inputs(self) -> dict[str, str]:
@@ -177,11 +179,16 @@ class Rounds:
                 n: b for n, b in self.cfg.benchmark.items() if self.cfg.select == f"benchmark/{n}/accuracy"
             },
             patience=None,
+            export_float32=self.cfg.model.lora is None,  # a round must not lose what it has learned
         )
         self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)
         shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
         trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")
         check_export(trained)
+        if not self.cfg.export_float32:  # only the next round needs these
+            spent = [] if policy is self.cfg.model else [Path(policy.path)]
+            for exported in [*spent, *([folder / "train" / "final"] if self.cfg.select else [])]:
+                shutil.rmtree(exported / MASTERS_FOLDER, ignore_errors=True)
         policy = replace(self.cfg.model, path=str(trained), revision=None, adapter_path=None)
         self.evaluate(number, policy)
         return policy

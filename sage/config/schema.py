@@ -72,6 +72,9 @@ class TrainConfig(RunConfig):
     patience: int | None = key(
         None, "end the run after this many evaluations without a better `select`; null = never", low=1
     )
+    export_float32: bool = key(
+        False, "also write float32/ in best/ and final/, from which another run goes on without rounding"
+    )
     save_minutes: float = key(15.0, "minutes between checkpoints; a signal also saves one", above=0)
     save_every: int = key(0, "steps between further checkpoints; 0 = none", low=0)
     keep_checkpoints: int = key(2, "number of newest checkpoints to keep", low=1)
@@ -124,6 +127,8 @@ class TrainConfig(RunConfig):
             )
         if self.data.scores and self.reference == "online":
             raise UserError("data.scores is a cache of the reference, so it needs reference=cached")
+        if self.export_float32 and self.model.lora is not None:
+            raise UserError("export_float32=true is for runs that train all weights: leave out model.lora")
 
     def check_forward(self) -> None:
         """Check what a forward pass over the pairs needs, with or without training."""
@@ -243,8 +248,8 @@ class ScoreConfig(TrainConfig):
     def ignored(self) -> dict[str, str]:
         training = (
             "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark "
-            "benchmark_limit select patience save_minutes save_every keep_checkpoints log_every hooks "
-            "model.gradient_checkpointing engine.offload data.eval_split data.eval_limit"
+            "benchmark_limit select patience export_float32 save_minutes save_every keep_checkpoints "
+            "log_every hooks model.gradient_checkpointing engine.offload data.eval_split data.eval_limit"
         )
         if self.data.eval_path is not None:  # null makes way for data.eval_share, which leaves pairs out
             training += " data.eval_path"

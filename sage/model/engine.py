@@ -34,8 +34,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from sage.config import EngineConfig, OptimizerConfig
-from sage.model.resharding import reshard_groups, reshard_parameters
-from sage.model.sharding import check_weights, shape_of, size_of
+from sage.model.resharding import reshard_groups, reshard_parameters, share
+from sage.model.sharding import check_weights, is_split, shape_of, size_of
 from sage.model.tiles import tiled
 from sage.model.zero import deepspeed_config
 from sage.util import ranks
@@ -134,6 +134,21 @@ def gathered(weights: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(list(weights))
 
 
+def master_weight(weight: nn.Parameter) -> Tensor | None:
+    """The float32 weight behind a 16-bit one, whole on every rank; None if there is none."""
+    return deepspeed.utils.safe_get_full_fp32_param(weight)
+
+
+def set_master_weight(weight: nn.Parameter, value: Tensor) -> None:
+    """Set the float32 weight behind a 16-bit one to `value`, which is whole."""
+    if not is_split(weight):
+        deepspeed.utils.safe_set_full_fp32_param(weight, value)
+        return
+    size = deepspeed.utils.safe_get_local_fp32_param(weight).numel()
+    part = share([value.flatten()], value.numel(), size, ranks.rank())
+    deepspeed.utils.safe_set_local_fp32_param(weight, part)
+
+
 @contextmanager
 def tiles_gathered_once(policy: nn.Module) -> Iterator[None]:
     """Let the stage 3 that starts meanwhile gather the weights of a tiled module where it is called.
@@ -192,9 +207,7 @@ class Frozen(Ranks):
         if sharded:
             config = deepspeed_config(EngineConfig(zero_stage=3), dtype, max_grad_norm=0.0)
             with tiles_gathered_once(policy):
-                self.model = deepspeed.initialize(model=self.policy, config=config, dist_init_required=False)[
-                    0
-                ]
+                self.model, *_ = deepspeed.initialize(model=policy, config=config, dist_init_required=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -296,8 +309,7 @@ class Engine(Ranks):
     def load(self, folder: Path, world_size: int) -> None:
         """Read what `save` wrote, on `world_size` ranks."""
         if world_size == self.world_size or self.unwrapped:  # else nothing is sharded
-            self._load(folder)
-            return
+            return self._load(folder)
         files = [self._shard_file(folder, rank) for rank in range(world_size)]
         shards = [
             torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]

@@ -17,6 +17,7 @@ from sage.model.engine import Engine
 from sage.model.export import export as export_policy
 from sage.model.export import export_sharded, splits_into_layers
 from sage.model.forward import PairForward
+from sage.model.masters import write_masters
 from sage.model.reference import Reference
 from sage.model.sharding import is_sharded
 from sage.training import checkpoint
@@ -112,12 +113,12 @@ class Run:
         with activity(f"writing the policy to {folder.name}/"), torch.random.fork_rng(cuda):
             if is_sharded(policy) and splits_into_layers(policy):
                 export_sharded(folder, policy, self.cfg, self.base.tokenizer)
-                ranks.barrier()
-                return
-            weights = self.engine.full_state_dict()
-            if weights is not None:  # this loads an adapter, which draws random numbers
+            elif (weights := self.engine.full_state_dict()) is not None:  # on rank 0
+                # This loads an adapter, which draws random numbers.
                 export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)
-        ranks.barrier()
+            ranks.barrier()
+            if self.cfg.export_float32:
+                write_masters(self.engine, folder)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum over ranks. Along with it, they agree whether to stop or to save after this step."""

@@ -28,6 +28,7 @@ from sage.data.tokens import TokenizedPairs, tokenize_data
 from sage.losses import Loss
 from sage.model.engine import Engine, init_distributed
 from sage.model.forward import PairForward
+from sage.model.masters import read_masters
 from sage.model.reference import Absent, Scored
 from sage.model.selfcheck import settle
 from sage.scorers import Scorer, Uniform
@@ -252,6 +253,8 @@ def build_engine(
         known = check_policy(policy, base, cfg.engine, device, data.sets, cfg.data.packing)
     with activity("starting DeepSpeed"):
         engine = Engine(policy, cfg.engine, cfg.optimizer, base.dtype, device)
+        if cfg.model.lora is None and cfg.model.adapter_path is None:
+            read_masters(engine, Path(base.folder), cfg.model.path)
     with activity("checking log-probabilities under DeepSpeed"):
         layout = settle(engine, data.sets, cfg.data.packing, cfg.model.path, known)
     budget = settle_budget(cfg, run_dir, base, data.pairs, layout, machine)

@@ -20,11 +20,15 @@ CHECKSUMS_FILE = "checksums.json"
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of all files in a folder that is complete, in place of any that are there."""
+    """Write the checksums of all files in a folder that is complete, in place of any that are there.
+
+    What is in a folder with checksums of its own is left out.
+    """
 
     def unsealed() -> list[str]:
-        names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-        return sorted(name for name in names if name != CHECKSUMS_FILE)
+        inner = [file.parent for file in folder.glob(f"*/**/{CHECKSUMS_FILE}")]
+        files = (f for f in folder.rglob("*") if f.is_file() and not any(i in f.parents for i in inner))
+        return sorted(name for f in files if (name := str(f.relative_to(folder))) != CHECKSUMS_FILE)
 
     files = ranks.main_only(unsealed)
     found = {name: digest for part in ranks.gather(_digests(folder, files)) for name, digest in part.items()}

@@ -68,15 +68,16 @@ def replace_folder(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def link_folder(source: Path, target: Path) -> None:
-    """Make `target` a copy of `source`, of hard links, which take no room on the disk.
+def link_folder(source: Path, target: Path, without: str = "") -> None:
+    """Make `target` a copy of `source`, of hard links, which take no room on the disk. What is called
+    `without` is left out.
 
     Where the file system has no hard links, the files are copied.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     if temporary.exists():  # left by a kill
         shutil.rmtree(temporary)
-    shutil.copytree(source, temporary, copy_function=_link)
+    shutil.copytree(source, temporary, copy_function=_link, ignore=shutil.ignore_patterns(without))
     replace_folder(temporary, target)
 
 

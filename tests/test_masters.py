@@ -1,0 +1,140 @@
+"""A run that goes on from the export of a bfloat16 run loses nothing by its rounding."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refused
+from many_runs import ERROR_FILE, execute, freeze, weights
+from safetensors.torch import load_file, save_file
+
+from sage.util import checksums
+
+ENGINES = ("zero0", "zero1", "zero2", "zero3")
+NORM = "model.model.norm.weight"
+STILL = ["optimizer.lr=0", "steps=1"]  # a run that changes no weight
+
+
+def masters(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        k: v
+        for file in sorted((folder / "float32").glob("*.safetensors"))
+        for k, v in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def runs(request, tiny_model, pair_file, tmp_path_factory) -> dict[str, Path]:
+    """Per engine a run of small steps, and from its export a run that changes nothing."""
+    ranks, folder = request.param, tmp_path_factory.mktemp("masters")
+
+    def prepare(name: str, model: Path, engine: str, *more: str) -> Path:
+        return freeze(
+            folder / name,
+            *[
+                "model=hf",
+                f"model.path={model}",
+                f"data.path={pair_file}",
+                "+baseline=dpo",
+                f"engine={engine}",
+            ],
+            *["batch_size=4", "data.max_length=256", "micro_batch_tokens=1024", "model.dtype=bfloat16"],
+            *[f"world_size={ranks}", f"cache_dir={folder / 'cache'}", "export_float32=true", *more],
+        )
+
+    found = {e: prepare(e, tiny_model, e, "steps=3", "optimizer.lr=1e-5") for e in ENGINES}
+    execute(ranks, list(found.values()))
+    rounded = folder / "rounded_model"
+    shutil.copytree(found["zero0"] / "final", rounded, ignore=shutil.ignore_patterns("float32"))
+    after = {f"after {e}": prepare(f"after_{e}", found[e] / "final", e, *STILL) for e in ENGINES}
+    after["rounded"] = prepare("rounded", rounded, "zero0", *STILL)
+    execute(ranks, list(after.values()))
+    return found | after
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_float32_weights_go_from_run_to_run(runs, engine):
+    """Protects small steps: in most weights they are smaller than half a step of bfloat16."""
+    final, kept = weights(runs[engine] / "final"), masters(runs[engine] / "final")
+    assert {name.removeprefix("model.") for name in kept} == set(final)
+    unlike = 0
+    for name, weight in final.items():
+        value = kept[f"model.{name}"]
+        assert value.dtype == torch.float32 and torch.equal(value.bfloat16(), weight)
+        unlike += int((value != weight.float()).sum())
+    assert unlike > 0.5 * sum(weight.numel() for weight in final.values())
+    again = masters(runs[f"after {engine}"] / "final")
+    assert again.keys() == kept.keys()
+    assert all(torch.equal(again[name], value) for name, value in kept.items())
+
+
+def test_without_them_a_run_begins_with_rounded_weights(runs):
+    """Shows that the test above can fail."""
+    kept = masters(runs["rounded"] / "final")
+    assert all(torch.equal(value, value.bfloat16().float()) for value in kept.values())
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_model, pair_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    run = freeze(
+        folder / "run",
+        *["model=hf", f"model.path={tiny_model}", f"data.path={pair_file}", "+baseline=dpo", "steps=1"],
+        *["batch_size=4", "data.max_length=256", "micro_batch_tokens=1024", "model.dtype=bfloat16"],
+        *[f"cache_dir={folder / 'cache'}", "export_float32=true"],
+    )
+    execute(1, [run])
+    return run / "final"
+
+
+def test_float32_weights_that_do_not_fit_are_refused(exported, pair_file, tmp_path):
+    """Protects from training other weights than model.path holds."""
+
+    def changed(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        kept = load_file(file)
+        change(kept)
+        save_file(kept, file, {"dtype": "torch.bfloat16"})
+        checksums.seal(file.parent)
+
+    def other(file: Path) -> None:
+        changed(file, lambda kept: kept[NORM].add_(1))
+
+    def lacks(file: Path) -> None:
+        changed(file, lambda kept: kept.pop(NORM))
+
+    def damaged(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    found = {}
+    for change, dtype in ((other, "bfloat16"), (lacks, "bfloat16"), (damaged, "bfloat16"), (None, "float32")):
+        name = change.__name__ if change else "float32"
+        model = shutil.copytree(exported, tmp_path / f"model_{name}")
+        if change:
+            change(model / "float32" / "00000.safetensors")
+        found[name] = freeze(
+            tmp_path / name,
+            *["model=hf", f"model.path={model}", f"data.path={pair_file}", "+baseline=dpo", *STILL],
+            *["batch_size=4", "data.max_length=256", "micro_batch_tokens=1024", f"model.dtype={dtype}"],
+            *[f"cache_dir={tmp_path / 'cache'}", "export_float32=true"],
+        )
+    execute(1, list(found.values()))
+    said = {name: (run / ERROR_FILE).read_text() for name, run in found.items() if name != "float32"}
+    assert f"holds other weights than the model ({NORM})" in said["other"]
+    assert f"lacks weights of the model ({NORM})" in said["lacks"]
+    assert "float32 is damaged (00000.safetensors)" in said["damaged"]
+    assert all("or delete" in text for text in said.values())
+    # A float32 run reads the export itself, and writes one that is exact.
+    assert not (found["float32"] / ERROR_FILE).exists()
+    final = weights(found["float32"] / "final")
+    assert all(torch.equal(weight, final[name].bfloat16()) for name, weight in weights(exported).items())
+    assert not (found["float32"] / "final" / "float32").exists()
+
+
+def test_an_adapter_has_no_float32_weights_to_keep(train):
+    refused(train("export_float32=true", "+model/lora=default"), "export_float32=true", "model.lora")
