@@ -134,13 +134,13 @@ def gathered(weights: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(list(weights))
 
 
-def master_weight(weight: nn.Parameter) -> Tensor | None:
-    """The float32 weight behind a 16-bit one, whole on every rank; None if there is none."""
-    return deepspeed.utils.safe_get_full_fp32_param(weight)
+def master_weight(weight: nn.Parameter) -> Tensor:
+    """The float32 weight behind a trained bfloat16 one, whole on every rank. Every rank calls this."""
+    return deepspeed.utils.safe_get_full_fp32_param(weight)  # pyright: ignore
 
 
 def set_master_weight(weight: nn.Parameter, value: Tensor) -> None:
-    """Set the float32 weight behind a 16-bit one to `value`, which is whole."""
+    """Set the float32 weight behind a trained bfloat16 one to `value`, which is whole."""
     if not is_split(weight):
         deepspeed.utils.safe_set_full_fp32_param(weight, value)
         return

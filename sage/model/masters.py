@@ -7,7 +7,7 @@ FOLDER/float32 keeps it, under the names of the Policy module.
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,39 +31,31 @@ def write_masters(engine: Engine, folder: Path) -> None:
     """
     if engine.dtype == torch.float32:
         return
-    final, main = folder / MASTERS_FOLDER, ranks.rank() == 0
-    temporary = final.with_name(f".{MASTERS_FOLDER}.tmp")
+    main, temporary = ranks.rank() == 0, folder / f".{MASTERS_FOLDER}.tmp"
     if main:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-    pending: dict[str, Tensor] = {}
-    files = 0
-
-    def flush() -> None:
-        nonlocal files
-        if pending:
-            save_file(pending, temporary / f"{files:05d}.safetensors", {"dtype": str(engine.dtype)})
-            pending.clear()
-            files += 1
-
-    for name, weight in trained(engine).items():
-        value = master_weight(weight)
-        if value is None:
-            raise UserError(
-                "export_float32=true: DeepSpeed shows no float32 weights with this engine and "
-                "model.dtype: set engine=zero1 or export_float32=false"
-            )
+    for number, part in enumerate(parts(engine)):
         if main:
-            if sum(held.nbytes for held in pending.values()) + value.nbytes > PART:
-                flush()
-            pending[name] = value.cpu()
-    if main:
-        flush()
+            save_file(part, temporary / f"{number:05d}.safetensors")
     ranks.barrier()
     checksums.seal(temporary)
     if main:
-        temporary.rename(final)
+        temporary.rename(folder / MASTERS_FOLDER)
     ranks.barrier()
+
+
+def parts(engine: Engine) -> Iterator[dict[str, Tensor]]:
+    """The float32 weights in the order of the model, a file's at a time; nothing on other ranks than 0."""
+    part: dict[str, Tensor] = {}
+    for name, weight in trained(engine).items():
+        value = master_weight(weight)
+        if ranks.rank() != 0:
+            continue
+        if part and sum(held.nbytes for held in part.values()) + value.nbytes > PART:
+            yield part
+            part = {}
+        part[name] = value.cpu()
+    yield part
 
 
 def read_masters(engine: Engine, folder: Path, name: str) -> None:
@@ -80,18 +72,15 @@ def read_masters(engine: Engine, folder: Path, name: str) -> None:
     files = ranks.main_only(lambda: sorted(kept.glob("*.safetensors")))
     if not files:
         return
+    if engine.dtype == torch.float32:
+        console.print(f"{kept} is not used: this run computes in float32", markup=False)
+        return
     remedy = f"put it back, or delete {kept} to begin with the rounded weights of model.path={name}"
     if damaged := checksums.damaged(kept):
         raise UserError(f"{kept} is damaged ({named(damaged)}): {remedy}")
     left = trained(engine)
     for file in files:
         with safe_open(file, "pt") as content:
-            if (dtype := content.metadata()["dtype"]) != str(engine.dtype):
-                console.print(
-                    f"{kept} is not used: it belongs to weights in {dtype}, and this run has {engine.dtype}",
-                    markup=False,
-                )
-                return
             for key in content.keys():  # noqa: SIM118, it is no dict
                 weight, value = left.pop(key, None), content.get_tensor(key)
                 if weight is None or not is_rounding(weight, value):
@@ -107,6 +96,6 @@ def trained(engine: Engine) -> dict[str, nn.Parameter]:
 
 
 def is_rounding(weight: nn.Parameter, value: Tensor) -> bool:
-    """Whether a 16-bit weight is this float32 one, rounded. Every rank calls this."""
+    """Whether a bfloat16 weight is this float32 one, rounded. Every rank calls this."""
     with gathered([weight]):
         return torch.equal(weight.data.cpu(), value.to(weight.dtype))
