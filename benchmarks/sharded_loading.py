@@ -1,4 +1,4 @@
-"""Memory of the ranks while ZeRO-3 loads and exports a model: `python benchmarks/sharded_loading.py`.
+"""Memory of the ranks while ZeRO-3 loads a model: `python benchmarks/sharded_loading.py`.
 
 It writes a random model of Qwen2.5-0.5B's shape to a temporary folder and loads it with gloo ranks on the
 CPU. Mapped pages of the model's files are not counted: all processes share them, and the system drops them

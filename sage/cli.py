@@ -231,8 +231,8 @@ def explain(error: BaseException, word: str, arguments: Sequence[str]) -> str:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     text = "\n".join(map(str, causes))
-    for argument in arguments:
-        if advice := unreadable(argument):
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before not in WITH_VALUE and (advice := unreadable(argument)):
             return advice
     for pattern, advise in ADVICE.items():
         if match := re.search(pattern, text, re.DOTALL):
@@ -274,6 +274,9 @@ def without_plus(argument: str, key: str, text: str) -> str:
     return f"{argument}: {key} is set already: write {argument.lstrip('+')}, without the +"
 
 
+# Hydra's options whose next word is their value, and so no override.
+WITH_VALUE = {"--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"}
+WITH_VALUE |= {"--package", "-p", "--info", "-i"}
 # What Hydra raises as a bare AssertionError and ValueError.
 NULL_GROUP = "Unexpected type for root: (NoneType)"
 NOT_AN_OPTION = r"Config group override must be a string or a list\. Got (\w+)"

@@ -103,8 +103,8 @@ def preflight(cfg: RunConfig, here: bool = True) -> None:
         gpus = torch.cuda.device_count()
         if gpus and cfg.world_size > gpus:
             raise UserError(
-                f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it, or give "
-                "start=false for several machines"
+                f"world_size={cfg.world_size}: this machine has {gpus} GPUs, one per rank: lower it"
+                + ("" if isinstance(cfg, RoundsConfig) else ", or give start=false for several machines")
             )
     check_writable(Path(cfg.cache_dir).expanduser(), "cache_dir")
     check_model(cfg.model)
@@ -143,7 +143,8 @@ def check_writable(folder: Path, key: str) -> None:
             pass
     except OSError as e:
         raise UserError(
-            f"{key}={folder} cannot be written: {e.strerror}; choose another with {key}=FOLDER"
+            f"{key}={folder} cannot be written: {e.strerror}: make it writable, or choose another with "
+            f"{key}=FOLDER"
         ) from e
 
 
@@ -188,6 +189,7 @@ def run(cfg: CommandConfig, run_dir: Path) -> None:
 def requeued(cfg: RunConfig, run_dir: Path, here: bool) -> None:
     """Go on with the run in `run_dir`, which the same command line began, perhaps on other machines."""
     config.keep_budget(cfg, run_dir)
+    check_model(cfg.model)  # which takes an adapter's own settings
     differing = config.differences(cfg, config.load(run_dir))
     if keys := [key for key in differing if key not in ("world_size", "resume")]:
         raise UserError(

@@ -235,7 +235,8 @@ class Sage(Ranking):
     """The damped Newton decrement at margin level: g^2 / (h + damping * beta^2).
 
     Without damping it is exp(-u), the squared signal-to-noise ratio of the pair's gradient. It falls strictly
-    in u, so without gates and temperature it ranks as `LargestLoss` does. The damping is in units of beta^2,
+    in u, so without gates and temperature it ranks as `LargestLoss` with the same
+    `margin` does. The damping is in units of beta^2,
     so one value suits every beta.
     """
 

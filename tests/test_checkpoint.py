@@ -262,7 +262,7 @@ def test_a_run_that_starts_again_says_so(tmp_path, capsys):
 
 
 def test_a_rank_that_still_runs_is_not_joined(common, tmp_path):
-    """Protects a run from two writers: kill -9 of the launcher alone leaves its ranks running."""
+    """Protects a run from two writers: after kill -9 of the launcher alone its ranks run on for a step."""
     run = freeze(tmp_path / "run", *common)
     with FileLock(run / ".rank0.lock"):
         status, said = command("resume", str(run)).end()

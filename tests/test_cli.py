@@ -88,6 +88,13 @@ def test_a_frozen_config_of_an_earlier_version_still_loads(tmp_path):
     )
     cfg = config.load(tmp_path)
     assert (cfg.benchmark_limit, cfg.data.chat_template) == (7, False)
+    (tmp_path / "config.yaml").write_text("command: verify\nlimit: 7\npath: x\n")
+    assert config.load(tmp_path).limit == 7  # pyright: ignore
+    (tmp_path / "config.yaml").write_text(
+        "command: eval\nlimit: 7\nchat_template: false\nbenchmark: {own: {path: file.jsonl}}\n"
+        "model: {path: folder}\ngeneration: {_target_: sage.generation.HF}\n"
+    )
+    cfg = config.load(tmp_path)
     assert cfg.generation["_target_"] == "sage.answering.generation.HF"
 
 
@@ -132,6 +139,11 @@ def test_cfg_job_prints_the_config_and_runs_nothing(train, tmp_path):
     assert status == 0
     assert "_target_: sage.losses.IPO" in out and "steps: 1" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_values_of_hydras_options_are_not_taken_for_overrides(sage, train, tmp_path):
+    refused(train("loss=dpoo", flags=("--cfg", "job")), "no loss 'dpoo'", "dpo")
+    refused(train("loss=dpoo", flags=("-cd", str(tmp_path))), "no loss 'dpoo'", "dpo")
 
 
 def test_resume_usage(sage, tmp_path):
@@ -197,6 +209,7 @@ BAD_OVERRIDES = {
     "micro-batch below a pair": (["micro_batch_tokens=500"], ["micro_batch_tokens=500", "512"]),
     "more ranks than pairs": (["world_size=8"], ["batch_size=4", "world_size=8"]),
     "offload without ZeRO": (["engine.offload=true"], ["engine.offload", "zero_stage"]),
+    "hook without a class": (["+hooks.mine.every=3"], ["hooks.mine", "+hooks@hooks.mine=NAME", "_target_"]),
     "class that is not there": (["scorer._target_=sage.scorers.Nope"], ["scorer._target_=sage.scorers.Nope"]),
     "missing model": (["model.path=/no/such/model"], ["model.path=/no/such/model"]),
     "missing package": (["model.path=pkg://no_such_package/x.gguf"], ["no_such_package"]),

@@ -127,7 +127,7 @@ def test_layout_picture_names_every_room_once():
 
 
 def commands(program: str) -> list[tuple[str, list[str]]]:
-    """(page, words) of every line in a code block and every `inline` command of this program."""
+    """(page, words) of every line in a code block, every `inline` command and every line of a help text."""
     found = []
     for page in PAGES:
         text = page.read_text()
@@ -138,6 +138,9 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
             words = shlex.split(line, comments=True) if line.startswith(f"{program} ") else []
             if words[:1] == [program]:
                 found.append((page.name, words))
+    for file in sorted((REPO / "conf").glob("*.yaml")):
+        lines = re.findall(rf"^ +({program} .*?)(?:  .*)?$", file.read_text(), re.M)
+        found += [(file.name, shlex.split(line)) for line in lines if ":" not in line.split()[1]]
     return found
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -199,6 +200,23 @@ def test_the_frozen_config_tells_the_adapters_own_settings(train, adapter, tmp_p
     frozen = config.load(tmp_path / "run")
     assert isinstance(frozen, config.TrainConfig)
     assert frozen.model.lora == LoraConfig(r=4, alpha=8.0, dropout=0.0, targets=["q_proj", "v_proj"])
+    # So they must not look like other settings to a job that is requeued.
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    status, _, err = train(*given, "resume=auto")
+    assert status == 0, err
+
+
+def test_the_tokenizer_of_a_hub_model_is_that_of_its_revision(monkeypatch):
+    """Protects `sage inspect` and `sage plan`, which do not download the model, from another tokenizer."""
+    asked = []
+
+    def from_pretrained(name: str, **options: object) -> SimpleNamespace:
+        asked.append((name, options["revision"]))
+        return SimpleNamespace(eos_token_id=0)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    loading.load_tokenizer("owner/name", ModelConfig(path="owner/name", revision="v2"))
+    assert asked == [("owner/name", "v2")]
 
 
 # --- places

@@ -219,14 +219,17 @@ def test_hooks_and_warnings_are_on_the_page(tmp_path, pairs):
     overrides = ["+benchmark=gsm8k", "eval_every=5", "select=benchmark/gsm8k/accuracy", "patience=1"]
     folder = write_run(tmp_path / "run", pairs, "seed=0", *overrides, steps=15)
     with (folder / "metrics.jsonl").open("a") as f:
-        f.writelines(f'{{"step": {step}, "mine/heads": {step}}}\n' for step in range(15))
+        ours = '"rewards/chosen": 1, "sources/a/share": 1'
+        f.writelines(f'{{"step": {step}, "mine/heads": {step}, {ours}}}\n' for step in range(15))
     run = SimpleNamespace(run_dir=folder, engine=SimpleNamespace(rank=0))
     Hook().write_table(run, "heads", ["layer", "share"], [[0, 0.25], ["<b>, last", 0.5]])  # pyright: ignore
     run.engine.rank = 1
     Hook().write_table(run, "others", ["layer"], [])  # pyright: ignore
     report.report([str(folder)])
     html = (folder / "report.html").read_text()
-    assert "Metrics of hooks" in html and "mine/heads" in html
+    before, of_hooks = html.split("Metrics of hooks")
+    assert "mine/heads" in of_hooks and "rewards/chosen" not in of_hooks and "sources/a" not in of_hooks
+    assert "rewards/chosen" in before and "sources/a/share" in before
     assert "<td>&lt;b&gt;, last</td><td>0.5</td>" in html and "others" not in html
     assert "selected by test problems (benchmark/gsm8k/accuracy)" in html
     assert "1 of 1 runs ended early: run after step 15" in html

@@ -118,7 +118,8 @@ def runs(common, other_model, tmp_path_factory) -> Path:
         freeze(root / "other_pairs", *training, "data.limit=50", f"data.scores={root / 'plain'}"),
         freeze(root / "nothing_there", *training, f"data.scores={root / 'nowhere'}"),
         freeze(root / "no_reference", *training, "loss=simpo", f"data.scores={root / 'plain'}"),
-        freeze_scoring(root / "uniform", *common, "scorer=uniform", "~scorer.margin"),
+        freeze_scoring(root / "uniform", *common, "scorer=uniform"),
+        freeze_scoring(root / "constant", *common, "+scorer@scorers.easy=easy"),
         freeze(root / "moved", *moved),
         freeze(root / "moved_selected", *moved, *logit),
         freeze(root / "moved_online", *moved, "reference=online"),
@@ -316,6 +317,7 @@ def test_the_first_choice_by_scores_costs_nothing(runs):
         ("nothing_there", ("data.scores", "nowhere", "score-dataset")),
         ("no_reference", ("data.scores", "needs no reference")),
         ("uniform", ("scorer._target_=sage.scorers.Uniform", "no score")),
+        ("constant", ("scorers.easy._target_", "0 for every pair", "scorers.easy.margin=policy_mean")),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(runs, name, parts):
@@ -405,7 +407,10 @@ def test_the_summary_shows_quantiles_a_histogram_and_extremes(runs):
     with console.capture() as capture:
         show(ScoreConfig(show=2), table, scores, {"pairs": 60})
     out = capture.get()
-    assert "reference_model is null" in out and "1 pairs have no finite score, for example p0" in out
+    assert (
+        "policy and reference are the same model" in out
+        and "1 pairs have no finite score, for example p0" in out
+    )
     assert (
         sum(
             int(line.split()[-1])

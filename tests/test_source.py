@@ -311,7 +311,9 @@ def test_unreadable_sources(write, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be read"):
         load_pairs(str(tmp_path / "bad.parquet"))
     datasets.DatasetDict(test=datasets.Dataset.from_list([PLAIN])).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(UserError, match=r"no split 'train'; data\.split can be test"):
+    with pytest.raises(
+        UserError, match=r"no split 'train'; it has test\. Say which with the split.*data\.split"
+    ):
         load_pairs(str(tmp_path / "saved"))
 
 
@@ -488,7 +490,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         ("long.jsonl", f'{{"prompt": {long}}}'.encode(), "long.jsonl:1: not valid JSON"),
         ("deep.jsonl", f'{{"prompt": {deep}}}'.encode(), "deep.jsonl:1: JSON that is nested too deeply"),
         ("deep.json", deep.encode(), "nested too deeply"),
-        ("splits.json", json.dumps({"a": TWO, "b": TWO}).encode(), "it has a, b. Say which with data.split"),
+        ("splits.json", json.dumps({"a": TWO, "b": TWO}).encode(), "it has a, b. Say which with the split"),
         ("none.json", b"{}", "not an object with columns"),
         ("bad.arrow", b"no", "cannot be read"),
     ):

@@ -313,6 +313,8 @@ def test_verify_a_finished_evaluation_again(tmp_path):
     freeze(cfg, old)
     with pytest.raises(UserError, match="is not a finished evaluation"):
         verify(VerifyConfig(path=str(old)), tmp_path / "early")
+    with pytest.raises(UserError, match="limit has no effect on"):
+        verify(VerifyConfig(path=str(old), limit=1), tmp_path / "early")
     said = ["The answer is 12 apples for 4 children.", "So it is 5."]
     # What an earlier version thought: the last number counts.
     attempts = [

@@ -12,7 +12,7 @@ from sage.answering.prose import first_answer
 from sage.answering.spelling import CURRENCY
 from sage.util.thoughts import CLOSE, OPEN
 
-LONGEST = 4000  # characters; what is longer is no answer
+LONGEST = 4000  # characters of an answer that are read
 TAIL = 1000  # characters at the end of a response without a marked answer
 MARKS = 16  # how many boxes or phrases are looked at, from the end
 

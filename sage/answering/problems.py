@@ -35,7 +35,7 @@ def load_problems(
     answer_from: str = "plain",
     limit: int | None = None,
 ) -> list[Problem]:
-    """Problems from a .jsonl, .json or .parquet file, a `save_to_disk` folder or a hub name.
+    """Problems from whatever `sage.data.source.read_rows` reads: files, a folder or a hub name.
 
     A number becomes text (27.0: "27"), and the elements of a list are joined by commas. Rows with an empty
     answer, which public benchmarks have, are left out with a message. So are bad rows, up to a share of

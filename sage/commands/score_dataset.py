@@ -38,6 +38,7 @@ from sage.training.base import load_frozen, open_model, open_reference
 from sage.training.estimate import settle_budget, this_machine
 from sage.training.selection import read_margins
 from sage.training.setup import read_pairs
+from sage.util import stopping
 from sage.util.checksums import claim, intact, seal_file
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
@@ -53,8 +54,10 @@ def score_dataset(run_dir: Path) -> None:
     cfg = load(run_dir)
     assert isinstance(cfg, ScoreConfig)
     loss: Loss = build("loss", cfg.loss)
-    scorers = {"score": build_scorer("scorer", cfg.scorer)}
-    scorers |= {f"score_{name}": build_scorer(f"scorers.{name}", node) for name, node in cfg.scorers.items()}
+    alone = cfg.reference_model is None and not loss.reference_free
+    scorers = {"score": build_scorer("scorer", cfg.scorer, alone)}
+    for name, node in cfg.scorers.items():
+        scorers[f"score_{name}"] = build_scorer(f"scorers.{name}", node, alone)
     device = init_distributed()
 
     bases = {"policy": open_model(cfg.model, device, cfg.seed, cfg.cache_dir)}
@@ -84,10 +87,24 @@ def score_dataset(run_dir: Path) -> None:
         finish(cfg, run_dir, manifest, content, pairs, loss, scorers, speed)
 
 
-def build_scorer(name: str, node: dict[str, Any]) -> Scorer:
-    scorer: Scorer = build(name, node, "scorer")
+def build_scorer(key: str, node: dict[str, Any], alone: bool) -> Scorer:
+    """The scorer of a config group.
+
+    Args:
+        alone: the policy is its own reference.
+
+    Raises:
+        UserError: it gives no scores, or the same one to every pair.
+    """
+    scorer: Scorer = build(key, node, "scorer")
     if not scorer.makes_scores:
-        raise UserError(f"{name}._target_={node['_target_']} gives pairs no score: choose another")
+        raise UserError(f"{key}._target_={node['_target_']} gives pairs no score: choose another")
+    if alone and scorer.ranked_by == "implicit_reward" and not (scorer.needs_logit or scorer.margins_from):
+        raise UserError(
+            f"{key}._target_={node['_target_']} ranks by implicit rewards, which are 0 for every pair while "
+            f"the policy is its own reference: set {key}.margin=policy_mean if it takes that, or give a "
+            "reference_model"
+        )
     return scorer
 
 
@@ -252,8 +269,8 @@ def write_top(cfg: ScoreConfig, run_dir: Path, content: str, pair_ids: list[str]
     if found.content != content:
         raise UserError(
             f"{data.title()} was changed while its pairs were scored, so top={cfg.top} cannot take its rows. "
-            f"The scores are complete, in {run_dir / SCORES_FOLDER}. Put the file back, and run the same "
-            "command again: it computes nothing twice"
+            f"The scores are complete, in {run_dir / SCORES_FOLDER}. Put the file back, "
+            f"then {stopping.go_on(run_dir)}, which computes nothing twice"
         )
     table = found.table("row", "pair_id")
     rows: dict[str, list[int]] = {name: [] for name in data.sources}
@@ -270,10 +287,10 @@ def write_top(cfg: ScoreConfig, run_dir: Path, content: str, pair_ids: list[str]
 
 def show(cfg: ScoreConfig, table: pa.Table, scores: np.ndarray, summary: dict[str, Any]) -> None:
     """Print the summary: quantiles per stratum, a histogram, and `show` pairs of each extreme."""
-    if cfg.reference_model is None:
+    if not table["margin"].to_numpy().any():
         console.print(
-            "reference_model is null: policy and reference are the same model, so every margin (implicit "
-            "reward) is 0; policy_mean and the logit level still distinguish pairs"
+            "policy and reference are the same model, so every margin (implicit reward) is 0. policy_mean "
+            "and the logit level still distinguish pairs"
         )
     finite = np.isfinite(scores)
     if broken := table["pair_id"].filter(pa.array(~finite)).to_pylist():

@@ -146,6 +146,12 @@ def verify_evaluation(cfg: VerifyConfig, source: Path, run_dir: Path) -> None:
     from sage.answering.accuracy import measure, table
     from sage.answering.attempts import GENERATIONS_FILE, read_attempts, write_lines
 
+    unread = ("split", "columns", "answer_from", "output", "limit")
+    if given := [key for key in unread if getattr(cfg, key) != getattr(VerifyConfig(), key)]:
+        raise UserError(
+            f"{given[0]} has no effect on {source}: of an evaluation, all responses are verified: "
+            "leave it out"
+        )
     evaluation = load(source)
     if not isinstance(evaluation, EvalConfig) or not (source / SUMMARY_FILE).is_file():
         raise UserError(

@@ -91,7 +91,8 @@ def class_of(key: str, node: Mapping[str, Any], group: str | None = None) -> Any
     """
     group = group or key
     if "_target_" not in node:
-        raise UserError(f"{key}: choose one with {group}=NAME, or give {key}._target_")
+        option = group if key == group else f"+{group}@{key}"
+        raise UserError(f"{key}: choose one with {option}=NAME, or give {key}._target_")
     target = node["_target_"]
     try:
         cls = get_class(target)

@@ -15,7 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sage.config.checks import check
 from sage.config.command import CommandConfig
-from sage.config.keys import RENAMED, known_keys, refusal, refuse_altered, refuse_ignored, unknown_keys
+from sage.config.keys import (
+    RENAMED,
+    known_keys,
+    refusal,
+    refuse_altered,
+    refuse_ignored,
+    schema_keys,
+    unknown_keys,
+)
 from sage.config.registry import SCHEMAS
 from sage.config.schema import TrainConfig
 from sage.util.errors import UserError, first_line
@@ -94,7 +102,10 @@ def read_frozen(run_dir: Path) -> DictConfig:
 
 def up_to_date(written: dict[str, Any]) -> dict[str, Any]:
     """The content of a frozen config, with the keys and classes that an earlier version named otherwise."""
+    known = set(schema_keys(SCHEMAS[written["command"]])) if "command" in written else ()
     for old, new in RENAMED.items():
+        if old in known:  # `limit` is a key of `sage verify`
+            continue
         *groups, name = old.split(".")
         node = written
         for group in groups:

@@ -107,7 +107,7 @@ class OptimizerConfig:
     max_grad_norm: float = key(1.0, "clip the global gradient norm to this value; 0 = never", low=0)
     schedule: str = key("cosine", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = key(
-        0.1, "share of all steps in which the learning rate rises linearly from 0", low=0, high=1
+        0.1, "share of all steps in which the learning rate rises linearly to its peak", low=0, high=1
     )
     min_lr_ratio: float = key(0.0, "the schedule ends at this share of the peak", low=0, high=1)
     implementation: str = key(

@@ -68,12 +68,12 @@ class RoundsConfig(TrainConfig):
     )
 
     def check(self) -> None:
-        TrainConfig.check(replace(self, patience=None))  # which counts rounds here, not evaluations
         if self.data.problems.path is None:
             raise UserError(
                 "data.problems is not set: choose data=gsm8k, or give your own problems with "
                 "data.problems.path=FILE"
             )
+        TrainConfig.check(replace(self, patience=None))  # which counts rounds here, not evaluations
         check_prompt("data.problems", self.data.problems)
         check_target("generation", self.generation)
         metrics = [f"benchmark/{name}/accuracy" for name in self.benchmark]

@@ -139,7 +139,10 @@ def _unwrap(name: str, value: dict[str, Any], split: str) -> list[Any] | None:
         # Beside rows there may be a version. Beside a row's tools there is its prompt.
         lists = {key: rows for key, rows in lists.items() if key in WRAPPERS}
     if len(lists) > 1:
-        raise UserError(f"{name}: no list {split!r}; it has {', '.join(lists)}. Say which with data.split")
+        raise UserError(
+            f"{name}: no list {split!r}; it has {', '.join(lists)}. Say which with the "
+            "split that goes with this path, such as data.split"
+        )
     found = next(iter(lists.values()), None)
     return found and [_from_viewer(row) for row in found]
 

@@ -215,7 +215,7 @@ def _folder_files(path: str, folder: Path, split: str) -> list[Path]:
         names = ", ".join(file.name for file in left[:5])
         raise UserError(
             f"{path}: {names} would not be read: of a folder, datasets takes one kind of file, and if names "
-            f"say the split, no others. Give the files that you mean as a glob, such as data.path='{path}/*'"
+            f"say the split, no others. Give the files that you mean as a glob, such as '{path}/*'"
         )
     return files
 
@@ -235,6 +235,9 @@ def _dataset(path: str, split: str) -> datasets.Dataset:
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise UserError(f"{path}: no split {split!r}; data.split can be {', '.join(map(str, data))}")
+            raise UserError(
+                f"{path}: no split {split!r}; it has {', '.join(map(str, data))}. Say which with "
+                "the split that goes with this path, such as data.split"
+            )
         data = data[split]
     return data  # pyright: ignore

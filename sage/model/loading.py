@@ -69,7 +69,7 @@ def load_tokenizer(folder: str, cfg: ModelConfig) -> transformers.PreTrainedToke
     Raises:
         UserError: the folder has none that can be read, or it has no end token.
     """
-    tokenizer = _read_tokenizer(folder, "model.path", cfg.path, cfg.trust_remote_code)
+    tokenizer = _read_tokenizer(folder, "model.path", cfg.path, cfg.trust_remote_code, cfg.revision)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path={cfg.path}: its tokenizer has no end token (eos_token)")
     adapter = resolve_path(cfg.adapter_path) if cfg.adapter_path else ""
@@ -80,10 +80,12 @@ def load_tokenizer(folder: str, cfg: ModelConfig) -> transformers.PreTrainedToke
 
 
 def _read_tokenizer(
-    folder: str, name: str, value: str, trust_remote_code: bool
+    folder: str, name: str, value: str, trust_remote_code: bool, revision: str | None = None
 ) -> transformers.PreTrainedTokenizerBase:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:  # a folder has no revision, and a hub name has one for `sage inspect`
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as e:  # transformers reports files that are missing or broken with many types
         if not any(any(Path(folder).glob(pattern)) for pattern in VOCABULARIES):
             raise UserError(

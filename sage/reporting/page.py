@@ -26,6 +26,8 @@ from sage.training.pair_log import FOLDER as SAMPLES_FOLDER
 CURVES = (
     "loss",
     "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
     "policy_margins",
     "rewards/accuracies",
     "policy_accuracies",
@@ -158,6 +160,7 @@ def curves(groups: Sequence[Group], colors: Sequence[str]) -> list[tuple[str, li
         "Accuracy on problems": benchmark,
         "Held-out pairs": [f"eval/{n}" for n in CURVES if f"eval/{n}" in names],
         "Training pairs": [n for n in CURVES if n in names],
+        "Sources of the training pairs": sorted(n for n in names if n.startswith("sources/")),
         "Selection": sorted(n for n in names if n.startswith("selection/")),
         "Signal-to-noise ratio of updates": snr,
         "Metrics of hooks": sorted(
@@ -174,7 +177,8 @@ def curves(groups: Sequence[Group], colors: Sequence[str]) -> list[tuple[str, li
 
 
 def of_sage(metric: str) -> bool:
-    return metric.startswith(("benchmark/", "selection/", "curriculum/", "cost/", "time/", "snr/"))
+    groups = ("benchmark/", "selection/", "curriculum/", "cost/", "time/", "snr/", "sources/")
+    return metric.startswith(groups)
 
 
 def over_axes(groups: Sequence[Group], colors: Sequence[str], metric: str, points: int) -> dict[str, str]:

@@ -65,8 +65,9 @@ def refusal(error: BaseException) -> UserError | None:
     no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if no_memory or any(words in str(error) for words in NO_MEMORY):
         return UserError(
-            f"out of memory: {first_line(error)}. Lower micro_batch_tokens and data.max_length, set "
-            "model.gradient_checkpointing=true, or choose an engine that shards or offloads"
+            f"out of memory: {first_line(error)}. To train or score pairs, lower micro_batch_tokens and "
+            "data.max_length, set model.gradient_checkpointing=true, or choose an engine that shards or "
+            "offloads. To sample responses, lower generation.batch_size"
         )
     return None
 

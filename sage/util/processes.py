@@ -196,7 +196,7 @@ def explain(rank: Rank, world_size: int, go_on: str) -> int:
     peak = f"peak {rank.peak_gb:.1f} of {total:.1f} GB"
     cause = f" ({peak})"
     if -status == signal.SIGKILL and world_size * rank.peak_gb > total / 2:
-        cause = f": probably out of memory ({peak}); lower micro_batch_tokens"
+        cause = f": probably out of memory ({peak}); lower micro_batch_tokens, or generation.batch_size"
     if -status == signal.SIGPROF:  # see sage.util.limits
         cause = ": the model's chat template computes without end; choose another with data.chat_template"
     stopping.tell(f"error: rank {rank.number} was killed by signal {-status}{cause}; then {go_on}")
