@@ -215,6 +215,7 @@ def resume(
     Raises:
         UserError: there is no such run, it is finished, or more steps would change those that it has done.
     """
+    run_dir = run_dir.absolute()
     cfg = config.load(run_dir)
     if not isinstance(cfg, RunConfig):
         raise UserError(f"{run_dir}: `sage {cfg.command}` has no state to continue from: start it again")
@@ -237,8 +238,13 @@ def resume(
         if longer or cfg.world_size != before:
             if alive(run_dir):
                 raise UserError(f"a rank of {run_dir} still runs: wait for it, or kill it")
+            if isinstance(cfg, RoundsConfig):
+                from sage.commands.rounds import claim_inputs  # here, because it loads torch and transformers
+
+                claim_inputs(cfg, run_dir)
             config.write(cfg, run_dir)
-            (run_dir / config.SUMMARY_FILE).unlink(missing_ok=True)
+            if (summary := run_dir / config.SUMMARY_FILE).exists():  # the run may not come to another
+                summary.replace(summary.with_name("summary.superseded.json"))
         work(cfg, run_dir, here)
 
 

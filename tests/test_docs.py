@@ -166,5 +166,7 @@ def test_sage_commands_in_the_docs_compose(page, words):
 
 def test_files_in_the_docs_exist():
     for page in PAGES:
-        for path in re.findall(r"\b((?:scripts|docs|tests|conf|sage)/[\w./-]+\.\w+)", page.read_text()):
+        for path in re.findall(
+            r"\b((?:scripts|docs|tests|conf|sage|benchmarks)/[\w./-]+\.\w+)", page.read_text()
+        ):
             assert (REPO / path).exists() or (page.parent / path).exists(), f"{page.name}: {path}"

@@ -28,8 +28,9 @@ from sage.commands.build_pairs import other_attempts
 from sage.commands.more import give_rounds
 from sage.commands.pairing import make_pairs
 from sage.commands.report import report
-from sage.commands.rounds import check_attempts, rounds
+from sage.commands.rounds import rounds
 from sage.commands.rounds_pool import stay
+from sage.commands.rounds_results import check_attempts
 from sage.reporting.runs import Rounds, read
 from sage.util import checksums
 from sage.util.errors import UserError
@@ -197,7 +198,8 @@ class Parts:
             if cfg.export_float32 and name != "checkpoints":
                 self.write_text(folder / name / "float32" / "skill", str(skill + self.gain))
                 checksums.seal(folder / name / "float32")
-        costs = {"cost/forward_pairs": 8, "cost/backward_pairs": 4}
+        costs = {"cost/forward_pairs": 8, "cost/backward_pairs": 4, "float32": cfg.export_float32}
+        costs["before"] = {"benchmark/arithmetic/accuracy": skill / 100}
         best = {"best": {"value": (skill + self.gain) / 100}} if cfg.select else {}
         self.write_text(folder / "summary.json", json.dumps({"steps": cfg.steps, **costs, **best}))
 
@@ -247,7 +249,7 @@ def results(run_dir: Path) -> dict[str, bytes]:
     """Every file that does not say how long something took, or what a killed training did after its last
     checkpoint. Manifests and the metadata of tables name the run's folder."""
     timed, here = ("summary.json", "metrics.jsonl", "times.jsonl", "config.yaml"), str(run_dir).encode()
-    timed += ("metrics.superseded.jsonl",)
+    timed += ("metrics.superseded.jsonl", "summary.superseded.json")
     found = {name: data for name, data in files(run_dir).items() if not name.endswith(timed)}
     for name in found:
         if name.endswith(".parquet"):
@@ -441,7 +443,12 @@ def test_the_best_round_is_kept_and_patience_ends(begin, monkeypatch):
     rounds(begin("down", select, "patience=2", "rounds=9"), Parts(monkeypatch, gain=-1, skill=10))
     summary = summary_of(begin("down"))
     assert summary["ended"] == "no better benchmark/arithmetic/accuracy in 2 rounds"
-    assert summary["best"]["round"] == 1 and (begin("down") / "final/skill").read_text() == "9"
+    # No round was better than the first policy, so that is kept.
+    assert summary["best"] == {"metric": select[7:], "value": 0.1, "round": 0}
+    assert (
+        len(summary["rounds"]) == 3
+        and summary["after"][select[7:]] == summary["rounds"][0]["benchmarks"]["arithmetic"]["accuracy"]
+    )
     assert float32_in(begin("up")) == ["round_3/train/best/float32"]
 
 
@@ -455,6 +462,30 @@ def test_float32_weights_are_kept_for_the_next_round_only_unless_asked_for(begin
     rounds(begin("all", "export_float32=true"), Parts(monkeypatch))
     every = [f"round_{n}/train/final/float32" for n in (1, 2, 3)]
     assert float32_in(begin("all")) == ["final/float32", *every]
+
+
+def test_training_again_what_began_with_deleted_weights_is_refused(begin, monkeypatch):
+    """Protects from rounded weights in place of the float32 ones, which the round before no longer has."""
+    run_dir = begin("run")
+    rounds(run_dir, Parts(monkeypatch))
+    expected = results(run_dir)
+    (run_dir / "summary.json").unlink()
+    for number in (3, 2):
+        shutil.rmtree(run_dir / f"round_{number}" / "train")
+        with pytest.raises(UserError, match=rf"was deleted after it: delete .*round_{number - 1}/train too"):
+            rounds(run_dir, Parts(monkeypatch))
+    shutil.rmtree(run_dir / "round_1" / "train")
+    rounds(run_dir, Parts(monkeypatch))
+    assert results(run_dir) == expected
+
+
+def test_an_export_that_is_gone_is_named(begin, monkeypatch):
+    rounds(begin("run"), Parts(monkeypatch))
+    (begin("run") / "summary.json").unlink()
+    shutil.rmtree(begin("run") / "round_3" / "train" / "final")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"round_3/train/final is missing: delete .*round_3/train, and"):
+            rounds(begin("run"), Parts(monkeypatch))
 
 
 def test_mastered_problems_end_the_rounds(begin, monkeypatch):
@@ -576,6 +607,8 @@ def test_a_verifier_that_times_out_on_everything(capsys):
         (["patience=2"], ["select=benchmark/NAME/accuracy"]),
         (["round.budget=7"], ["round.budget=7", "pairing.samples=8"]),
         (["rounds=0"], ["rounds=0", "at least 1"]),
+        (["sampling.temperature=0"], ["sampling.temperature=0", "pairing.samples=8", "all the same"]),
+        (["sampling.temperature=0.5", "round.temperatures=[1]"], ["sampling.temperature", "no effect"]),
         (["start=false"], ["start=false"]),
         (["data.path=x.jsonl"], ["data.path has no effect", "data.problems"]),
         (["data.problems.path=null"], ["data.problems is not set", "data.problems.path=FILE"]),
@@ -674,7 +707,12 @@ def test_more_rounds_are_those_of_a_longer_run(begin, monkeypatch, sage, tmp_pat
     refused(sage("resume", run_dir, "rounds=1"), "rounds=1", "has done 1 already")
     refused(sage("resume", run_dir, "steps=9"), "steps=9 is for `sage train`", "rounds=N")
     refused(sage("resume", run_dir, "rounds=3", "start=false"), "start=false")
-    assert config.load(begin("run")).rounds == 1  # pyright: ignore
+    problems = tmp_path / "problems.jsonl"
+    before = problems.read_text()
+    problems.write_text(before.replace("Q1", "Other"))
+    refused(sage("resume", run_dir, "rounds=3"), "another data.problems.path")
+    assert config.load(begin("run")).rounds == 1 and (begin("run") / "summary.json").exists()  # pyright: ignore
+    problems.write_text(before)
     assert sage("resume", run_dir, "rounds=3")[0] == 0
     assert results(begin("run")) == results(begin("whole"))
 

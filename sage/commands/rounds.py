@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from filelock import Timeout
 
 from sage import config
 from sage.answering.asking import Outcome, choose
-from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE, Attempt
+from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE
 from sage.answering.problems import Problem, read_problems
 from sage.commands.build_pairs import MANIFEST_FILE, intact
 from sage.commands.rounds_parts import PROBLEMS_FILE, Parts
@@ -37,7 +37,9 @@ from sage.commands.rounds_pool import training_pairs
 from sage.commands.rounds_results import (
     OUTCOMES_FILE,
     attempts_in,
+    check_attempts,
     check_export,
+    check_masters,
     read_json,
     read_outcomes,
     results,
@@ -98,6 +100,29 @@ def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
         held.release()
 
 
+def claim_inputs(cfg: RoundsConfig, run_dir: Path) -> None:
+    """Note fingerprints of what several rounds read, which must not change between them.
+
+    Raises:
+        UserError: one is not what it was when the rounds began.
+    """
+
+    def weights(model: ModelConfig) -> str:
+        return loading.fingerprint(loading.resolve_model(model, cfg.cache_dir), model.adapter_path)
+
+    problems = {"data.problems": cfg.data.problems}
+    problems |= {f"benchmark.{name}": benchmark for name, benchmark in cfg.benchmark.items()}
+    found = {"model.path": weights(cfg.model)}
+    found |= {
+        f"{n}.path": digest([asdict(p) for p in read_problems(source)]) for n, source in problems.items()
+    }
+    if cfg.reference_model is not None:
+        found["reference_model"] = weights(ModelConfig(cfg.reference_model))
+    if cfg.data.eval_path is not None:
+        found["data.eval_path"] = load_data(cfg.data, cfg.cache_dir, held_out=True).content
+    checksums.claim(run_dir / BEGUN_FILE, found)
+
+
 @dataclass
 class Rounds:
     """The rounds of one config; they are numbered from 1."""
@@ -114,8 +139,8 @@ class Rounds:
         return read_problems(self.cfg.data.problems)
 
     def run(self) -> None:
-        checksums.claim(self.run_dir / BEGUN_FILE, self.inputs())
-        policies, values, ended = [self.cfg.model], [], None
+        claim_inputs(self.cfg, self.run_dir)
+        policies, values, ended = [self.cfg.model], list[float](), None
         criterion = Criterion.of(self.cfg.select) if self.cfg.select else None
         best, stale = 0, 0  # the round of the best policy, and the rounds since then
         self.evaluate(0, policies[0])
@@ -128,8 +153,10 @@ class Rounds:
             if criterion is None:
                 best = number
                 continue
-            value = read_json(self.folder(number) / "train" / SUMMARY_FILE)["best"]["value"]
-            better = criterion.improves(value, max(values, default=None))
+            trained = read_json(self.folder(number) / "train" / SUMMARY_FILE)
+            value = trained["best"]["value"]
+            values = values or [trained["before"][criterion.metric]]  # of the first policy
+            better = criterion.improves(value, max(values))
             values.append(value)
             best, stale = (number, 0) if better else (best, stale + 1)
             if self.cfg.patience is not None and stale >= self.cfg.patience:
@@ -138,27 +165,10 @@ class Rounds:
         done = len(policies) - 1
         if ended:
             console.print(f"stopped after round {done} of {self.cfg.rounds}: {ended}", markup=False)
-        if best:
+        if done:  # if no round was better, the best policy of the first is the one that it started from
             without = "" if self.cfg.export_float32 else MASTERS_FOLDER
-            link_folder(Path(policies[best].path), self.run_dir / "final", without)
-        self.finish(done, best, max(values, default=None), ended)
-
-    def inputs(self) -> dict[str, str]:
-        """Fingerprints of what several rounds read, which must not change between them."""
-        cfg, benchmarks = self.cfg, self.cfg.benchmark.items()
-        found = {
-            "model.path": self.weights(cfg.model),
-            "data.problems.path": digest([asdict(problem) for problem in self.problems]),
-            **{f"benchmark.{n}.path": digest([asdict(p) for p in read_problems(b)]) for n, b in benchmarks},
-        }
-        if cfg.reference_model is not None:
-            found["reference_model"] = self.weights(ModelConfig(cfg.reference_model))
-        if cfg.data.eval_path is not None:
-            found["data.eval_path"] = load_data(cfg.data, cfg.cache_dir, held_out=True).content
-        return found
-
-    def weights(self, model: ModelConfig) -> str:
-        return loading.fingerprint(loading.resolve_model(model, self.cfg.cache_dir), model.adapter_path)
+            link_folder(Path(policies[max(best, 1)].path), self.run_dir / "final", without)
+        self.finish(done, best, max(values, default=0.0), ended)
 
     def round(self, number: int, policy: ModelConfig) -> ModelConfig:
         """Do one round with the policy of the round before. Returns the new policy."""
@@ -181,6 +191,8 @@ class Rounds:
             patience=None,
             export_float32=self.cfg.model.lora is None,  # a round must not lose what it has learned
         )
+        if number > 1:
+            check_masters(self.folder(number - 1), Path(policy.path), folder / "train")
         self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)
         shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
         trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")
@@ -305,35 +317,18 @@ class Rounds:
 
     # --- the summary
 
-    def finish(self, done: int, best: int, value: float | None, ended: str | None) -> None:
+    def finish(self, done: int, best: int, value: float, ended: str | None) -> None:
         found = [results(self.run_dir, number, list(self.cfg.benchmark)) for number in range(done + 1)]
         after = {f"benchmark/{n}/accuracy": b["accuracy"] for n, b in found[best]["benchmarks"].items()}
         summary = {
             "name": self.cfg.name,
             "rounds": found,
             "ended": ended,
-            "best": self.cfg.select and {"metric": self.cfg.select, "value": value, "round": best},
+            "best": self.cfg.select
+            and {"metric": self.cfg.select, "value": value or after[self.cfg.select], "round": best},
             "after": after,
-            "final": str(self.run_dir / "final") if best else self.cfg.model.path,
+            "final": str(self.run_dir / "final") if done else self.cfg.model.path,
         }
         write_json(self.run_dir / SUMMARY_FILE, summary)
         console.print(table(found))
         console.print(f"policy: {summary['final']}\n`sage report {self.run_dir}` shows more", markup=False)
-
-
-def check_attempts(number: int, attempts: Sequence[Attempt], file: Path) -> None:
-    """Refuse a round in which no answer could be compared in time: its right answers would count as wrong."""
-    answered = [a for a in attempts if a.extracted is not None]
-    lost = sum(a.undecided for a in answered)
-    if lost and lost == len(answered):
-        raise UserError(
-            f"round {number}: the verifier timed out or crashed on all {lost} answers, so none counts as "
-            f"right: is the machine overloaded, or are the true answers no formulas? See {file}. To sample "
-            f"and verify again, delete {file.parent}, then {stopping.go_on(file.parents[2])}"
-        )
-    if lost:
-        console.print(
-            f"round {number}: the verifier timed out or crashed on {lost} of {len(answered)} answers: they "
-            "count as not right, and make no pair",
-            markup=False,
-        )

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from sage.answering.problems import read_problems
 from sage.commands.build_pairs import PAIRS_FILE
 from sage.commands.rounds_parts import Parts
-from sage.commands.rounds_results import OLDER_FOLDER, POOL_FILE
+from sage.commands.rounds_results import OLDER_FOLDER, POOL_FILE, whole
 from sage.config import SUMMARY_FILE, ModelConfig, ScoreConfig
 from sage.model.reference import SCORES_FOLDER
 from sage.util import checksums
@@ -44,10 +44,14 @@ def training_pairs(parts: Parts, number: int, policy: ModelConfig) -> Path:
         reference_model=None,
     )
     parts.do(scoring, folder, folder / SUMMARY_FILE)
-    table = pq.read_table(folder / SCORES_FOLDER, columns=["pair_id", "policy_mean"])
+    with whole(folder / SCORES_FOLDER):
+        table = pq.read_table(folder / SCORES_FOLDER, columns=["pair_id", "policy_mean"])
     margins = dict(zip(*(table[name].to_pylist() for name in ("pair_id", "policy_mean")), strict=True))
     asked = {problem.problem_id for problem in read_problems(parts.asked(number))}
-    with older.open(encoding="utf-8") as opened:  # `splitlines` would also split at U+2028 in a response
+    with (
+        whole(older),
+        older.open(encoding="utf-8") as opened,
+    ):  # `splitlines` would also split at U+2028 in a response
         lines = list(opened)
     kept = stay(lines, margins, asked, parts.cfg.round.keep)
     write_text(file, new.read_text(encoding="utf-8") + "".join(kept))

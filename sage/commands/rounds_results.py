@@ -17,11 +17,13 @@ from sage.answering.attempts import GENERATIONS_FILE, Attempt, read_attempts
 from sage.commands.build_pairs import MANIFEST_FILE
 from sage.commands.evaluate import compare_attempts
 from sage.config import SUMMARY_FILE, RoundsConfig, load
+from sage.model.masters import MASTERS_FOLDER
 from sage.reporting.rounds import RoundsRun
-from sage.util import checksums
+from sage.util import checksums, stopping
 from sage.util.errors import UserError
 from sage.util.files import write_text
 from sage.util.locks import alive
+from sage.util.progress import console
 
 OUTCOMES_FILE, TIMES_FILE = "outcomes.jsonl", "times.jsonl"
 OLDER_FOLDER, POOL_FILE = "older", "pool.jsonl"
@@ -94,11 +96,29 @@ def whole(file: Path) -> Iterator[None]:
 def check_export(folder: Path) -> None:
     """Seal the policy that a round has exported, or check that it is still as it was sealed."""
     if not (folder / checksums.CHECKSUMS_FILE).exists():
+        with whole(folder):
+            if not any(folder.iterdir()):
+                raise FileNotFoundError
         checksums.seal(folder)
         return
     for name in checksums.damaged(folder):
         with whole(file := folder / name):
             raise ValueError if file.exists() else FileNotFoundError
+
+
+def check_masters(before: Path, policy: Path, train: Path) -> None:
+    """Refuse to train a round again if the float32 weights that it began with were deleted after it.
+
+    Args:
+        before: the folder of the round before, whose training has left `policy`.
+        train: the folder of the training, which may be finished.
+    """
+    kept, wanted = policy / MASTERS_FOLDER, read_json(before / "train" / SUMMARY_FILE).get("float32")
+    if wanted and not kept.is_dir() and not (train / SUMMARY_FILE).exists():
+        raise UserError(
+            f"{kept}, which this round begins with, was deleted after it: delete {before / 'train'} too, and "
+            "resume the rounds, which train both again"
+        )
 
 
 def attempts_in(folder: Path, number: int) -> list[Attempt]:
@@ -108,6 +128,24 @@ def attempts_in(folder: Path, number: int) -> list[Attempt]:
         if len(found := read_attempts(file)) != number:
             raise ValueError(f"{len(found)} of {number} responses")
         return found
+
+
+def check_attempts(number: int, attempts: Sequence[Attempt], file: Path) -> None:
+    """Refuse a round in which no answer could be compared in time: its right answers would count as wrong."""
+    answered = [a for a in attempts if a.extracted is not None]
+    lost = sum(a.undecided for a in answered)
+    if lost and lost == len(answered):
+        raise UserError(
+            f"round {number}: the verifier timed out or crashed on all {lost} answers, so none counts as "
+            f"right: is the machine overloaded, or are the true answers no formulas? See {file}. To sample "
+            f"and verify again, delete {file.parent}, then {stopping.go_on(file.parents[2])}"
+        )
+    if lost:
+        console.print(
+            f"round {number}: the verifier timed out or crashed on {lost} of {len(answered)} answers: they "
+            "count as not right, and make no pair",
+            markup=False,
+        )
 
 
 def write_outcomes(folder: Path, attempts: Sequence[Attempt]) -> None:

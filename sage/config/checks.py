@@ -20,6 +20,7 @@ from sage.util.errors import UserError
 
 if TYPE_CHECKING:
     from sage.config.command import CommandConfig
+    from sage.config.schema import TrainConfig
 
 # Group -> the class that its `_target_` must extend. By name, so that `sage --help` does not import torch.
 BASES = {
@@ -221,3 +222,13 @@ def check_patience(patience: int | None, select: str | None, eval_every: int) ->
 def check_prompt(name: str, problems: ProblemsConfig) -> None:
     if "{problem}" not in problems.prompt:
         raise UserError(f"{name}.prompt must hold {{problem}}, the place of the problem's text")
+
+
+def check_building(cfg: TrainConfig) -> None:
+    """Check what builds pairs from problems."""
+    check_prompt("data.problems", cfg.data.problems)
+    if cfg.sampling.temperature == 0 and cfg.pairing.samples > 1:
+        raise UserError(
+            f"sampling.temperature=0: the pairing.samples={cfg.pairing.samples} responses to a problem are "
+            "all the same, so none is right beside a wrong one: set sampling.temperature=1"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from sage.config.checks import check_prompt, check_target
+from sage.config.checks import check_building, check_target
 from sage.config.command import RunConfig
 from sage.config.data import DataConfig, PairColumns, ProblemsConfig
 from sage.config.groups import key
@@ -73,8 +73,11 @@ class RoundsConfig(TrainConfig):
                 "data.problems is not set: choose data=gsm8k, or give your own problems with "
                 "data.problems.path=FILE"
             )
-        TrainConfig.check(replace(self, patience=None))  # which counts rounds here, not evaluations
-        check_prompt("data.problems", self.data.problems)
+        temperature = min(self.round.temperatures, default=self.sampling.temperature)
+        # Patience counts rounds here, not evaluations.
+        checked = replace(self, patience=None, sampling=replace(self.sampling, temperature=temperature))
+        check_building(checked)
+        TrainConfig.check(checked)
         check_target("generation", self.generation)
         metrics = [f"benchmark/{name}/accuracy" for name in self.benchmark]
         if self.select is not None and self.select not in metrics:
@@ -128,4 +131,7 @@ class RoundsConfig(TrainConfig):
     def ignored(self) -> dict[str, str]:
         keys = ("path", "sources", "split", "limit", "columns", "scores", "build", "answers")
         reason = "which builds the pairs of each round from data.problems"
-        return {**RunConfig.ignored(self), **because(reason, *(f"data.{name}" for name in keys))}
+        ignored = {**RunConfig.ignored(self), **because(reason, *(f"data.{name}" for name in keys))}
+        if self.round.temperatures:
+            ignored |= because("since round.temperatures has that of each round", "sampling.temperature")
+        return ignored

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sage.config.checks import check_benchmarks, check_patience, check_prompt, check_sources, check_target
+from sage.config.checks import check_benchmarks, check_building, check_patience, check_sources, check_target
 from sage.config.command import CommandConfig, RunConfig
 from sage.config.data import ChatConfig, DataConfig, ProblemsConfig, ResponseColumns
 from sage.config.groups import EngineConfig, OptimizerConfig, PairingConfig, TrackingConfig, key
@@ -94,7 +94,7 @@ class TrainConfig(RunConfig):
         check_benchmarks(self.benchmark)
         check_patience(self.patience, self.select, self.eval_every)
         if not self.data.has_pairs:
-            check_prompt("data.problems", self.data.problems)
+            check_building(self)
         if self.steps is None and self.epochs is None:
             raise UserError("the length of the run is not set: give steps=N or epochs=X")
         if self.steps is not None and self.epochs is not None:
@@ -200,7 +200,7 @@ class BuildPairsConfig(TrainConfig):
                 "data.problems is not set: choose data=gsm8k, or give your own problems with "
                 "data.problems.path=FILE"
             )
-        check_prompt("data.problems", self.data.problems)
+        check_building(self)
 
     def ignored(self) -> dict[str, str]:
         used = (*(f.name for f in fields(RunConfig)), "data", "pairing")

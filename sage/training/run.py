@@ -17,7 +17,7 @@ from sage.model.engine import Engine
 from sage.model.export import export as export_policy
 from sage.model.export import export_sharded, splits_into_layers
 from sage.model.forward import PairForward
-from sage.model.masters import write_masters
+from sage.model.masters import MASTERS_FOLDER, write_masters
 from sage.model.reference import Reference
 from sage.model.sharding import is_sharded
 from sage.training import checkpoint
@@ -191,6 +191,7 @@ class Run:
                 "folder": str(self.run_dir / BEST_FOLDER),
             },
             "final": str(final),
+            "float32": (final / MASTERS_FOLDER).is_dir(),
             "metrics": str(self.run_dir / METRICS_FILE),
         }
         write_json(self.run_dir / SUMMARY_FILE, summary)
