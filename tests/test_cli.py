@@ -209,7 +209,7 @@ BAD_OVERRIDES = {
     "micro-batch below a pair": (["micro_batch_tokens=500"], ["micro_batch_tokens=500", "512"]),
     "more ranks than pairs": (["world_size=8"], ["batch_size=4", "world_size=8"]),
     "offload without ZeRO": (["engine.offload=true"], ["engine.offload", "zero_stage"]),
-    "hook without a class": (["+hooks.mine.every=3"], ["hooks.mine", "+hooks@hooks.mine=NAME", "_target_"]),
+    "hook without a class": (["+hooks.mine.every=3"], ["hooks.mine", "give hooks.mine._target_"]),
     "class that is not there": (["scorer._target_=sage.scorers.Nope"], ["scorer._target_=sage.scorers.Nope"]),
     "missing model": (["model.path=/no/such/model"], ["model.path=/no/such/model"]),
     "missing package": (["model.path=pkg://no_such_package/x.gguf"], ["no_such_package"]),

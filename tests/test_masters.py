@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refused
-from many_runs import ERROR_FILE, execute, freeze, weights
+from forks import on_ranks
+from many_runs import ERROR_FILE, do_all, execute, freeze, weights
 from safetensors.torch import load_file, save_file
 
+from sage.model import masters as module
+from sage.model.masters import delete_masters
 from sage.util import checksums
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3")
@@ -25,6 +28,11 @@ def masters(folder: Path) -> dict[str, torch.Tensor]:
         for file in sorted((folder / "float32").glob("*.safetensors"))
         for k, v in load_file(file).items()
     }
+
+
+def in_small_parts(run_dirs: list[str]) -> None:
+    module.PART = 20_000  # bytes
+    do_all(run_dirs)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -47,10 +55,11 @@ def runs(request, tiny_model, pair_file, tmp_path_factory) -> dict[str, Path]:
         )
 
     found = {e: prepare(e, tiny_model, e, "steps=3", "optimizer.lr=1e-5") for e in ENGINES}
-    execute(ranks, list(found.values()))
+    on_ranks(ranks, in_small_parts, [str(run) for run in found.values()])
     rounded = folder / "rounded_model"
     shutil.copytree(found["zero0"] / "final", rounded, ignore=shutil.ignore_patterns("float32"))
-    after = {f"after {e}": prepare(f"after_{e}", found[e] / "final", e, *STILL) for e in ENGINES}
+    others = zip(ENGINES, (*ENGINES[1:], ENGINES[0]), strict=True)  # goes on with another engine
+    after = {f"after {e}": prepare(f"after_{e}", found[e] / "final", other, *STILL) for e, other in others}
     after["rounded"] = prepare("rounded", rounded, "zero0", *STILL)
     execute(ranks, list(after.values()))
     return found | after
@@ -60,6 +69,7 @@ def runs(request, tiny_model, pair_file, tmp_path_factory) -> dict[str, Path]:
 def test_float32_weights_go_from_run_to_run(runs, engine):
     """Protects small steps: in most weights they are smaller than half a step of bfloat16."""
     final, kept = weights(runs[engine] / "final"), masters(runs[engine] / "final")
+    assert len(list((runs[engine] / "final" / "float32").glob("*.safetensors"))) > 3
     assert {name.removeprefix("model.") for name in kept} == set(final)
     unlike = 0
     for name, weight in final.items():
@@ -112,7 +122,12 @@ def test_float32_weights_that_do_not_fit_are_refused(exported, pair_file, tmp_pa
         file.write_bytes(content)
 
     found = {}
-    for change, dtype in ((other, "bfloat16"), (lacks, "bfloat16"), (damaged, "bfloat16"), (None, "float32")):
+
+    def deleted(file: Path) -> None:
+        delete_masters(file.parent.parent)
+
+    changes = [(change, "bfloat16") for change in (other, lacks, damaged, deleted)]
+    for change, dtype in (*changes, (None, "float32")):
         name = change.__name__ if change else "float32"
         model = shutil.copytree(exported, tmp_path / f"model_{name}")
         if change:
@@ -128,7 +143,8 @@ def test_float32_weights_that_do_not_fit_are_refused(exported, pair_file, tmp_pa
     assert f"holds other weights than the model ({NORM})" in said["other"]
     assert f"lacks weights of the model ({NORM})" in said["lacks"]
     assert "float32 is damaged (00000.safetensors)" in said["damaged"]
-    assert all("or delete" in text for text in said.values())
+    assert "its float32 weights were deleted after a round had begun with them" in said.pop("deleted")
+    assert all("or begin with the rounded weights" in text for text in said.values())
     # A float32 run reads the export itself, and writes one that is exact.
     assert not (found["float32"] / ERROR_FILE).exists()
     final = weights(found["float32"] / "final")

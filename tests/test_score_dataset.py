@@ -317,7 +317,10 @@ def test_the_first_choice_by_scores_costs_nothing(runs):
         ("nothing_there", ("data.scores", "nowhere", "score-dataset")),
         ("no_reference", ("data.scores", "needs no reference")),
         ("uniform", ("scorer._target_=sage.scorers.Uniform", "no score")),
-        ("constant", ("scorers.easy._target_", "0 for every pair", "scorers.easy.margin=policy_mean")),
+        (
+            "constant",
+            ("scorers.easy._target_", "gives every pair the same score", "scorers.easy.margin=policy_mean"),
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(runs, name, parts):

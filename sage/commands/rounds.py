@@ -39,7 +39,6 @@ from sage.commands.rounds_results import (
     attempts_in,
     check_attempts,
     check_export,
-    check_masters,
     read_json,
     read_outcomes,
     results,
@@ -57,7 +56,7 @@ from sage.config import (
 )
 from sage.data.pairs import load_data
 from sage.model import loading
-from sage.model.masters import MASTERS_FOLDER
+from sage.model.masters import MASTERS_FOLDER, delete_masters
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
 from sage.util import checksums, stopping
@@ -166,9 +165,9 @@ class Rounds:
         if ended:
             console.print(f"stopped after round {done} of {self.cfg.rounds}: {ended}", markup=False)
         if done:  # if no round was better, the best policy of the first is the one that it started from
-            without = "" if self.cfg.export_float32 else MASTERS_FOLDER
+            without = "" if self.cfg.export_float32 else f"{MASTERS_FOLDER}*"
             link_folder(Path(policies[max(best, 1)].path), self.run_dir / "final", without)
-        self.finish(done, best, max(values, default=0.0), ended)
+        self.finish(done, best, max(values, default=None), ended)
 
     def round(self, number: int, policy: ModelConfig) -> ModelConfig:
         """Do one round with the policy of the round before. Returns the new policy."""
@@ -191,16 +190,12 @@ class Rounds:
             patience=None,
             export_float32=self.cfg.model.lora is None,  # a round must not lose what it has learned
         )
-        if number > 1:
-            check_masters(self.folder(number - 1), Path(policy.path), folder / "train")
         self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)
         shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
         trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")
         check_export(trained)
-        if not self.cfg.export_float32:  # only the next round needs these
-            spent = [] if policy is self.cfg.model else [Path(policy.path)]
-            for exported in [*spent, *([folder / "train" / "final"] if self.cfg.select else [])]:
-                shutil.rmtree(exported / MASTERS_FOLDER, ignore_errors=True)
+        if policy is not self.cfg.model and not self.cfg.export_float32:
+            delete_masters(Path(policy.path))  # only this round needed them
         policy = replace(self.cfg.model, path=str(trained), revision=None, adapter_path=None)
         self.evaluate(number, policy)
         return policy
@@ -317,7 +312,7 @@ class Rounds:
 
     # --- the summary
 
-    def finish(self, done: int, best: int, value: float, ended: str | None) -> None:
+    def finish(self, done: int, best: int, value: float | None, ended: str | None) -> None:
         found = [results(self.run_dir, number, list(self.cfg.benchmark)) for number in range(done + 1)]
         after = {f"benchmark/{n}/accuracy": b["accuracy"] for n, b in found[best]["benchmarks"].items()}
         summary = {
@@ -325,7 +320,11 @@ class Rounds:
             "rounds": found,
             "ended": ended,
             "best": self.cfg.select
-            and {"metric": self.cfg.select, "value": value or after[self.cfg.select], "round": best},
+            and {
+                "metric": self.cfg.select,
+                "value": after[self.cfg.select] if value is None else value,
+                "round": best,
+            },
             "after": after,
             "final": str(self.run_dir / "final") if done else self.cfg.model.path,
         }

@@ -99,26 +99,11 @@ def check_export(folder: Path) -> None:
         with whole(folder):
             if not any(folder.iterdir()):
                 raise FileNotFoundError
-        checksums.seal(folder)
+        checksums.seal(folder, without=MASTERS_FOLDER)
         return
     for name in checksums.damaged(folder):
         with whole(file := folder / name):
             raise ValueError if file.exists() else FileNotFoundError
-
-
-def check_masters(before: Path, policy: Path, train: Path) -> None:
-    """Refuse to train a round again if the float32 weights that it began with were deleted after it.
-
-    Args:
-        before: the folder of the round before, whose training has left `policy`.
-        train: the folder of the training, which may be finished.
-    """
-    kept, wanted = policy / MASTERS_FOLDER, read_json(before / "train" / SUMMARY_FILE).get("float32")
-    if wanted and not kept.is_dir() and not (train / SUMMARY_FILE).exists():
-        raise UserError(
-            f"{kept}, which this round begins with, was deleted after it: delete {before / 'train'} too, and "
-            "resume the rounds, which train both again"
-        )
 
 
 def attempts_in(folder: Path, number: int) -> list[Attempt]:

@@ -31,6 +31,7 @@ from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
 from sage.model.engine import init_distributed
 from sage.model.forward import PairForward
+from sage.model.logps import LogitStats, PairLogps
 from sage.model.reference import MANIFEST_FILE, METADATA_KEY, SCORES_FOLDER, logit_of, logps_of
 from sage.order import difficulty_of, strata_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
@@ -54,10 +55,10 @@ def score_dataset(run_dir: Path) -> None:
     cfg = load(run_dir)
     assert isinstance(cfg, ScoreConfig)
     loss: Loss = build("loss", cfg.loss)
-    alone = cfg.reference_model is None and not loss.reference_free
-    scorers = {"score": build_scorer("scorer", cfg.scorer, alone)}
+    alone = cfg.reference_model is None
+    scorers = {"score": build_scorer("scorer", cfg.scorer, loss, alone)}
     for name, node in cfg.scorers.items():
-        scorers[f"score_{name}"] = build_scorer(f"scorers.{name}", node, alone)
+        scorers[f"score_{name}"] = build_scorer(f"scorers.{name}", node, loss, alone)
     device = init_distributed()
 
     bases = {"policy": open_model(cfg.model, device, cfg.seed, cfg.cache_dir)}
@@ -87,7 +88,7 @@ def score_dataset(run_dir: Path) -> None:
         finish(cfg, run_dir, manifest, content, pairs, loss, scorers, speed)
 
 
-def build_scorer(key: str, node: dict[str, Any], alone: bool) -> Scorer:
+def build_scorer(key: str, node: dict[str, Any], loss: Loss, alone: bool) -> Scorer:
     """The scorer of a config group.
 
     Args:
@@ -99,13 +100,22 @@ def build_scorer(key: str, node: dict[str, Any], alone: bool) -> Scorer:
     scorer: Scorer = build(key, node, "scorer")
     if not scorer.makes_scores:
         raise UserError(f"{key}._target_={node['_target_']} gives pairs no score: choose another")
-    if alone and scorer.ranked_by == "implicit_reward" and not (scorer.needs_logit or scorer.margins_from):
+    if alone and len(set(build(key, node, "scorer")(any_pairs(loss)).tolist())) == 1:
         raise UserError(
-            f"{key}._target_={node['_target_']} ranks by implicit rewards, which are 0 for every pair while "
-            f"the policy is its own reference: set {key}.margin=policy_mean if it takes that, or give a "
-            "reference_model"
+            f"{key}._target_={node['_target_']} gives every pair the same score while the policy is its own "
+            f"reference, since all implicit rewards are 0: set {key}.margin=policy_mean, choose another, or "
+            "give a reference_model"
         )
     return scorer
+
+
+def any_pairs(loss: Loss) -> PairStats:
+    """Three pairs that differ in all that a scorer may look at, under a policy that is its own reference."""
+    logps = PairLogps(
+        *torch.tensor([[-1.0, -5.0, -9.0], [-4.0, -4.5, -2.0], [2.0, 3.0, 7.0], [3.0, 9.0, 4.0]])
+    )
+    logit = LogitStats(*torch.tensor([[0.5, 1.0, 2.5], [0.1, 0.7, 1.5], [0.2, 2.0, 0.9]]))
+    return replace(PairStats.of(loss, logps, logps, logit), other_margin=torch.tensor([-1.0, 0.5, 2.0]))
 
 
 def run_models(

@@ -93,7 +93,8 @@ def class_of(key: str, node: Mapping[str, Any], group: str | None = None) -> Any
     group = group or key
     if "_target_" not in node:
         option = group if key == group else f"+{group}@{key}"
-        raise UserError(f"{key}: choose one with {option}=NAME, or give {key}._target_")
+        choose = f"choose one with {option}=NAME, or " if group in groups() else ""
+        raise UserError(f"{key}: {choose}give {key}._target_")
     target = node["_target_"]
     try:
         cls = get_class(target)
@@ -227,8 +228,9 @@ def check_prompt(name: str, problems: ProblemsConfig) -> None:
 def check_building(cfg: TrainConfig) -> None:
     """Check what builds pairs from problems."""
     check_prompt("data.problems", cfg.data.problems)
-    if cfg.sampling.temperature == 0 and cfg.pairing.samples > 1:
+    own = cfg.pairing.chosen == "own" and not cfg.pairing.rejected_from
+    if own and cfg.sampling.temperature == 0:
         raise UserError(
-            f"sampling.temperature=0: the pairing.samples={cfg.pairing.samples} responses to a problem are "
-            "all the same, so none is right beside a wrong one: set sampling.temperature=1"
+            "sampling.temperature=0: all responses to a problem are the same, so no right one is beside a "
+            "wrong one: set sampling.temperature=1"
         )

@@ -73,7 +73,7 @@ class TrainConfig(RunConfig):
         None, "end the run after this many evaluations without a better `select`; null = never", low=1
     )
     export_float32: bool = key(
-        False, "also write float32/ in best/ and final/, from which another run goes on without rounding"
+        False, "also write float32/ in final/, or best/ with select, for runs that go on without rounding"
     )
     save_minutes: float = key(15.0, "minutes between checkpoints; a signal also saves one", above=0)
     save_every: int = key(0, "steps between further checkpoints; 0 = none", low=0)

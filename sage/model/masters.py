@@ -7,6 +7,7 @@ FOLDER/float32 keeps it, under the names of the Policy module.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sage.util.errors import UserError, named
 from sage.util.progress import console
 
 MASTERS_FOLDER = "float32"
+SPENT_FILE = "float32.deleted"  # in place of the folder, if `sage rounds` has deleted it
 PART = 2**30  # bytes of a file; rank 0 holds one file's weights at a time
 
 
@@ -66,20 +68,25 @@ def read_masters(engine: Engine, folder: Path, name: str) -> None:
         name: of the model, for messages.
 
     Raises:
-        UserError: they are damaged, or are not those of this model.
+        UserError: they are damaged, are not those of this model, or `sage rounds` has deleted them.
     """
     kept = folder / MASTERS_FOLDER
-    files = ranks.main_only(lambda: sorted(kept.glob("*.safetensors")))
-    if not files:
+    if ranks.main_only((folder / SPENT_FILE).exists):
+        raise UserError(
+            f"model.path={name}: its float32 weights were deleted after a round had begun with them. To "
+            "train that round again, delete the folder `train` of all rounds before it too, and resume the "
+            "rounds"
+        )
+    if not ranks.agreed(lambda: sealed(kept), f"the float32 weights beside model.path={name}"):
         return
     if engine.dtype == torch.float32:
         console.print(f"{kept} is not used: this run computes in float32", markup=False)
         return
-    remedy = f"put it back, or delete {kept} to begin with the rounded weights of model.path={name}"
+    remedy = f"put it back, or begin with the rounded weights, from a copy of model.path={name} without it"
     if damaged := checksums.damaged(kept):
         raise UserError(f"{kept} is damaged ({named(damaged)}): {remedy}")
     left = trained(engine)
-    for file in files:
+    for file in sorted(kept.glob("*.safetensors")):
         with safe_open(file, "pt") as content:
             for key in content.keys():  # noqa: SIM118, it is no dict
                 weight, value = left.pop(key, None), content.get_tensor(key)
@@ -89,6 +96,19 @@ def read_masters(engine: Engine, folder: Path, name: str) -> None:
     if left:
         raise UserError(f"{kept} lacks weights of the model ({named(list(left))}): {remedy}")
     console.print(f"float32 weights go on from {kept}", markup=False)
+
+
+def delete_masters(folder: Path) -> None:
+    """Delete the float32 weights that are kept in a policy's folder, if they are, and say so there."""
+    if (folder / MASTERS_FOLDER).is_dir():
+        (folder / SPENT_FILE).touch()
+        shutil.rmtree(folder / MASTERS_FOLDER)
+
+
+def sealed(kept: Path) -> str:
+    """The checksums of a folder of float32 weights; empty where there is none that sage wrote."""
+    file = kept / checksums.CHECKSUMS_FILE
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def trained(engine: Engine) -> dict[str, nn.Parameter]:

@@ -17,7 +17,7 @@ from sage.model.engine import Engine
 from sage.model.export import export as export_policy
 from sage.model.export import export_sharded, splits_into_layers
 from sage.model.forward import PairForward
-from sage.model.masters import MASTERS_FOLDER, write_masters
+from sage.model.masters import write_masters
 from sage.model.reference import Reference
 from sage.model.sharding import is_sharded
 from sage.training import checkpoint
@@ -88,7 +88,7 @@ class Run:
         value = ranks.main_only(lambda: criterion.value(metrics))  # only rank 0 knows all metrics
         if criterion.improves(value, state.best):
             state.best, state.best_step, state.stale = value, state.step, 0
-            self.export(self.run_dir / BEST_FOLDER)
+            self.export(self.run_dir / BEST_FOLDER, self.cfg.export_float32)
             console.print(
                 f"step {state.step}: {criterion.metric} is {value:.4g}, the best so far: {BEST_FOLDER}/"
             )
@@ -106,8 +106,11 @@ class Run:
         )
         return True
 
-    def export(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder, from all ranks' shards. All ranks wait for it."""
+    def export(self, folder: Path, float32: bool = False) -> None:
+        """Write the policy as a Hugging Face folder, from all ranks' shards. All ranks wait for it.
+
+        `float32`: also the weights behind it, see `sage.model.masters`.
+        """
         cuda = [self.engine.device] if self.engine.device.type == "cuda" else []
         policy: Any = self.engine.policy
         with activity(f"writing the policy to {folder.name}/"), torch.random.fork_rng(cuda):
@@ -117,7 +120,7 @@ class Run:
                 # This loads an adapter, which draws random numbers.
                 export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)
             ranks.barrier()
-            if self.cfg.export_float32:
+            if float32:
                 write_masters(self.engine, folder)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -165,7 +168,7 @@ class Run:
         after = self.evaluate()
         self.selection.log.flush()
         final = self.run_dir / "final"
-        self.export(final)
+        self.export(final, self.cfg.export_float32 and self.criterion is None)
         if self.engine.rank != 0:
             return
         memory, kind = peak_memory_gb(self.engine.device)
@@ -191,7 +194,6 @@ class Run:
                 "folder": str(self.run_dir / BEST_FOLDER),
             },
             "final": str(final),
-            "float32": (final / MASTERS_FOLDER).is_dir(),
             "metrics": str(self.run_dir / METRICS_FILE),
         }
         write_json(self.run_dir / SUMMARY_FILE, summary)

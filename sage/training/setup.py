@@ -110,6 +110,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         other_inputs(cfg, data, selection),
     )
     state = restore(run_dir, engine, forward, selection, fresh)
+    if state is fresh and cfg.model.lora is None:
+        read_masters(engine, Path(base.folder), cfg.model.path)
     if cfg.select and engine.rank == 0:
         checkpoint.restore_best(state, run_dir)
     built_in: list[Hook] = []
@@ -253,8 +255,6 @@ def build_engine(
         known = check_policy(policy, base, cfg.engine, device, data.sets, cfg.data.packing)
     with activity("starting DeepSpeed"):
         engine = Engine(policy, cfg.engine, cfg.optimizer, base.dtype, device)
-        if cfg.model.lora is None and cfg.model.adapter_path is None:
-            read_masters(engine, Path(base.folder), cfg.model.path)
     with activity("checking log-probabilities under DeepSpeed"):
         layout = settle(engine, data.sets, cfg.data.packing, cfg.model.path, known)
     budget = settle_budget(cfg, run_dir, base, data.pairs, layout, machine)

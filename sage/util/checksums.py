@@ -19,16 +19,16 @@ from sage.util.progress import console
 CHECKSUMS_FILE = "checksums.json"
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, without: str = "") -> None:
     """Write the checksums of all files in a folder that is complete, in place of any that are there.
 
-    What is in a folder with checksums of its own is left out.
+    The folder `without` in it is left out.
     """
 
     def unsealed() -> list[str]:
-        inner = [file.parent for file in folder.glob(f"*/**/{CHECKSUMS_FILE}")]
-        files = (f for f in folder.rglob("*") if f.is_file() and not any(i in f.parents for i in inner))
-        return sorted(name for f in files if (name := str(f.relative_to(folder))) != CHECKSUMS_FILE)
+        files = (file for file in folder.rglob("*") if file.is_file())
+        names = (file.relative_to(folder) for file in files)
+        return sorted(str(name) for name in names if name.parts[0] not in (CHECKSUMS_FILE, without))
 
     files = ranks.main_only(unsealed)
     found = {name: digest for part in ranks.gather(_digests(folder, files)) for name, digest in part.items()}

@@ -69,8 +69,8 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def link_folder(source: Path, target: Path, without: str = "") -> None:
-    """Make `target` a copy of `source`, of hard links, which take no room on the disk. What is called
-    `without` is left out.
+    """Make `target` a copy of `source`, of hard links, which take no room on the disk. Names that match
+    `without` are left out.
 
     Where the file system has no hard links, the files are copied.
     """
