@@ -430,6 +430,19 @@ def test_the_report_of_rounds(begin, monkeypatch, capsys):
     assert "rounds killed: interrupted" in capsys.readouterr().out
 
 
+def test_rounds_of_a_sweep_are_named_by_what_differs(begin, monkeypatch):
+    """Protects a sweep over a key of the rounds, whose training runs would look like those of other seeds."""
+    for name, keep in (("sweep/0", "0"), ("sweep/1", "1")):
+        rounds(begin(name, f"round.keep={keep}", "rounds=1"), Parts(monkeypatch))
+    folder = begin("sweep/0").parent
+    report([str(folder)])
+    assert [row["rounds"] for row in table_of(folder, "rounds")] == [
+        "0 (round.keep=0.0)",
+        "1 (round.keep=1.0)",
+    ]
+    assert [row["setting"] for row in table_of(folder, "runs")] == ["A", "B"]
+
+
 def table_of(run_dir: Path, name: str) -> list[dict[str, str]]:
     with (run_dir / "report_tables" / f"{name}.csv").open(newline="") as lines:
         return list(csv.DictReader(lines))

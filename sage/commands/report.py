@@ -13,7 +13,7 @@ from pyarrow.csv import write_csv
 from rich.table import Table as RichTable
 
 from sage.reporting import compare, page, tables
-from sage.reporting.groups import group
+from sage.reporting.groups import differing, group, label
 from sage.reporting.rounds import RoundsRun
 from sage.reporting.runs import Rounds, find
 from sage.util.errors import UserError
@@ -81,16 +81,20 @@ def report(words: list[str]) -> None:
 
 
 def read_all(folders: Sequence[Rounds]) -> list[RoundsRun]:
-    """What rounds did so far. Several are named by their folders below the one that holds all."""
+    """What rounds did so far. Several are named by their folders below the one that holds all, and by the
+    settings in which they differ."""
     if not folders:
         return []
     from sage.commands.rounds_results import read_rounds  # here, because it loads torch and transformers
 
-    common = Path(os.path.commonpath([f.path.absolute() for f in folders])) if len(folders) > 1 else None
-    return [
-        read_rounds(f.path, str(f.path.absolute().relative_to(common)) if common else f.path.absolute().name)
-        for f in folders
-    ]
+    if len(folders) == 1:
+        return [read_rounds(folders[0].path, folders[0].name)]
+    common, keys = Path(os.path.commonpath([f.path.absolute() for f in folders])), differing(folders)
+    found = []
+    for f in folders:
+        setting = f" ({label(f, keys, folders)})" if keys else ""
+        found.append(read_rounds(f.path, f"{f.path.absolute().relative_to(common)}{setting}"))
+    return found
 
 
 def show(table: tables.Table) -> None:

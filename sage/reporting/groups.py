@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from sage.reporting.runs import Run, Series
+from sage.reporting.runs import Rounds, Run, Series
 from sage.training.best import lower_is_better
 
 # Keys that say where a run lies or how it is watched, not what it computes.
@@ -25,6 +25,7 @@ IGNORED = (
     "resume",
     "save_minutes",
     "keep_checkpoints",
+    "export_float32",
 )
 # In this order, the first metric that any run has decides the comparison.
 PREFERRED = ("eval/policy_accuracies", "eval/rewards/accuracies", "eval/loss", "rewards/accuracies", "loss")
@@ -69,7 +70,7 @@ def letters(number: int) -> str:
     return (letters(more - 1) if more else "") + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[last]
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
+def differing(runs: Sequence[Run | Rounds]) -> list[str]:
     """Config keys, but for IGNORED, in which any two runs differ."""
     everything = dict.fromkeys(key for run in runs for key in run.config)
     return [
@@ -79,7 +80,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def label(run: Run, keys: Sequence[str], runs: Sequence[Run]) -> str:
+def label(run: Run | Rounds, keys: Sequence[str], runs: Sequence[Run | Rounds]) -> str:
     """What makes a run's setting different.
 
     A class sets the defaults of its fields, so a field is named only if runs of the same class differ in it.

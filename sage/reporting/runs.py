@@ -125,6 +125,11 @@ class Rounds(NamedTuple):
     """A `sage rounds`. The training runs and evaluations in its folder are found, too."""
 
     path: Path
+    config: dict[str, Any]  # dotted keys
+
+    @property
+    def name(self) -> str:
+        return self.path.absolute().name
 
 
 def find(paths: Sequence[str]) -> tuple[list[Run], list[Evaluation], list[Rounds]]:
@@ -175,15 +180,16 @@ def read(folder: Path) -> Run | Evaluation | Rounds | None:
     summary = read_summary(summary_file) if summary_file.is_file() else None
     if command == "eval":
         return Evaluation(folder, summary) if summary else None
+    config = dict(flatten(OmegaConf.to_container(cfg)))
     if command == "rounds":
-        return Rounds(folder)
+        return Rounds(folder, config)
     if command != "train":
         return None
     metrics, damaged = read_metrics(folder / METRICS_FILE)
-    config = dict(flatten(OmegaConf.to_container(cfg)))
     if rounds := rounds_of(folder):
         config = {key: inside(value, rounds) for key, value in config.items()}
-        config["seed"] = read_frozen(rounds).seed
+        whole = dict(flatten(OmegaConf.to_container(read_frozen(rounds))))
+        config |= {key: value for key, value in whole.items() if key == "seed" or key.startswith("round.")}
     status = "finished" if summary is not None else "running" if alive(folder) else "interrupted"
     return Run(folder, config, metrics, summary, status, damaged, sorted((folder / "report").glob("*.csv")))
 
