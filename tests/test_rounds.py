@@ -479,6 +479,23 @@ def test_float32_weights_are_kept_for_the_next_round_only_unless_asked_for(begin
     assert float32_in(begin("all")) == ["final/float32", *every]
 
 
+def test_training_again_what_began_with_deleted_weights_is_refused(begin, monkeypatch):
+    """Protects from rounded weights in place of the float32 ones, which the round before no longer has."""
+    run_dir = begin("run")
+    rounds(run_dir, Parts(monkeypatch))
+    expected = results(run_dir)
+    (run_dir / "summary.json").unlink()
+    for number in (3, 2):
+        shutil.rmtree(run_dir / f"round_{number}" / "train")
+        with pytest.raises(
+            UserError, match=rf"round_{number - 1}/train/final/float32, which is gone: delete"
+        ):
+            rounds(run_dir, Parts(monkeypatch))
+    shutil.rmtree(run_dir / "round_1" / "train")
+    rounds(run_dir, Parts(monkeypatch))
+    assert results(run_dir) == expected
+
+
 def test_an_export_that_is_gone_is_named(begin, monkeypatch):
     rounds(begin("run"), Parts(monkeypatch))
     (begin("run") / "summary.json").unlink()
@@ -723,4 +740,5 @@ def test_rounds_that_still_run_are_not_started_twice(tmp_path):
     with pytest.raises(UserError, match="still run"):
         rounds(run_dir, in_this_process)
     held.release()
-    assert read(run_dir) == Rounds(run_dir)
+    found = read(run_dir)
+    assert isinstance(found, Rounds) and found.path == run_dir

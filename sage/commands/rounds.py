@@ -39,6 +39,7 @@ from sage.commands.rounds_results import (
     attempts_in,
     check_attempts,
     check_export,
+    check_masters,
     read_json,
     read_outcomes,
     results,
@@ -190,6 +191,8 @@ class Rounds:
             patience=None,
             export_float32=self.cfg.model.lora is None,  # a round must not lose what it has learned
         )
+        if policy is not self.cfg.model:
+            check_masters(Path(policy.path), folder / "train")
         self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)
         shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
         trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")

@@ -48,11 +48,8 @@ def training_pairs(parts: Parts, number: int, policy: ModelConfig) -> Path:
         table = pq.read_table(folder / SCORES_FOLDER, columns=["pair_id", "policy_mean"])
     margins = dict(zip(*(table[name].to_pylist() for name in ("pair_id", "policy_mean")), strict=True))
     asked = {problem.problem_id for problem in read_problems(parts.asked(number))}
-    with (
-        whole(older),
-        older.open(encoding="utf-8") as opened,
-    ):  # `splitlines` would also split at U+2028 in a response
-        lines = list(opened)
+    with whole(older), older.open(encoding="utf-8") as opened:
+        lines = list(opened)  # `splitlines` would also split at U+2028 in a response
     kept = stay(lines, margins, asked, parts.cfg.round.keep)
     write_text(file, new.read_text(encoding="utf-8") + "".join(kept))
     checksums.seal_file(file)

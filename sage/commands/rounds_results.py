@@ -17,8 +17,9 @@ from sage.answering.attempts import GENERATIONS_FILE, Attempt, read_attempts
 from sage.commands.build_pairs import MANIFEST_FILE
 from sage.commands.evaluate import compare_attempts
 from sage.config import SUMMARY_FILE, RoundsConfig, load
-from sage.model.masters import MASTERS_FOLDER
+from sage.model.masters import MASTERS_FOLDER, SPENT_FILE
 from sage.reporting.rounds import RoundsRun
+from sage.training.checkpoint import list_checkpoints
 from sage.util import checksums, stopping
 from sage.util.errors import UserError
 from sage.util.files import write_text
@@ -104,6 +105,16 @@ def check_export(folder: Path) -> None:
     for name in checksums.damaged(folder):
         with whole(file := folder / name):
             raise ValueError if file.exists() else FileNotFoundError
+
+
+def check_masters(policy: Path, train: Path) -> None:
+    """Refuse to train a round again from a policy whose float32 weights were deleted after the first time."""
+    begun = (train / SUMMARY_FILE).exists() or list_checkpoints(train)
+    if (policy / SPENT_FILE).exists() and not begun:
+        raise UserError(
+            f"{train} began with {policy / MASTERS_FOLDER}, which is gone: delete the folder `train` of all "
+            "rounds before it too, and resume the rounds, which train them again"
+        )
 
 
 def attempts_in(folder: Path, number: int) -> list[Attempt]:

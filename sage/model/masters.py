@@ -68,15 +68,9 @@ def read_masters(engine: Engine, folder: Path, name: str) -> None:
         name: of the model, for messages.
 
     Raises:
-        UserError: they are damaged, are not those of this model, or `sage rounds` has deleted them.
+        UserError: they are damaged, or are not those of this model.
     """
     kept = folder / MASTERS_FOLDER
-    if ranks.main_only((folder / SPENT_FILE).exists):
-        raise UserError(
-            f"model.path={name}: its float32 weights were deleted after a round had begun with them. To "
-            "train that round again, delete the folder `train` of all rounds before it too, and resume the "
-            "rounds"
-        )
     if not ranks.agreed(lambda: sealed(kept), f"the float32 weights beside model.path={name}"):
         return
     if engine.dtype == torch.float32:
