@@ -237,6 +237,17 @@ def test_a_model_that_cannot_generate_is_refused_by_name():
         find_decoder(model, prompts(), 60, 3, 30)
 
 
+@pytest.mark.parametrize("config", ["BertConfig", "RobertaConfig", "ElectraConfig"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_encoder_is_refused(config, dtype):
+    """Its outputs predict masked tokens, not the next one, so `sage eval` would measure noise and exit 0."""
+    settings = getattr(transformers, config)(**SIZES)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
+    with pytest.raises(UserError, match="no causal language model: another last token of a prompt"):
+        find_decoder(model, prompts(), 60, 3, 30)
+
+
 class Letters:
     def decode(self, ids: list[int], **_: Any) -> str:
         return "".join(map(chr, ids))

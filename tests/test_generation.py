@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,15 @@ def test_each_rank_gives_vllm_gpus_of_its_own(monkeypatch):
 @pytest.mark.skipif(
     "vllm" in sys.modules or any((Path(p) / "vllm").is_dir() for p in sys.path if p), reason="vLLM is here"
 )
+def test_vllm_refuses_an_adapter_instead_of_leaving_it_out(source):
+    adapted = source._replace(model=replace(source.model, adapter_path="somewhere"))
+    with (
+        pytest.raises(UserError, match=r"takes no adapter \(model.adapter_path=somewhere\).*RUN_DIR/final"),
+        VLLM().open(adapted, SamplingConfig()),
+    ):
+        pass
+
+
 def test_vllm_that_is_not_installed_says_how_to_install_it(source):
     with (
         pytest.raises(UserError, match=r"pip install 'sage-align\[vllm\]'"),

@@ -16,8 +16,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import REPO, refused, write_jsonl
+from forks import on_ranks
 from hydra import compose, initialize_config_module
+from safetensors.torch import load_file
 from whole_runs import files, in_this_process, kill_often
 
 from sage import config
@@ -31,6 +34,7 @@ from sage.commands.report import report
 from sage.commands.rounds import rounds
 from sage.commands.rounds_pool import stay
 from sage.commands.rounds_results import check_attempts
+from sage.data.source import resolve_path
 from sage.reporting.runs import Rounds, read
 from sage.util import checksums
 from sage.util.errors import UserError
@@ -599,6 +603,31 @@ def test_real_parts(tmp_path):
         assert got.keys() == expected.keys() and not [n for n in got if got[n] != expected[n]]
     assert (whole / "final/model.safetensors").is_file()
     assert summary_of(whole)["rounds"][1]["backward_pairs"] == 8
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_on_as_it_is(tmp_path):
+    """The final weights are the first model and the last adapter, rounded once. A round that began with the
+    merged export of the one before would have lost what that one rounded."""
+    small = ["data.problems.limit=10", "benchmark_limit=4", "data.eval_path=null", "pairing.samples=4"]
+    short = ["steps=2", "batch_size=4", "eval_every=0", "optimizer.lr=1e-3", "rounds=2"]
+    words = ["+experiment=arithmetic", *small, *short, "+model/lora=default", "model.dtype=bfloat16"]
+    run_dir = freeze(tmp_path / "run", *words)
+    on_ranks(1, rounds, run_dir, in_this_process, seconds=600)
+    first, last = (
+        load_file(run_dir / f"round_{number}/train/final/adapter/adapter_model.safetensors")
+        for number in (1, 2)
+    )
+    assert not all(torch.equal(first[name], last[name]) for name in first)
+    base = load_file(Path(resolve_path("pkg://sage.assets/arithmetic")) / "model.safetensors")
+    final = load_file(run_dir / "final/model.safetensors")
+    layers = [name for name in last if "lora_A" in name]
+    for name in layers:
+        layer = name.removeprefix("base_model.model.").replace(".lora_A", "")
+        learned = 2 * last[name.replace("lora_A", "lora_B")] @ last[name]
+        expected = (base[layer].to(torch.bfloat16).float() + learned).to(torch.bfloat16)
+        assert learned.abs().max() > 0 and torch.equal(final[layer], expected)
+    assert layers
 
 
 # --- what is refused

@@ -24,6 +24,8 @@ LIKELIEST = 10  # tokens compared at each step
 # Largest difference of a step, in nats, averaged over its likeliest tokens. A wrong mask or position moves
 # whole nats. Rounding to 16 bits moves tenths, so the check runs in float32 where memory allows it.
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 1.0
+# A change of the last token moves the predictions after it by this much more than rounding moves the others.
+AHEAD, AHEAD_16_BIT = 1e-3, 0.1
 BATCH = 3  # fewer places than prompts, so that some rows enter late
 
 # Whole numbers of a config that are not lengths of text. An unknown one costs a longer check, nothing else.
@@ -44,7 +46,7 @@ def find_decoder(
         max_new_tokens: the longest response.
 
     Raises:
-        UserError: transformers' own `generate` fails on this model.
+        UserError: transformers' own `generate` fails on this model, or it is no causal language model.
     """
     with in_float32(model):
         return first_that_agrees(model, prompts, max_new_tokens, batch_size, prefill_tokens)
@@ -86,6 +88,11 @@ def first_that_agrees(
             f"generation=hf cannot run this {model.config.model_type}: transformers' own generate fails "
             f"({describe(error)}); try generation=vllm"
         ) from error
+    if looks_ahead(model, next((ids for ids in reversed(probes) if len(ids) > 1), probes[0])):
+        raise UserError(
+            f"this {model.config.model_type} is no causal language model: another last token of a prompt changes "
+            "what it predicts before it. An encoder such as BERT cannot answer problems"
+        )
     candidates = (
         ("one refilled batch", RefilledBatch(model, min(batch_size, BATCH), prefill_tokens)),
         ("a batch of equally long prompts", PlainGenerate(model, batch_size)),
@@ -97,6 +104,18 @@ def first_that_agrees(
             return decoder, faults
         faults.append(f"in {name}, {fault}")
     return PlainGenerate(model, 1), faults
+
+
+@torch.no_grad()
+def looks_ahead(model: Any, prompt: list[int]) -> bool:
+    """Whether predictions inside a prompt depend on its last token, by more than rounding."""
+    other = next((token for token in prompt if token != prompt[-1]), 0)
+    ids = torch.tensor([prompt, [*prompt[:-1], other]], device=model.device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    own, changed = logits.float().log_softmax(-1)
+    moved = (own - changed).abs().mean(-1)  # at each token, over the vocabulary
+    rounding = AHEAD if logits.dtype in (torch.float32, torch.float64) else AHEAD_16_BIT
+    return bool((moved[:-1] > rounding * moved[-1]).any())
 
 
 def context_of(config: Any) -> int | None:

@@ -31,6 +31,11 @@ class VLLM(Backend):
 
     @contextmanager
     def open(self, source: Source, sampling: SamplingConfig) -> Iterator[VLLMGenerator]:
+        if source.model.adapter_path is not None:
+            raise UserError(
+                f"generation=vllm takes no adapter (model.adapter_path={source.model.adapter_path}): give "
+                "model.path a folder with the adapter merged, such as RUN_DIR/final, or use generation=hf"
+            )
         if find_spec("vllm") is None:
             raise UserError(
                 "generation=vllm needs vLLM and a GPU that it supports: pip install 'sage-align[vllm]', "

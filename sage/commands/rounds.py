@@ -57,6 +57,7 @@ from sage.config import (
 )
 from sage.data.pairs import load_data
 from sage.model import loading
+from sage.model.export import ADAPTER
 from sage.model.masters import MASTERS_FOLDER, delete_masters
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
@@ -181,7 +182,7 @@ class Rounds:
         train = self.parts.command(
             TrainConfig,
             "train",
-            model=policy,
+            model=self.goes_on_from(policy),
             reference_model=self.reference(number),
             seed=self.seed(number),
             data=self.cfg.pairs_of_a_round(str(pairs)),
@@ -202,6 +203,13 @@ class Rounds:
         policy = replace(self.cfg.model, path=str(trained), revision=None, adapter_path=None)
         self.evaluate(number, policy)
         return policy
+
+    def goes_on_from(self, policy: ModelConfig) -> ModelConfig:
+        """What a round trains: the policy of the round before. If that has an adapter, it is not merged, since
+        merging would round what it has learned."""
+        if policy is self.cfg.model or self.cfg.model.lora is None:
+            return policy
+        return replace(self.cfg.model, adapter_path=str(Path(policy.path) / ADAPTER))
 
     def seed(self, number: int) -> int:
         return self.cfg.seed * SEEDS + number
