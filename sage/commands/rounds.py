@@ -205,8 +205,8 @@ class Rounds:
         return policy
 
     def goes_on_from(self, policy: ModelConfig) -> ModelConfig:
-        """What a round trains: the policy of the round before. If that has an adapter, it is not merged, since
-        merging would round what it has learned."""
+        """What a round trains: the policy of the round before. Its adapter is not merged, since merging would
+        round what it has learned."""
         if policy is self.cfg.model or self.cfg.model.lora is None:
             return policy
         return replace(self.cfg.model, adapter_path=str(Path(policy.path) / ADAPTER))
