@@ -91,6 +91,11 @@ class TokenizedPairs:
         shared = prefix.length or 0 if self.shared is None else self.shared
         return shared if shared >= SHORTEST_PREFIX else 0
 
+    def prompts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The prompts of all pairs, some at a time: where each begins, and where the last one ends, in their
+        ids, which follow one another."""
+        return self._chunks[0]
+
     def also_in(self, other: TokenizedPairs) -> int:
         """How many of these pairs have the very ids of a pair of `other`."""
         known = {*self._pair_hashes()}

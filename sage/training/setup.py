@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from sage.answering.check import check_answers
-from sage.answering.problems import read_problems
+from sage.answering.problems import prompts_of, read_problems
 from sage.config import TrainConfig, build, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat, response_ends
 from sage.data.display import shown
+from sage.data.overlap import trained_on
 from sage.data.pairs import load_data
 from sage.data.tokens import TokenizedPairs, tokenize_data
 from sage.losses import Loss
@@ -176,8 +177,25 @@ def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
             "training pairs too: their loss does not show what the policy has learned in general",
             markup=False,
         )
+    if not console.quiet:
+        warn_of_known_problems(cfg, pairs, tokenizer)
     steps = cfg.steps or math.ceil((cfg.epochs or 0) * len(pairs) / cfg.batch_size)
     return Data(pairs, held_out, steps, content)
+
+
+def warn_of_known_problems(cfg: TrainConfig, pairs: TokenizedPairs, tokenizer: Any) -> None:
+    """Say which benchmarks ask problems that the run trains on."""
+    for name, benchmark in cfg.benchmark.items():
+        problems = read_problems(benchmark)[: cfg.benchmark_limit]
+        texts, prompts = [problem.prompt for problem in problems], prompts_of(problems, benchmark.prompt)
+        with activity(f"looking for problems of benchmark.{name} in the training prompts"):
+            known = sum(trained_on(pairs, texts, prompts, tokenizer, ChatFormat.of(cfg.data)))
+        if known:
+            console.print(
+                f"warning: {known} of {len(problems)} problems of benchmark.{name} are in training "
+                "prompts: its accuracy does not show what the policy has learned in general",
+                markup=False,
+            )
 
 
 def read_pairs(
