@@ -121,12 +121,19 @@ def test_float32_weights_that_do_not_fit_are_refused(exported, pair_file, tmp_pa
         content[-1] ^= 1
         file.write_bytes(content)
 
+    def not_sealed(file: Path) -> None:
+        (file.parent / checksums.CHECKSUMS_FILE).unlink()
+
+    def emptied(file: Path) -> None:
+        (file.parent / checksums.CHECKSUMS_FILE).write_text("")
+
     found = {}
 
-    changes = [(change, "bfloat16") for change in (other, lacks, damaged)]
+    changes = [(change, "bfloat16") for change in (other, lacks, damaged, not_sealed, emptied)]
     for change, dtype in (*changes, (None, "float32")):
         name = change.__name__ if change else "float32"
         model = shutil.copytree(exported, tmp_path / f"model_{name}")
+        (model / "float32" / "._00000.safetensors").write_text("what macOS leaves beside a file")
         if change:
             change(model / "float32" / "00000.safetensors")
         found[name] = freeze(
@@ -140,6 +147,7 @@ def test_float32_weights_that_do_not_fit_are_refused(exported, pair_file, tmp_pa
     assert f"holds other weights than the model ({NORM})" in said["other"]
     assert f"lacks weights of the model ({NORM})" in said["lacks"]
     assert "float32 is damaged (00000.safetensors)" in said["damaged"]
+    assert all("float32 is damaged (checksums.json)" in said[name] for name in ("not_sealed", "emptied"))
     assert all("or begin with the rounded weights" in text for text in said.values())
     # A float32 run reads the export itself, and writes one that is exact.
     assert not (found["float32"] / ERROR_FILE).exists()

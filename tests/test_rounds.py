@@ -202,7 +202,7 @@ class Parts:
             if cfg.export_float32 and name == ("best" if cfg.select else "final"):
                 self.write_text(folder / name / "float32" / "skill", str(skill + self.gain))
                 checksums.seal(folder / name / "float32")
-        costs = {"cost/forward_pairs": 8, "cost/backward_pairs": 4}
+        costs = {"cost/forward_pairs": 8, "cost/backward_pairs": 4, "dtype": "bfloat16"}
         costs["before"] = {"benchmark/arithmetic/accuracy": skill / 100}
         best = {"best": {"value": (skill + self.gain) / 100}} if cfg.select else {}
         self.write_text(folder / "summary.json", json.dumps({"steps": cfg.steps, **costs, **best}))
@@ -466,8 +466,7 @@ def test_the_best_round_is_kept_and_patience_ends(begin, monkeypatch):
         len(summary["rounds"]) == 3
         and summary["after"][select[7:]] == summary["rounds"][0]["benchmarks"]["arithmetic"]["accuracy"]
     )
-    deleted = [f"round_{number}/train/best/float32.deleted" for number in (1, 2)]
-    assert float32_in(begin("up")) == [*deleted, "round_3/train/best/float32"]
+    assert float32_in(begin("up")) == ["round_3/train/best/float32"]
 
 
 def float32_in(run_dir: Path) -> list[str]:
@@ -476,14 +475,13 @@ def float32_in(run_dir: Path) -> list[str]:
 
 def test_float32_weights_are_kept_for_the_next_round_only_unless_asked_for(begin, monkeypatch):
     rounds(begin("run"), Parts(monkeypatch))
-    deleted = [f"round_{number}/train/final/float32.deleted" for number in (1, 2)]
-    assert float32_in(begin("run")) == [*deleted, "round_3/train/final/float32"]
+    assert float32_in(begin("run")) == ["round_3/train/final/float32"]
     rounds(begin("all", "export_float32=true"), Parts(monkeypatch))
     every = [f"round_{n}/train/final/float32" for n in (1, 2, 3)]
     assert float32_in(begin("all")) == ["final/float32", *every]
 
 
-def test_training_again_what_began_with_deleted_weights_is_refused(begin, monkeypatch):
+def test_training_again_what_began_with_deleted_weights_is_refused(begin, monkeypatch, tmp_path):
     """Protects from rounded weights in place of the float32 ones, which the round before no longer has."""
     run_dir = begin("run")
     rounds(run_dir, Parts(monkeypatch))
@@ -491,13 +489,68 @@ def test_training_again_what_began_with_deleted_weights_is_refused(begin, monkey
     (run_dir / "summary.json").unlink()
     for number in (3, 2):
         shutil.rmtree(run_dir / f"round_{number}" / "train")
-        with pytest.raises(
-            UserError, match=rf"round_{number - 1}/train/final/float32, which is gone: delete"
-        ):
+        with pytest.raises(UserError, match=rf"round_{number - 1}/train/final/float32, which is gone: put"):
             rounds(run_dir, Parts(monkeypatch))
     shutil.rmtree(run_dir / "round_1" / "train")
     rounds(run_dir, Parts(monkeypatch))
     assert results(run_dir) == expected
+
+
+@pytest.mark.parametrize("fault", ["gone", "not sealed", "emptied", "cut"])
+def test_more_rounds_need_the_float32_weights_of_the_last(fault, begin, monkeypatch, tmp_path):
+    """A user may delete them to save room, and a lost machine may leave an empty file. The round is refused
+    before it samples, and goes on once they are put back."""
+    run_dir, whole = begin("run"), begin("whole", "rounds=4")
+    rounds(run_dir, Parts(monkeypatch))
+    kept, part = run_dir / "round_3/train/final/float32", run_dir / "round_3/train/final/float32/skill"
+    shutil.copytree(kept, tmp_path / "backup")
+    if fault == "gone":
+        shutil.rmtree(kept)
+    elif fault == "not sealed":
+        (kept / "checksums.json").unlink()
+    else:
+        (part if fault == "cut" else kept / "checksums.json").write_text("")
+    cfg = config.load(run_dir)
+    give_rounds(cfg, run_dir, 4)
+    config.write(cfg, run_dir)
+    reason = "is gone: put it back" if fault == "gone" else r"is damaged \((skill|checksums.json)\): put"
+    with pytest.raises(
+        UserError, match=rf"round_4/train begins with .*round_3/train/final/float32, which {reason}"
+    ):
+        rounds(run_dir, Parts(monkeypatch))
+    assert not (run_dir / "round_4" / "pairs").exists()
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.move(tmp_path / "backup", kept)
+    rounds(run_dir, Parts(monkeypatch))
+    rounds(whole, Parts(monkeypatch))
+    assert results(run_dir) == results(whole)
+
+
+def test_float32_weights_behind_a_link_are_no_obstacle(begin, monkeypatch, tmp_path):
+    run_dir = begin("run", "rounds=2")
+    with pytest.raises(Killed):
+        rounds(run_dir, Parts(monkeypatch, kill=30))
+    kept = run_dir / "round_1/train/final/float32"
+    shutil.move(kept, tmp_path / "elsewhere")
+    kept.symlink_to(tmp_path / "elsewhere")
+    rounds(run_dir, Parts(monkeypatch))
+    assert not kept.is_symlink() and (tmp_path / "elsewhere" / "skill").exists()
+
+
+def test_a_round_is_not_mixed_with_another_policy(begin, monkeypatch):
+    """A round that is trained again may give another policy, on a GPU or from other float32 weights. The
+    rounds after it belong to the old one."""
+    run_dir = begin("run")
+    rounds(run_dir, Parts(monkeypatch))
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "round_1" / "train")
+    with pytest.raises(
+        UserError, match=r"round_2 was made from another policy than .*round_1/train/final is now"
+    ):
+        rounds(run_dir, Parts(monkeypatch, gain=2))
+    for number in (2, 3):
+        shutil.rmtree(run_dir / f"round_{number}")
+    rounds(run_dir, Parts(monkeypatch, gain=2))
 
 
 def test_an_export_that_is_gone_is_named(begin, monkeypatch):
@@ -595,7 +648,7 @@ def test_real_parts(tmp_path):
     short = ["steps=2", "batch_size=4", "eval_every=0", "save_every=1", "generation.chunk=16"]
     options = ["round.keep=1", "round.rejected=earlier", "round.reference=initial", f"rounds={number}"]
     words = ["+experiment=arithmetic", "+benchmark=arithmetic_validation", *small, *short, *options]
-    words += [f"cache_dir={tmp_path / 'cache'}", "model.dtype=float32"]
+    words += [f"cache_dir={tmp_path / 'cache'}", "model.dtype=bfloat16"]
     whole, killed = kill_often("rounds", words, tmp_path, kills, (0.05, 0.9))
     expected = results(whole)
     for run_dir in killed:
@@ -690,6 +743,20 @@ def test_what_several_rounds_read_must_not_change_between_them(begin, monkeypatc
     rounds(begin("run"), Parts(monkeypatch))
     monkeypatch.setattr("sage.model.loading.fingerprint", lambda *_: "other weights")
     with pytest.raises(UserError, match=r"another model.path: .*, and now it is other weights"):
+        rounds(begin("run"), Parts(monkeypatch))
+
+
+def test_float32_weights_of_the_first_model_must_not_change(begin, monkeypatch, tmp_path):
+    """A first round that is trained again without them would begin with rounded weights."""
+    model = shutil.copytree(REPO / "sage/assets/arithmetic", tmp_path / "model")
+    (model / "float32").mkdir()
+    (model / "skill").write_text("0")
+    (model / "float32" / "skill").write_text("0")
+    checksums.seal(model / "float32")
+    rounds(begin("run", "rounds=1", f"model.path={model}"), Parts(monkeypatch))
+    (begin("run") / "summary.json").unlink()
+    shutil.rmtree(model / "float32")
+    with pytest.raises(UserError, match=r"another float32 of model.path: .*, and now it is None"):
         rounds(begin("run"), Parts(monkeypatch))
 
 

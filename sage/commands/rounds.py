@@ -4,6 +4,7 @@ Each part of a round is the run folder of another command. A part is finished wh
 all that a part needs is in the config and in the parts before it. So a killed `sage rounds` goes on exactly.
 
 RUN_DIR/round_0/eval            `sage eval` of the first policy; only with benchmarks, as all eval folders
+RUN_DIR/round_N/policy.sha256   names the policy that round N began with; not in the first
 RUN_DIR/round_N/problems.jsonl  the problems of round N, and how many responses each gets
 RUN_DIR/round_N/pairs           `sage build-pairs`
 RUN_DIR/round_N/outcomes.jsonl  how many responses to each problem were right
@@ -39,7 +40,7 @@ from sage.commands.rounds_results import (
     attempts_in,
     check_attempts,
     check_export,
-    check_masters,
+    check_start,
     read_json,
     read_outcomes,
     results,
@@ -58,7 +59,7 @@ from sage.config import (
 from sage.data.pairs import load_data
 from sage.model import loading
 from sage.model.export import ADAPTER
-from sage.model.masters import MASTERS_FOLDER, delete_masters
+from sage.model.masters import MASTERS_FOLDER, delete_masters, sealed
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
 from sage.util import checksums, stopping
@@ -114,6 +115,8 @@ def claim_inputs(cfg: RoundsConfig, run_dir: Path) -> None:
     problems = {"data.problems": cfg.data.problems}
     problems |= {f"benchmark.{name}": benchmark for name, benchmark in cfg.benchmark.items()}
     found = {"model.path": weights(cfg.model)}
+    kept = Path(loading.resolve_model(cfg.model, cfg.cache_dir), MASTERS_FOLDER)
+    found[f"{MASTERS_FOLDER} of model.path"] = digest(sealed(kept)) if sealed(kept) else None
     found |= {
         f"{n}.path": digest([asdict(p) for p in read_problems(source)]) for n, source in problems.items()
     }
@@ -167,7 +170,7 @@ class Rounds:
         if ended:
             console.print(f"stopped after round {done} of {self.cfg.rounds}: {ended}", markup=False)
         if done:  # if no round was better, the best policy of the first is the one that it started from
-            without = "" if self.cfg.export_float32 else f"{MASTERS_FOLDER}*"
+            without = "" if self.cfg.export_float32 else MASTERS_FOLDER
             link_folder(Path(policies[max(best, 1)].path), self.run_dir / "final", without)
         self.finish(done, best, max(values, default=None), ended)
 
@@ -175,6 +178,8 @@ class Rounds:
         """Do one round with the policy of the round before. Returns the new policy."""
         folder = self.folder(number)
         console.print(f"round {number} of {self.cfg.rounds}", markup=False)
+        if policy is not self.cfg.model:
+            check_start(Path(policy.path), folder, adapter=self.cfg.model.lora is not None)
         self.ask(number)
         self.build(number, policy)
         pairs = training_pairs(self.parts, number, policy)
@@ -192,8 +197,6 @@ class Rounds:
             patience=None,
             export_float32=self.cfg.model.lora is None,  # a round must not lose what it has learned
         )
-        if policy is not self.cfg.model:
-            check_masters(Path(policy.path), folder / "train")
         self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)
         shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
         trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")

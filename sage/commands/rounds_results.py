@@ -17,17 +17,18 @@ from sage.answering.attempts import GENERATIONS_FILE, Attempt, read_attempts
 from sage.commands.build_pairs import MANIFEST_FILE
 from sage.commands.evaluate import compare_attempts
 from sage.config import SUMMARY_FILE, RoundsConfig, load
-from sage.model.masters import MASTERS_FOLDER, SPENT_FILE
+from sage.model.masters import MASTERS_FOLDER
 from sage.reporting.rounds import RoundsRun
 from sage.training.checkpoint import list_checkpoints
 from sage.util import checksums, stopping
-from sage.util.errors import UserError
+from sage.util.errors import UserError, named
 from sage.util.files import write_text
 from sage.util.locks import alive
 from sage.util.progress import console
 
 OUTCOMES_FILE, TIMES_FILE = "outcomes.jsonl", "times.jsonl"
 OLDER_FOLDER, POOL_FILE = "older", "pool.jsonl"
+POLICY_FILE = "policy.sha256"  # names the policy that a round began with
 
 
 def folder_of(run_dir: Path, number: int) -> Path:
@@ -107,13 +108,28 @@ def check_export(folder: Path) -> None:
             raise ValueError if file.exists() else FileNotFoundError
 
 
-def check_masters(policy: Path, train: Path) -> None:
-    """Refuse to train a round again from a policy whose float32 weights were deleted after the first time."""
-    begun = (train / SUMMARY_FILE).exists() or list_checkpoints(train)
-    if (policy / SPENT_FILE).exists() and not begun:
+def check_start(policy: Path, folder: Path, adapter: bool) -> None:
+    """Refuse to mix a round's files with those of another policy, or to train from rounded weights.
+
+    The float32 weights of a policy are deleted once the next round is trained, and a round that has begun to
+    train no longer reads them.
+    """
+    file, made = folder / POLICY_FILE, checksums.digest(read_json(policy / checksums.CHECKSUMS_FILE))
+    if file.exists() and file.read_text(encoding="utf-8") != made:
         raise UserError(
-            f"{train} began with {policy / MASTERS_FOLDER}, which is gone: delete the folder `train` of all "
-            "rounds before it too, and resume the rounds, which train them again"
+            f"{folder} was made from another policy than {policy} is now: delete it and all rounds after it, "
+            "and resume the rounds, which make them again"
+        )
+    write_text(file, made)
+    train, kept = folder / "train", policy / MASTERS_FOLDER
+    begun = (train / SUMMARY_FILE).exists() or list_checkpoints(train)
+    exact = adapter or read_json(policy.parent / SUMMARY_FILE)["dtype"] == "float32"
+    if not exact and not begun and (damaged := checksums.damaged(kept)):
+        reason = f"is damaged ({named(damaged)})" if kept.is_dir() else "is gone"
+        raise UserError(
+            f"{train} begins with {kept}, which {reason}: put it back, or delete the folder `train` of all "
+            "rounds before it too, and resume the rounds, which train them again. Other rounds may begin "
+            f"with model.path={policy}, whose weights are rounded"
         )
 
 

@@ -22,7 +22,7 @@ from sage.util.errors import UserError, named
 from sage.util.progress import console
 
 MASTERS_FOLDER = "float32"
-SPENT_FILE = "float32.deleted"  # in place of the folder, if `sage rounds` has deleted it
+PARTS = "[0-9]*.safetensors"  # the names of its files
 PART = 2**30  # bytes of a file; rank 0 holds one file's weights at a time
 
 
@@ -60,12 +60,13 @@ def parts(engine: Engine) -> Iterator[dict[str, Tensor]]:
     yield part
 
 
-def read_masters(engine: Engine, folder: Path, name: str) -> None:
+def read_masters(engine: Engine, folder: Path, name: str, adapter: bool) -> None:
     """Let a run begin with the float32 weights that are kept beside its model, if they are.
 
     Args:
         folder: the model's.
         name: of the model, for messages.
+        adapter: whether the run trains one, instead of the model's weights.
 
     Raises:
         UserError: they are damaged, or are not those of this model.
@@ -73,14 +74,15 @@ def read_masters(engine: Engine, folder: Path, name: str) -> None:
     kept = folder / MASTERS_FOLDER
     if not ranks.agreed(lambda: sealed(kept), f"the float32 weights beside model.path={name}"):
         return
-    if engine.dtype == torch.float32:
-        console.print(f"{kept} is not used: this run computes in float32", markup=False)
+    if adapter or engine.dtype == torch.float32:
+        reason = "trains an adapter" if adapter else "computes in float32"
+        console.print(f"{kept} is not used: this run {reason}", markup=False)
         return
     remedy = f"put it back, or begin with the rounded weights, from a copy of model.path={name} without it"
     if damaged := checksums.damaged(kept):
         raise UserError(f"{kept} is damaged ({named(damaged)}): {remedy}")
     left = trained(engine)
-    for file in sorted(kept.glob("*.safetensors")):
+    for file in sorted(kept.glob(PARTS)):
         with safe_open(file, "pt") as content:
             for key in content.keys():  # noqa: SIM118, it is no dict
                 weight, value = left.pop(key, None), content.get_tensor(key)
@@ -93,16 +95,19 @@ def read_masters(engine: Engine, folder: Path, name: str) -> None:
 
 
 def delete_masters(folder: Path) -> None:
-    """Delete the float32 weights that are kept in a policy's folder, if they are, and say so there."""
-    if (folder / MASTERS_FOLDER).is_dir():
-        (folder / SPENT_FILE).touch()
-        shutil.rmtree(folder / MASTERS_FOLDER)
+    """Delete the float32 weights that are kept in a policy's folder, as far as that is allowed."""
+    kept = folder / MASTERS_FOLDER
+    if kept.is_symlink():
+        kept.unlink()
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def sealed(kept: Path) -> str:
-    """The checksums of a folder of float32 weights; empty where there is none that sage wrote."""
+    """The checksums of a folder of float32 weights, in which they may be missing; empty if there is none."""
     file = kept / checksums.CHECKSUMS_FILE
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="replace") or "missing"
+    return "missing" if any(kept.glob(PARTS)) else ""
 
 
 def trained(engine: Engine) -> dict[str, nn.Parameter]:

@@ -111,8 +111,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         other_inputs(cfg, data, selection),
     )
     state = restore(run_dir, engine, forward, selection, fresh)
-    if state is fresh and cfg.model.lora is None:
-        read_masters(engine, Path(base.folder), cfg.model.path)
+    if state is fresh:
+        read_masters(engine, Path(base.folder), cfg.model.path, adapter=cfg.model.lora is not None)
     if cfg.select and engine.rank == 0:
         checkpoint.restore_best(state, run_dir)
     built_in: list[Hook] = []
