@@ -114,7 +114,7 @@ def claim_inputs(cfg: RoundsConfig, run_dir: Path) -> None:
 
     problems = {"data.problems": cfg.data.problems}
     problems |= {f"benchmark.{name}": benchmark for name, benchmark in cfg.benchmark.items()}
-    found = {"model.path": weights(cfg.model)}
+    found: dict[str, str | None] = {"model.path": weights(cfg.model)}
     kept = Path(loading.resolve_model(cfg.model, cfg.cache_dir), MASTERS_FOLDER)
     found[f"{MASTERS_FOLDER} of model.path"] = digest(sealed(kept)) if sealed(kept) else None
     found |= {
