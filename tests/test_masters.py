@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import refused
 from forks import on_ranks
 from many_runs import ERROR_FILE, do_all, execute, freeze, weights
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from sage.util import checksums
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3")
 NORM = "model.model.norm.weight"
+LORA = ["+model/lora=default"]
 STILL = ["optimizer.lr=0", "steps=1"]  # a run that changes no weight
 
 
@@ -55,12 +55,17 @@ def runs(request, tiny_model, pair_file, tmp_path_factory) -> dict[str, Path]:
         )
 
     found = {e: prepare(e, tiny_model, e, "steps=3", "optimizer.lr=1e-5") for e in ENGINES}
+    for e in ("zero0", "zero3"):
+        found[f"adapter {e}"] = prepare(f"adapter_{e}", tiny_model, e, *LORA, "steps=3", "optimizer.lr=1e-3")
     on_ranks(ranks, in_small_parts, [str(run) for run in found.values()])
     rounded = shutil.copytree(found["zero0"] / "final", folder / "rounded_model")
     delete_masters(rounded)  # which leaves a model like any other
     others = zip(ENGINES, (*ENGINES[1:], ENGINES[0]), strict=True)  # goes on with another engine
     after = {f"after {e}": prepare(f"after_{e}", found[e] / "final", other, *STILL) for e, other in others}
     after["rounded"] = prepare("rounded", rounded, "zero0", *STILL)
+    for e, other in (("zero0", "zero3"), ("zero3", "zero0")):
+        adapter = f"model.adapter_path={found[f'adapter {e}'] / 'final' / 'adapter'}"
+        after[f"after adapter {e}"] = prepare(f"after_adapter_{e}", tiny_model, other, *LORA, adapter, *STILL)
     execute(ranks, list(after.values()))
     return found | after
 
@@ -80,6 +85,22 @@ def test_float32_weights_go_from_run_to_run(runs, engine):
     again = masters(runs[f"after {engine}"] / "final")
     assert again.keys() == kept.keys()
     assert all(torch.equal(again[name], value) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero3"])
+def test_those_of_an_adapter_go_on_too(runs, engine):
+    kept = masters(runs[f"adapter {engine}"] / "final" / "adapter")
+    (file,) = (runs[f"adapter {engine}"] / "final" / "adapter").glob("*.safetensors")
+    exported = load_file(file)
+    assert len(kept) == len(exported)
+    unlike = 0
+    for name, value in kept.items():
+        rounded = exported[name.removeprefix("model.").replace(".default", "")]
+        assert torch.equal(value.bfloat16().float(), rounded)
+        unlike += int((value != rounded).sum())
+    assert unlike > 0.5 * sum(value.numel() for value in kept.values())
+    again = masters(runs[f"after adapter {engine}"] / "final" / "adapter")
+    assert again.keys() == kept.keys() and all(torch.equal(again[name], kept[name]) for name in kept)
 
 
 def test_without_them_a_run_begins_with_rounded_weights(runs):
@@ -154,7 +175,3 @@ def test_float32_weights_that_do_not_fit_are_refused(exported, pair_file, tmp_pa
     final = weights(found["float32"] / "final")
     assert all(torch.equal(weight, final[name].bfloat16()) for name, weight in weights(exported).items())
     assert not (found["float32"] / "final" / "float32").exists()
-
-
-def test_an_adapter_has_no_float32_weights_to_keep(train):
-    refused(train("export_float32=true", "+model/lora=default"), "export_float32=true", "model.lora")

@@ -672,6 +672,7 @@ def test_an_adapter_goes_on_as_it_is(tmp_path):
         for number in (1, 2)
     )
     assert not all(torch.equal(first[name], last[name]) for name in first)
+    assert float32_in(run_dir) == ["round_2/train/final/adapter/float32"]
     base = load_file(Path(resolve_path("pkg://sage.assets/arithmetic")) / "model.safetensors")
     final = load_file(run_dir / "final/model.safetensors")
     layers = [name for name in last if "lora_A" in name]

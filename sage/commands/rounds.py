@@ -59,7 +59,7 @@ from sage.config import (
 from sage.data.pairs import load_data
 from sage.model import loading
 from sage.model.export import ADAPTER
-from sage.model.masters import MASTERS_FOLDER, delete_masters, sealed
+from sage.model.masters import MASTERS_FOLDER, delete_masters, key_of, sealed, trained_folder
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
 from sage.util import checksums, stopping
@@ -115,8 +115,8 @@ def claim_inputs(cfg: RoundsConfig, run_dir: Path) -> None:
     problems = {"data.problems": cfg.data.problems}
     problems |= {f"benchmark.{name}": benchmark for name, benchmark in cfg.benchmark.items()}
     found: dict[str, str | None] = {"model.path": weights(cfg.model)}
-    kept = Path(loading.resolve_model(cfg.model, cfg.cache_dir), MASTERS_FOLDER)
-    found[f"{MASTERS_FOLDER} of model.path"] = digest(sealed(kept)) if sealed(kept) else None
+    kept = sealed(trained_folder(cfg.model, loading.resolve_model(cfg.model, cfg.cache_dir)) / MASTERS_FOLDER)
+    found[f"{MASTERS_FOLDER} of {key_of(cfg.model)}"] = digest(kept) if kept else None
     found |= {
         f"{n}.path": digest([asdict(p) for p in read_problems(source)]) for n, source in problems.items()
     }
@@ -178,8 +178,10 @@ class Rounds:
         """Do one round with the policy of the round before. Returns the new policy."""
         folder = self.folder(number)
         console.print(f"round {number} of {self.cfg.rounds}", markup=False)
+        begins = self.goes_on_from(policy)
+        weights = trained_folder(begins, begins.path)
         if policy is not self.cfg.model:
-            check_start(Path(policy.path), folder, adapter=self.cfg.model.lora is not None)
+            check_start(Path(policy.path), weights, folder)
         self.ask(number)
         self.build(number, policy)
         pairs = training_pairs(self.parts, number, policy)
@@ -187,7 +189,7 @@ class Rounds:
         train = self.parts.command(
             TrainConfig,
             "train",
-            model=self.goes_on_from(policy),
+            model=begins,
             reference_model=self.reference(number),
             seed=self.seed(number),
             data=self.cfg.pairs_of_a_round(str(pairs)),
@@ -195,14 +197,14 @@ class Rounds:
                 n: b for n, b in self.cfg.benchmark.items() if self.cfg.select == f"benchmark/{n}/accuracy"
             },
             patience=None,
-            export_float32=self.cfg.model.lora is None,  # a round must not lose what it has learned
+            export_float32=True,  # a round must not lose what it has learned
         )
         self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)
         shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
         trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")
         check_export(trained)
         if policy is not self.cfg.model and not self.cfg.export_float32:
-            delete_masters(Path(policy.path))  # only this round needed them
+            delete_masters(weights)  # only this round needed them
         policy = replace(self.cfg.model, path=str(trained), revision=None, adapter_path=None)
         self.evaluate(number, policy)
         return policy

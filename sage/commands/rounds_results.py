@@ -108,11 +108,14 @@ def check_export(folder: Path) -> None:
             raise ValueError if file.exists() else FileNotFoundError
 
 
-def check_start(policy: Path, folder: Path, adapter: bool) -> None:
+def check_start(policy: Path, trained: Path, folder: Path) -> None:
     """Refuse to mix a round's files with those of another policy, or to train from rounded weights.
 
     The float32 weights of a policy are deleted once the next round is trained, and a round that has begun to
     train no longer reads them.
+
+    Args:
+        trained: the folder of the weights that the round goes on training: the policy's, or its adapter's.
     """
     file, made = folder / POLICY_FILE, checksums.digest(read_json(policy / checksums.CHECKSUMS_FILE))
     if file.exists() and file.read_text(encoding="utf-8") != made:
@@ -121,9 +124,9 @@ def check_start(policy: Path, folder: Path, adapter: bool) -> None:
             "and resume the rounds, which make them again"
         )
     write_text(file, made)
-    train, kept = folder / "train", policy / MASTERS_FOLDER
+    train, kept = folder / "train", trained / MASTERS_FOLDER
     begun = (train / SUMMARY_FILE).exists() or list_checkpoints(train)
-    exact = adapter or read_json(policy.parent / SUMMARY_FILE)["dtype"] == "float32"
+    exact = read_json(policy.parent / SUMMARY_FILE)["dtype"] == "float32"
     if not exact and not begun and (damaged := checksums.damaged(kept)):
         reason = f"is damaged ({named(damaged)})" if kept.is_dir() else "is gone"
         raise UserError(

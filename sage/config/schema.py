@@ -73,7 +73,8 @@ class TrainConfig(RunConfig):
         None, "end the run after this many evaluations without a better `select`; null = never", low=1
     )
     export_float32: bool = key(
-        False, "also write float32/ in final/, or best/ with select, for runs that go on without rounding"
+        False,
+        "also write the float32 weights behind final/ (best/ with select), for runs that go on from there",
     )
     save_minutes: float = key(15.0, "minutes between checkpoints; a signal also saves one", above=0)
     save_every: int = key(0, "steps between further checkpoints; 0 = none", low=0)
@@ -127,8 +128,6 @@ class TrainConfig(RunConfig):
             )
         if self.data.scores and self.reference == "online":
             raise UserError("data.scores is a cache of the reference, so it needs reference=cached")
-        if self.export_float32 and self.model.lora is not None:
-            raise UserError("export_float32=true is for runs that train all weights: leave out model.lora")
 
     def check_forward(self) -> None:
         """Check what a forward pass over the pairs needs, with or without training."""

@@ -2,7 +2,7 @@
 
 A run in bfloat16 trains float32 weights, and its export is their rounding. A weight of 0.05 moves in steps of
 2.4e-4 there, so what a short run or a small learning rate has changed by less than half of that is lost.
-FOLDER/float32 keeps it, under the names of the Policy module.
+FOLDER/float32 keeps it, under the names of the Policy module. With an adapter that is FOLDER/adapter/float32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sage.config import ModelConfig
+from sage.data.source import resolve_path
 from sage.model.engine import Engine, gathered, master_weight, set_master_weight
 from sage.util import checksums, ranks
 from sage.util.errors import UserError, named
@@ -27,7 +29,7 @@ PART = 2**30  # bytes of a file; rank 0 holds one file's weights at a time
 
 
 def write_masters(engine: Engine, folder: Path) -> None:
-    """Write the float32 weights of a policy that was exported to `folder`. Every rank calls this.
+    """Write the float32 weights behind the trained ones in `folder`. Every rank calls this.
 
     A float32 run writes none, since its export is exact.
     """
@@ -60,25 +62,24 @@ def parts(engine: Engine) -> Iterator[dict[str, Tensor]]:
     yield part
 
 
-def read_masters(engine: Engine, folder: Path, name: str, adapter: bool) -> None:
-    """Let a run begin with the float32 weights that are kept beside its model, if they are.
+def read_masters(engine: Engine, cfg: ModelConfig, folder: str) -> None:
+    """Let a run begin with the float32 weights that are kept beside those it trains, if they are.
 
     Args:
         folder: the model's.
-        name: of the model, for messages.
-        adapter: whether the run trains one, instead of the model's weights.
 
     Raises:
         UserError: they are damaged, or are not those of this model.
     """
-    kept = folder / MASTERS_FOLDER
-    if not ranks.agreed(lambda: sealed(kept), f"the float32 weights beside model.path={name}"):
+    key, kept = f"{key_of(cfg)}={cfg.adapter_path or cfg.path}", trained_folder(cfg, folder) / MASTERS_FOLDER
+    if not ranks.agreed(lambda: sealed(kept), f"the float32 weights beside {key}"):
         return
-    if adapter or engine.dtype == torch.float32:
-        reason = "trains an adapter" if adapter else "computes in float32"
+    fresh = cfg.lora is not None and cfg.adapter_path is None
+    if fresh or engine.dtype == torch.float32:
+        reason = "trains a fresh adapter" if fresh else "computes in float32"
         console.print(f"{kept} is not used: this run {reason}", markup=False)
         return
-    remedy = f"put it back, or begin with the rounded weights, from a copy of model.path={name} without it"
+    remedy = f"put it back, or begin with the rounded weights, from a copy of {key} without it"
     if damaged := checksums.damaged(kept):
         raise UserError(f"{kept} is damaged ({named(damaged)}): {remedy}")
     left = trained(engine)
@@ -94,8 +95,18 @@ def read_masters(engine: Engine, folder: Path, name: str, adapter: bool) -> None
     console.print(f"float32 weights go on from {kept}", markup=False)
 
 
+def key_of(cfg: ModelConfig) -> str:
+    """The key that names the weights which a run goes on training."""
+    return "model.path" if cfg.adapter_path is None else "model.adapter_path"
+
+
+def trained_folder(cfg: ModelConfig, folder: str) -> Path:
+    """The folder of those weights, given that of the model."""
+    return Path(folder if cfg.adapter_path is None else resolve_path(cfg.adapter_path))
+
+
 def delete_masters(folder: Path) -> None:
-    """Delete the float32 weights that are kept in a policy's folder, as far as that is allowed."""
+    """Delete the float32 weights that are kept in a folder, as far as that is allowed."""
     kept = folder / MASTERS_FOLDER
     if kept.is_symlink():
         kept.unlink()

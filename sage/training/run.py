@@ -14,8 +14,8 @@ from sage.config import SUMMARY_FILE, TrainConfig
 from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
 from sage.model.engine import Engine
+from sage.model.export import ADAPTER, export_sharded, splits_into_layers
 from sage.model.export import export as export_policy
-from sage.model.export import export_sharded, splits_into_layers
 from sage.model.forward import PairForward
 from sage.model.masters import write_masters
 from sage.model.reference import Reference
@@ -121,7 +121,7 @@ class Run:
                 export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)
             ranks.barrier()
             if float32:
-                write_masters(self.engine, folder)
+                write_masters(self.engine, folder / ADAPTER if self.cfg.model.lora else folder)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum over ranks. Along with it, they agree whether to stop or to save after this step."""

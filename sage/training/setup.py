@@ -112,7 +112,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     )
     state = restore(run_dir, engine, forward, selection, fresh)
     if state is fresh:
-        read_masters(engine, Path(base.folder), cfg.model.path, adapter=cfg.model.lora is not None)
+        read_masters(engine, cfg.model, base.folder)
     if cfg.select and engine.rank == 0:
         checkpoint.restore_best(state, run_dir)
     built_in: list[Hook] = []

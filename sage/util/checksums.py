@@ -22,13 +22,13 @@ CHECKSUMS_FILE = "checksums.json"
 def seal(folder: Path, without: str = "") -> None:
     """Write the checksums of all files in a folder that is complete, in place of any that are there.
 
-    The folder `without` in it is left out.
+    Folders of the name `without` in it are left out.
     """
 
     def unsealed() -> list[str]:
         files = (file for file in folder.rglob("*") if file.is_file())
         names = (file.relative_to(folder) for file in files)
-        return sorted(str(name) for name in names if name.parts[0] not in (CHECKSUMS_FILE, without))
+        return sorted(str(n) for n in names if str(n) != CHECKSUMS_FILE and without not in n.parts)
 
     files = ranks.main_only(unsealed)
     found = {name: digest for part in ranks.gather(_digests(folder, files)) for name, digest in part.items()}
