@@ -427,6 +427,13 @@ def test_the_report_of_rounds(begin, monkeypatch, capsys):
     page = (run_dir / "report.html").read_text()
     assert "accuracy on arithmetic" in page and "pass rates as last seen: run" in page
 
+    (run_dir / "round_2/outcomes.jsonl").unlink()  # rounds with a summary are finished, so not resumed
+    with pytest.raises(
+        UserError,
+        match=rf"is missing: delete {run_dir}/round_2/outcomes.jsonl and {run_dir}/summary.json, and",
+    ):
+        report([str(run_dir)])
+
     with suppress(Killed):
         rounds(begin("killed"), Parts(monkeypatch, skill=4, kill=45))
     report([str(begin("killed"))])
@@ -801,6 +808,7 @@ def test_a_damaged_file_is_named_with_what_to_delete(name, again, begin, monkeyp
     rounds(begin("run", "rounds=2", select), Parts(monkeypatch))
     give_rounds(cfg := config.load(begin("run")), begin("run"), 3)  # pyright: ignore
     config.write(cfg, begin("run"))
+    (begin("run") / "summary.json").unlink()
     if name == "round_1/pairs/generations.jsonl":
         (begin("run") / "round_1/outcomes.jsonl").unlink()  # which is made of it
     damaged, part = begin("run") / name, begin("run") / again

@@ -90,9 +90,15 @@ def whole(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as e:
-        part = next((f for f in file.parents if re.fullmatch(r"round_\d+", f.parent.name)), file)
+        inside = r"round_\d+"
+        run_dir = next((f.parent for f in file.parents if re.fullmatch(inside, f.name)), file.parent)
+        part = next((f for f in file.parents if re.fullmatch(inside, f.parent.name)), file)
         reason = "is missing" if isinstance(e, FileNotFoundError) else "is damaged"
-        raise UserError(f"{file} {reason}: delete {part}, and resume the rounds, which make it again") from e
+        parts = dict.fromkeys((part, run_dir / SUMMARY_FILE))  # with a summary, the rounds count as finished
+        delete = " and ".join(str(path) for path in parts if path == part or path.exists())
+        raise UserError(
+            f"{file} {reason}: delete {delete}, and resume the rounds, which make it again"
+        ) from e
 
 
 def check_export(folder: Path) -> None:
