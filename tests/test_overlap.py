@@ -41,6 +41,12 @@ def words(rng: random.Random, count: int) -> str:
     return " ".join("".join(rng.choices(string.ascii_lowercase, k=5)) for _ in range(count))
 
 
+def holds(prompt: str, problem: str) -> bool:
+    """Whether the problem stands in the prompt, and not as a part of a longer word or number."""
+    before, _, after = f" {prompt} ".partition(problem)
+    return after != "" and not before[-1].isalnum() and not after[0].isalnum()
+
+
 @pytest.mark.parametrize("bits", [24, 2])
 def test_problems_are_found_in_any_prompt(bits, monkeypatch):
     """Against `in` on texts. With a table of 4 places, nearly every hash is looked up."""
@@ -48,6 +54,8 @@ def test_problems_are_found_in_any_prompt(bits, monkeypatch):
     rng, tokenizer = random.Random(0), make_tokenizer()
     problems = [words(rng, n) for n in (40, 30, 20, 12, 9, 8, 40, 30)]
     problems.append(problems[0] + " and more")  # whose beginning is there, but not the rest
+    problems += [problems[1][:-1] + end for end in ("A", "")]  # another last letter, and none
+    problems += [f"Add {words(rng, 8)} to {number}" for number in (1234, 123, 234)]
     problems += ["12 + 7", "13 + 8"]
     prompts = [
         f"Solve this: {problems[0]}\nThink step by step.",
@@ -56,14 +64,15 @@ def test_problems_are_found_in_any_prompt(bits, monkeypatch):
         words(rng, 50),
         problems[3] + " " + problems[4],
         problems[6][: len(problems[6]) // 2],  # half a problem
+        f"Say it: {problems[-5]}",  # whose beginning is another problem
         "12 + 7",
         "13 + 8 + 1",
     ] * 2
     found = trained_on(pairs_of(tokenizer, prompts), problems, problems, tokenizer, ChatFormat())
     short = [len(tokenizer.encode(p)) < WINDOW + 2 * EDGE for p in problems]
-    assert short == [False] * 9 + [True] * 2
+    assert short == [False] * 14 + [True] * 2
     assert found == [
-        problem in prompts if is_short else any(problem in prompt for prompt in prompts)
+        problem in prompts if is_short else any(holds(prompt, problem) for prompt in prompts)
         for problem, is_short in zip(problems, short, strict=True)
     ]
 

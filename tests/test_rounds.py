@@ -32,6 +32,7 @@ from sage.commands.more import give_rounds
 from sage.commands.pairing import make_pairs
 from sage.commands.report import report
 from sage.commands.rounds import rounds
+from sage.commands.rounds_inputs import warn_of_known_problems
 from sage.commands.rounds_pool import stay
 from sage.commands.rounds_results import check_attempts
 from sage.data.source import resolve_path
@@ -503,6 +504,27 @@ def test_training_again_what_began_with_deleted_weights_is_refused(begin, monkey
     assert results(run_dir) == expected
 
 
+def test_rounds_of_an_earlier_version_do_not_go_on_with_another_adapter(begin, monkeypatch):
+    """It trained a fresh adapter on the merged policy, so its last adapter alone is not the policy."""
+    run_dir = begin("run", "+model/lora=default", "rounds=1")
+    rounds(run_dir, Parts(monkeypatch))
+    (run_dir / "summary.json").unlink()
+    begun = json.loads((run_dir / ".begun.json").read_text())
+    del begun["adapter of a round"]
+    (run_dir / ".begun.json").write_text(json.dumps(begun))
+    with pytest.raises(UserError, match="another adapter of a round: None, and now it is not merged"):
+        rounds(run_dir, Parts(monkeypatch))
+
+
+def test_rounds_warn_of_a_benchmark_that_they_train_on(begin, capsys):
+    warn_of_known_problems(config.load(begin("same")))  # pyright: ignore
+    said = capsys.readouterr().out
+    assert "warning: 12 of 12 problems of benchmark.arithmetic are in data.problems" in said
+    file = "pkg://sage.assets/arithmetic/problems_test.jsonl"
+    warn_of_known_problems(config.load(begin("other", f"benchmark.arithmetic.path={file}")))  # pyright: ignore
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("fault", ["gone", "not sealed", "emptied", "cut"])
 def test_more_rounds_need_the_float32_weights_of_the_last(fault, begin, monkeypatch, tmp_path):
     """A user may delete them to save room, and a lost machine may leave an empty file. The round is refused
@@ -764,6 +786,9 @@ def test_float32_weights_of_the_first_model_must_not_change(begin, monkeypatch, 
     rounds(begin("run", "rounds=1", f"model.path={model}"), Parts(monkeypatch))
     (begin("run") / "summary.json").unlink()
     shutil.rmtree(model / "float32")
+    rounds(begin("run"), Parts(monkeypatch))  # round 1 has been trained
+    (begin("run") / "summary.json").unlink()
+    shutil.rmtree(begin("run") / "round_1" / "train")
     with pytest.raises(UserError, match=r"another float32 of model.path: .*, and now it is None"):
         rounds(begin("run"), Parts(monkeypatch))
 

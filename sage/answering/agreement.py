@@ -109,7 +109,8 @@ def first_that_agrees(
 @torch.no_grad()
 def looks_ahead(model: Any, prompt: list[int]) -> bool:
     """Whether predictions inside a prompt depend on its last token, by more than rounding."""
-    other = next((token for token in prompt if token != prompt[-1]), 0)
+    other = next((token for token in prompt if token != prompt[-1]), int(prompt[-1] == 0))
+    prompt = prompt if len(prompt) > 1 else [other, *prompt]
     ids = torch.tensor([prompt, [*prompt[:-1], other]], device=model.device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     own, changed = logits.float().log_softmax(-1)

@@ -30,9 +30,10 @@ from filelock import Timeout
 
 from sage import config
 from sage.answering.asking import Outcome, choose
-from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE
+from sage.answering.attempts import GENERATIONS_FILE
 from sage.answering.problems import Problem, read_problems
 from sage.commands.build_pairs import MANIFEST_FILE, intact
+from sage.commands.rounds_inputs import claim_inputs, warn_of_known_problems
 from sage.commands.rounds_parts import PROBLEMS_FILE, Parts
 from sage.commands.rounds_pool import training_pairs
 from sage.commands.rounds_results import (
@@ -56,14 +57,12 @@ from sage.config import (
     RoundsConfig,
     TrainConfig,
 )
-from sage.data.pairs import load_data
 from sage.model import loading
 from sage.model.export import ADAPTER
-from sage.model.masters import MASTERS_FOLDER, delete_masters, key_of, sealed, trained_folder
+from sage.model.masters import MASTERS_FOLDER, delete_masters, trained_folder
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
 from sage.util import checksums, stopping
-from sage.util.checksums import digest
 from sage.util.errors import UserError, disk_full
 from sage.util.files import link_folder, write_json, write_text
 from sage.util.locks import RANK_LOCK, lock
@@ -102,31 +101,6 @@ def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
         held.release()
 
 
-def claim_inputs(cfg: RoundsConfig, run_dir: Path) -> None:
-    """Note fingerprints of what several rounds read, which must not change between them.
-
-    Raises:
-        UserError: one is not what it was when the rounds began.
-    """
-
-    def weights(model: ModelConfig) -> str:
-        return loading.fingerprint(loading.resolve_model(model, cfg.cache_dir), model.adapter_path)
-
-    problems = {"data.problems": cfg.data.problems}
-    problems |= {f"benchmark.{name}": benchmark for name, benchmark in cfg.benchmark.items()}
-    found: dict[str, str | None] = {"model.path": weights(cfg.model)}
-    kept = sealed(trained_folder(cfg.model, loading.resolve_model(cfg.model, cfg.cache_dir)) / MASTERS_FOLDER)
-    found[f"{MASTERS_FOLDER} of {key_of(cfg.model)}"] = digest(kept) if kept else None
-    found |= {
-        f"{n}.path": digest([asdict(p) for p in read_problems(source)]) for n, source in problems.items()
-    }
-    if cfg.reference_model is not None:
-        found["reference_model"] = weights(ModelConfig(cfg.reference_model))
-    if cfg.data.eval_path is not None:
-        found["data.eval_path"] = load_data(cfg.data, cfg.cache_dir, held_out=True).content
-    checksums.claim(run_dir / BEGUN_FILE, found)
-
-
 @dataclass
 class Rounds:
     """The rounds of one config; they are numbered from 1."""
@@ -144,6 +118,7 @@ class Rounds:
 
     def run(self) -> None:
         claim_inputs(self.cfg, self.run_dir)
+        warn_of_known_problems(self.cfg)
         policies, values, ended = [self.cfg.model], list[float](), None
         criterion = Criterion.of(self.cfg.select) if self.cfg.select else None
         best, stale = 0, 0  # the round of the best policy, and the rounds since then

@@ -19,7 +19,6 @@ from sage.commands.evaluate import compare_attempts
 from sage.config import SUMMARY_FILE, RoundsConfig, load
 from sage.model.masters import MASTERS_FOLDER
 from sage.reporting.rounds import RoundsRun
-from sage.training.checkpoint import list_checkpoints
 from sage.util import checksums, stopping
 from sage.util.errors import UserError, named
 from sage.util.files import write_text
@@ -117,8 +116,7 @@ def check_export(folder: Path) -> None:
 def check_start(policy: Path, trained: Path, folder: Path) -> None:
     """Refuse to mix a round's files with those of another policy, or to train from rounded weights.
 
-    The float32 weights of a policy are deleted once the next round is trained, and a round that has begun to
-    train no longer reads them.
+    The float32 weights of a policy are deleted once the next round is trained.
 
     Args:
         trained: the folder of the weights that the round goes on training: the policy's, or its adapter's.
@@ -131,9 +129,8 @@ def check_start(policy: Path, trained: Path, folder: Path) -> None:
         )
     write_text(file, made)
     train, kept = folder / "train", trained / MASTERS_FOLDER
-    begun = (train / SUMMARY_FILE).exists() or list_checkpoints(train)
     exact = read_json(policy.parent / SUMMARY_FILE)["dtype"] == "float32"
-    if not exact and not begun and (damaged := checksums.damaged(kept)):
+    if not exact and not (train / SUMMARY_FILE).exists() and (damaged := checksums.damaged(kept)):
         reason = f"is damaged ({named(damaged)})" if kept.is_dir() else "is gone"
         raise UserError(
             f"{train} begins with {kept}, which {reason}: put it back, or delete the folder `train` of all "

@@ -57,6 +57,7 @@ def export(
     model = load_model(folder, cfg.model, merged, cfg.seed)
     model.load_state_dict(state)
     if cfg.model.lora is not None:
+        order_names(model)
         model.save_pretrained(temporary / ADAPTER, save_embedding_layers=False)  # pyright: ignore
         model = model.merge_and_unload().to(dtype)  # pyright: ignore
     model.config.use_cache = True
@@ -126,6 +127,7 @@ def export_sharded(
     if not main:
         return
     if adapter is not None:
+        order_names(policy.model)
         policy.model.save_pretrained(temporary / ADAPTER, state_dict=adapter, save_embedding_layers=False)
     _join_parts(temporary, files)
     _finish(temporary, final, cfg, tokenizer)
@@ -222,6 +224,14 @@ def adapter_weights(policy: Policy) -> dict[str, Tensor]:
                 if ranks.rank() == 0:
                     found[name] = weight.data.float().to("cpu", copy=True)
     return found
+
+
+def order_names(model: Any) -> None:
+    """Give an adapter's sets of names an order, so that its files are the same in every process."""
+    for config in model.peft_config.values():
+        for field, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, field, sorted(value))
 
 
 def _write_part(temporary: Path, number: int, causal: Any, weights: dict[str, Tensor]) -> list[str]:
