@@ -42,6 +42,7 @@ METHODS: dict[str, list[str]] = {
     "score": ["curriculum=none"],
     "curriculum": ["scorer=uniform"],
     "sage": [],
+    "sage, mixed margin": ["scorer.margin=mixed"],
     "sage, 3 candidates": ["scorer.candidates_per_pair=3"],
     "score, 3 candidates": ["curriculum=none", "scorer.candidates_per_pair=3"],
     "score, 6 candidates": ["curriculum=none", "scorer.candidates_per_pair=6"],
