@@ -32,7 +32,7 @@ from sage.commands.more import give_rounds
 from sage.commands.pairing import make_pairs
 from sage.commands.report import report
 from sage.commands.rounds import rounds
-from sage.commands.rounds_inputs import warn_of_known_problems
+from sage.commands.rounds_inputs import claim_inputs, warn_of_known_problems
 from sage.commands.rounds_pool import stay
 from sage.commands.rounds_results import check_attempts
 from sage.data.source import resolve_path
@@ -791,6 +791,9 @@ def test_float32_weights_of_the_first_model_must_not_change(begin, monkeypatch, 
     shutil.rmtree(begin("run") / "round_1" / "train")
     with pytest.raises(UserError, match=r"another float32 of model.path: .*, and now it is None"):
         rounds(begin("run"), Parts(monkeypatch))
+    cfg = config.load(begin("run"))
+    cfg.model.dtype = "float32"  # such a run does not read them  # pyright: ignore
+    claim_inputs(cfg, begin("run"))  # pyright: ignore
 
 
 def test_held_out_pairs_and_a_reference_must_not_change_either(begin, monkeypatch, tmp_path):

@@ -31,8 +31,8 @@ def claim_inputs(cfg: RoundsConfig, run_dir: Path) -> None:
     problems |= {f"benchmark.{name}": benchmark for name, benchmark in cfg.benchmark.items()}
     found: dict[str, str | None] = {"model.path": weights(cfg.model)}
     found["adapter of a round"] = "not merged" if cfg.model.lora else None
-    fresh = cfg.model.lora is not None and cfg.model.adapter_path is None
-    if not fresh and not (folder_of(run_dir, 1) / "train" / SUMMARY_FILE).exists():  # round 1 reads it
+    unread = cfg.model.dtype == "float32" or (cfg.model.lora is not None and cfg.model.adapter_path is None)
+    if not unread and not (folder_of(run_dir, 1) / "train" / SUMMARY_FILE).exists():  # round 1 reads it
         folder = trained_folder(cfg.model, loading.resolve_model(cfg.model, cfg.cache_dir))
         kept = sealed(folder / MASTERS_FOLDER)
         found[f"{MASTERS_FOLDER} of {key_of(cfg.model)}"] = digest(kept) if kept else None
