@@ -239,9 +239,7 @@ def resume(
             if alive(run_dir):
                 raise UserError(f"a rank of {run_dir} still runs: wait for it, or kill it")
             if isinstance(cfg, RoundsConfig):
-                from sage.commands.rounds_inputs import (
-                    claim_inputs,  # here, because it loads torch and transformers
-                )
+                from sage.commands.rounds_inputs import claim_inputs  # here, because it loads torch
 
                 claim_inputs(cfg, run_dir)
             config.write(cfg, run_dir)

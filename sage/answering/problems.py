@@ -149,3 +149,13 @@ def read_problems(cfg: ProblemsConfig) -> list[Problem]:
 def prompts_of(problems: Sequence[Problem], prompt: str) -> list[str]:
     """The text of each problem's prompt; `prompt` has {problem} in it."""
     return [prompt.replace("{problem}", problem.prompt) for problem in problems]
+
+
+def warn_of_known(name: str, known: int, count: int, where: str) -> None:
+    """Say that `known` of the `count` problems of the benchmark `name` are trained on, if any are."""
+    if known:
+        console.print(
+            f"warning: {known} of {count} problems of benchmark.{name} are in {where}: its accuracy does not "
+            "show what the policy has learned in general",
+            markup=False,
+        )

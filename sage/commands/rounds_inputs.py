@@ -6,15 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sage.answering.attempts import BEGUN_FILE
-from sage.answering.problems import read_problems
+from sage.answering.problems import read_problems, warn_of_known
 from sage.commands.rounds_results import folder_of
 from sage.config import SUMMARY_FILE, ModelConfig, RoundsConfig
 from sage.data.pairs import load_data
 from sage.model import loading
-from sage.model.masters import MASTERS_FOLDER, key_of, sealed, trained_folder
+from sage.model.masters import MASTERS_FOLDER, has_fresh_adapter, key_of, sealed, trained_folder
 from sage.util import checksums
 from sage.util.checksums import digest
-from sage.util.progress import console
 
 
 def claim_inputs(cfg: RoundsConfig, run_dir: Path) -> None:
@@ -31,7 +30,7 @@ def claim_inputs(cfg: RoundsConfig, run_dir: Path) -> None:
     problems |= {f"benchmark.{name}": benchmark for name, benchmark in cfg.benchmark.items()}
     found: dict[str, str | None] = {"model.path": weights(cfg.model)}
     found["adapter of a round"] = "not merged" if cfg.model.lora else None
-    unread = cfg.model.dtype == "float32" or (cfg.model.lora is not None and cfg.model.adapter_path is None)
+    unread = cfg.model.dtype == "float32" or has_fresh_adapter(cfg.model)
     if not unread and not (folder_of(run_dir, 1) / "train" / SUMMARY_FILE).exists():  # round 1 reads it
         folder = trained_folder(cfg.model, loading.resolve_model(cfg.model, cfg.cache_dir))
         kept = sealed(folder / MASTERS_FOLDER)
@@ -51,9 +50,5 @@ def warn_of_known_problems(cfg: RoundsConfig) -> None:
     known = {" ".join(problem.prompt.split()) for problem in read_problems(cfg.data.problems)}
     for name, benchmark in cfg.benchmark.items():
         problems = read_problems(benchmark)[: cfg.benchmark_limit]
-        if common := sum(" ".join(problem.prompt.split()) in known for problem in problems):
-            console.print(
-                f"warning: {common} of {len(problems)} problems of benchmark.{name} are in data.problems: "
-                "its accuracy does not show what the policy has learned in general",
-                markup=False,
-            )
+        common = sum(" ".join(problem.prompt.split()) in known for problem in problems)
+        warn_of_known(name, common, len(problems), "data.problems")

@@ -71,15 +71,18 @@ def read_masters(engine: Engine, cfg: ModelConfig, folder: str) -> None:
     Raises:
         UserError: they are damaged, or are not those of this model.
     """
-    key, kept = f"{key_of(cfg)}={cfg.adapter_path or cfg.path}", trained_folder(cfg, folder) / MASTERS_FOLDER
-    if not ranks.agreed(lambda: sealed(kept), f"the float32 weights beside {key}"):
+    given, kept = (
+        f"{key_of(cfg)}={cfg.adapter_path or cfg.path}",
+        trained_folder(cfg, folder) / MASTERS_FOLDER,
+    )
+    if not ranks.agreed(lambda: sealed(kept), f"the float32 weights beside {given}"):
         return
-    fresh = cfg.lora is not None and cfg.adapter_path is None
+    fresh = has_fresh_adapter(cfg)
     if fresh or engine.dtype == torch.float32:
         reason = "trains a fresh adapter" if fresh else "computes in float32"
         console.print(f"{kept} is not used: this run {reason}", markup=False)
         return
-    remedy = f"put it back, or begin with the rounded weights, from a copy of {key} without it"
+    remedy = f"put it back, or begin with the rounded weights, from a copy of {given} without it"
     if damaged := checksums.damaged(kept):
         raise UserError(f"{kept} is damaged ({named(damaged)}): {remedy}")
     left = trained(engine)
@@ -93,6 +96,11 @@ def read_masters(engine: Engine, cfg: ModelConfig, folder: str) -> None:
     if left:
         raise UserError(f"{kept} lacks weights of the model ({named(list(left))}): {remedy}")
     console.print(f"float32 weights go on from {kept}", markup=False)
+
+
+def has_fresh_adapter(cfg: ModelConfig) -> bool:
+    """Whether a run trains weights that no folder holds yet."""
+    return cfg.lora is not None and cfg.adapter_path is None
 
 
 def key_of(cfg: ModelConfig) -> str:

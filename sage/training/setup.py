@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sage.answering.check import check_answers
-from sage.answering.problems import prompts_of, read_problems
+from sage.answering.problems import prompts_of, read_problems, warn_of_known
 from sage.config import TrainConfig, build, load
 from sage.curriculum import Curriculum, Setting
 from sage.data.chat import ChatFormat, response_ends
@@ -190,12 +190,7 @@ def warn_of_known_problems(cfg: TrainConfig, pairs: TokenizedPairs, tokenizer: A
         texts, prompts = [problem.prompt for problem in problems], prompts_of(problems, benchmark.prompt)
         with activity(f"looking for problems of benchmark.{name} in the training prompts"):
             known = sum(trained_on(pairs, texts, prompts, tokenizer, ChatFormat.of(cfg.data)))
-        if known:
-            console.print(
-                f"warning: {known} of {len(problems)} problems of benchmark.{name} are in training "
-                "prompts: its accuracy does not show what the policy has learned in general",
-                markup=False,
-            )
+        warn_of_known(name, known, len(problems), "training prompts")
 
 
 def read_pairs(
