@@ -36,7 +36,7 @@ gpu: .venv/stamp-dev ## the first numbers of a GPU: doctor, kernels, a DPO step;
 	$(BIN)/python benchmarks/gpu.py runs/gpu
 
 torture: .venv/stamp-dev ## hours of kills and damage, for nights; goes on where it was stopped
-	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py runs/torture
+	OMP_NUM_THREADS=1 JE_ARROW_MALLOC_CONF=background_thread:false $(BIN)/python tests/torture.py runs/torture
 
 lint: style types ## ruff and pyright
 

@@ -31,6 +31,7 @@ from sage.util import processes, ranks, stopping
 
 T = TypeVar("T")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_SILENT": "true"}
+ENVIRONMENT["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # or a fork may hang in Arrow's allocator
 
 
 @cache
@@ -72,6 +73,9 @@ def on_ranks(world_size: int, job: Callable[..., T], *arguments: object, seconds
                         deadline = min(deadline, time.monotonic() + 10.0)
         finally:
             for process in left.values():
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, signal.SIGABRT)  # it says where it hangs
+                process.join(10.0)
                 process.kill()
                 process.join()
         statuses = [process.exitcode for process in started]
@@ -84,6 +88,7 @@ def be_rank(file: Path, place: dict[str, object], job: Callable[..., object], ar
     """Do a job as a rank. What it returns and says is in files."""
     gc.freeze()  # what the server imported never becomes garbage
     write_to(file.with_suffix(".txt"))
+    faulthandler.enable()
     os.environ.update({name: str(value) for name, value in place.items()})
     file.write_bytes(pickle.dumps(job(*arguments)))
     ranks.leave()
@@ -140,6 +145,8 @@ class Forked:
     def __init__(
         self, job: Callable[[], object], env: Mapping[str, str] = os.environ, keep: Sequence[int] = ()
     ):
+        threads = [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+        assert len(threads) == 1, f"a fork might wait for what these hold: {threads}"
         reading, writing = os.pipe()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
         self.pid = os.fork()
@@ -183,8 +190,13 @@ class Forked:
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = 300.0) -> int:
+        """Its exit status. After these seconds it must say where it hangs, and end."""
+        deadline = time.monotonic() + seconds
         while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGABRT)
+                deadline += 10.0
             time.sleep(0.01)
         return status
 
