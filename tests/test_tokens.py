@@ -251,13 +251,17 @@ def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tm
     for changed in (
         tokenise(read_pair_set(write({**PLAIN, "chosen": "Four"})), tokenizer),
         tokenise(read_pair_set(write({**PLAIN, "pass_rate": 0.5})), tokenizer),
+        tokenise(read_pair_set(write({**PLAIN, "pair_id": "other"})), tokenizer),
         tokenise(data, make_tokenizer(CHATML + " ")),
         tokenise(data, tokenizer, chat_template=False),
-        tokenise(data, tokenizer, max_length=511),
         tokenise(data, splitting),
     ):
         prints.add(changed.fingerprint)
     assert len(calls) == len(prints) == 7
+    monkeypatch.setattr(tokenized, "source_digest", lambda _: "a later version")
+    for same in (tokenise(data, tokenizer), tokenise(data, tokenizer, max_length=511)):
+        assert same.fingerprint == first.fingerprint, "a run on these pairs may go on"
+    assert len(calls) == 9
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 

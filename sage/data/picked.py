@@ -51,7 +51,7 @@ class Limits(NamedTuple):
 class Picked:
     """Picks the pairs to keep, batch by batch, and notes what the user should know about all of them."""
 
-    def __init__(self, key: str, max_length: int, limits: Limits):
+    def __init__(self, max_length: int, limits: Limits):
         self.max_length, self.limits = max_length, limits
         self.dropped: dict[str, list[str]] = {"too_long": [], "same_tokens": []}
         self.details: dict[str, str] = {}
@@ -62,7 +62,7 @@ class Picked:
             IDS, (-1, 0, "")
         )  # the largest id in each column, its row and its pair
         self.prefix = Prefix()
-        self.digests = [hashlib.sha256(key.encode()), *(hashlib.sha256() for _ in IDS)]
+        self.digests = {name: hashlib.sha256() for name in ("lengths", *KEPT.names)}
 
     def pick(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Those of a batch of ENCODED that are kept, as KEPT."""
@@ -94,11 +94,12 @@ class Picked:
         self.rules.update(pc.list_flatten(batch["rules"].filter(pa.array(kept))).to_pylist())  # pyright: ignore
 
     def seal(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """The kept pairs as KEPT. Their ids go into the fingerprint."""
-        self.digests[0].update(lengths_of(batch).tobytes())
-        for name, digest in zip(IDS, self.digests[1:], strict=True):
+        """The kept pairs as KEPT. All that it holds goes into the fingerprint."""
+        self.digests["lengths"].update(lengths_of(batch).tobytes())
+        for name in KEPT.names:
+            self.digests[name].update(content_of(batch[name]))
+        for name in IDS:
             ids = pc.list_flatten(batch[name]).to_numpy()  # pyright: ignore
-            digest.update(ids.tobytes())
             if len(ids) and ids.max() > self.largest[name][0]:
                 row = int(pc.list_parent_indices(batch[name])[int(ids.argmax())].as_py())  # pyright: ignore
                 self.largest[name] = int(ids.max()), batch["row"][row].as_py(), batch["pair_id"][row].as_py()
@@ -107,7 +108,7 @@ class Picked:
 
     def notes(self) -> dict[str, Any]:
         """What is known once all batches were picked."""
-        fingerprint = hashlib.sha256(b"".join(digest.digest() for digest in self.digests)).hexdigest()[:32]
+        digests = b"".join(digest.digest() for digest in self.digests.values())
         return {
             "dropped": self.dropped,
             "details": self.details,
@@ -120,8 +121,16 @@ class Picked:
             "shortest": self.shortest,
             "largest": self.largest,
             "shared": self.prefix.length or 0,
-            "fingerprint": fingerprint,
+            "fingerprint": hashlib.sha256(digests).hexdigest()[:32],
         }
+
+
+def content_of(column: pa.Array) -> bytes:
+    """The values of a column of KEPT, such that those of two batches follow one another."""
+    if pa.types.is_string(column.type):
+        return "".join(f"{len(text)} {text}" for text in column.to_pylist()).encode()
+    values = pc.list_flatten(column) if pa.types.is_list(column.type) else column  # pyright: ignore
+    return values.to_numpy(zero_copy_only=False).tobytes()
 
 
 class Prefix:

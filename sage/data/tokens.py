@@ -47,7 +47,7 @@ class TokenizedPairs:
 
     data: a dataset with the columns of KEPT, mapped from a file of which only what is asked for is read.
     dropped: reason -> pair_ids.
-    fingerprint: names these very ids.
+    fingerprint: names the pairs, whatever they were read from and by which version of sage.
     notes: what the user should know about how the pairs were encoded, one sentence each.
     details: pair_id -> why it was dropped, for pairs whose reason alone does not say it.
     shared: how many tokens all prompts share at their start, if it is known.
@@ -188,7 +188,7 @@ def tokenize_pairs(
     what = "the pairs are tokenised again"
 
     def make() -> None:
-        picked = Picked(key, max_length, limits)
+        picked = Picked(max_length, limits)
         batches = map(picked.pick, encoded(source.pairs, Encoder(renderer), num_proc))
         store.write_table(file, KEPT, batches, picked.notes)
 

@@ -163,7 +163,8 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     saved = TrainState(**torch.load(folder / SIDECAR, weights_only=True))
     if saved.data_fingerprint != state.data_fingerprint:
         raise UserError(
-            f"{folder}: data.path or data.sources no longer holds the pairs that this run began with"
+            f"{folder}: data.path or data.sources no longer holds the pairs that this run began with, or "
+            "this version of sage reads them in another way"
         )
     if saved.model and saved.model != state.model:
         raise UserError(
