@@ -41,6 +41,7 @@ ARMS = {  # name -> rounds, budgets in each, steps in each
 OPTIONS = {  # name -> overrides of SAGE's three rounds
     "three rounds": [],
     "reference=initial": ["round.reference=initial"],
+    "optimizer=continued": ["round.optimizer=continued"],
     "keep=0.5": ["round.keep=0.5"],
     "rising temperature": ["round.temperatures=[1,1.2,1.4]"],
     "rejected=earlier": ["round.rejected=earlier"],

@@ -198,11 +198,14 @@ class Parts:
         assert cfg.patience is None and list(cfg.benchmark) == ["arithmetic"] * bool(cfg.select)
         before = Path(cfg.model.path)
         assert (before / "float32" / "skill").exists() == (before / "skill").exists()
+        if cfg.optimizer.continue_from:
+            assert (Path(cfg.optimizer.continue_from) / "skill").read_text() == str(skill)
         for name in ("final", "checkpoints", *["best"] * bool(cfg.select)):
             self.write_text(folder / name / "skill", str(skill + self.gain))
-            if cfg.export_float32 and name == ("best" if cfg.select else "final"):
-                self.write_text(folder / name / "float32" / "skill", str(skill + self.gain))
-                checksums.seal(folder / name / "float32")
+            for behind in ["float32"] * cfg.export_float32 + ["optimizer"] * cfg.export_optimizer:
+                if name == ("best" if cfg.select else "final"):
+                    self.write_text(folder / name / behind / "skill", str(skill + self.gain))
+                    checksums.seal(folder / name / behind)
         costs = {"cost/forward_pairs": 8, "cost/backward_pairs": 4, "dtype": "bfloat16"}
         costs["before"] = {"benchmark/arithmetic/accuracy": skill / 100}
         best = {"best": {"value": (skill + self.gain) / 100}} if cfg.select else {}
@@ -264,7 +267,9 @@ def results(run_dir: Path) -> dict[str, bytes]:
 
 def test_a_kill_at_any_moment_changes_nothing(begin, monkeypatch):
     """Killed before, in and after every part and every write, and then at three such moments in one run."""
-    whole_dir = begin("whole", "rounds=2", "round.keep=0.5", "round.rejected=earlier")
+    whole_dir = begin(
+        "whole", "rounds=2", "round.keep=0.5", "round.rejected=earlier", "round.optimizer=continued"
+    )
     kept = {}  # configs in memory: reading and writing them would take most of the time
     cfg = config.load(whole_dir)
     monkeypatch.setattr(config, "load", lambda folder: kept.get(folder, cfg))
@@ -474,19 +479,40 @@ def test_the_best_round_is_kept_and_patience_ends(begin, monkeypatch):
         len(summary["rounds"]) == 3
         and summary["after"][select[7:]] == summary["rounds"][0]["benchmarks"]["arithmetic"]["accuracy"]
     )
-    assert float32_in(begin("up")) == ["round_3/train/best/float32"]
+    assert kept_in(begin("up"), "float32") == ["round_3/train/best/float32"]
 
 
-def float32_in(run_dir: Path) -> list[str]:
-    return sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("float32*"))
+def kept_in(run_dir: Path, name: str) -> list[str]:
+    return sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob(name))
 
 
 def test_float32_weights_are_kept_for_the_next_round_only_unless_asked_for(begin, monkeypatch):
     rounds(begin("run"), Parts(monkeypatch))
-    assert float32_in(begin("run")) == ["round_3/train/final/float32"]
+    assert kept_in(begin("run"), "float32") == ["round_3/train/final/float32"]
     rounds(begin("all", "export_float32=true"), Parts(monkeypatch))
     every = [f"round_{n}/train/final/float32" for n in (1, 2, 3)]
-    assert float32_in(begin("all")) == ["final/float32", *every]
+    assert kept_in(begin("all"), "float32") == ["final/float32", *every]
+
+
+def test_the_optimizer_of_a_round_may_go_on(begin, monkeypatch):
+    """With that of the round before, which nothing else needs. A fresh one never sees it."""
+    for name, kept in (("fresh", []), ("continued", ["round_3/train/final/optimizer"])):
+        run_dir = begin(name, f"round.optimizer={name}")
+        rounds(run_dir, Parts(monkeypatch))
+        begun = [config.load(run_dir / f"round_{n}/train").optimizer for n in (1, 2, 3)]  # pyright: ignore
+        before = [f"{run_dir}/round_{n}/train/final/optimizer" for n in (1, 2)]
+        assert [o.continue_from for o in begun] == [None, *(before if kept else [None, None])]
+        assert kept_in(run_dir, "optimizer") == kept
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "round_3" / "train")
+    for name in ("float32", "optimizer"):
+        needed = run_dir / "round_2/train/final" / name
+        with pytest.raises(UserError, match=f"round_3/train begins with {needed}, which is gone"):
+            rounds(run_dir, Parts(monkeypatch))
+        needed.mkdir()
+        (needed / "skill").write_text("2")
+        checksums.seal(needed)
+    rounds(run_dir, Parts(monkeypatch))
 
 
 def test_training_again_what_began_with_deleted_weights_is_refused(begin, monkeypatch, tmp_path):
@@ -694,6 +720,7 @@ def test_an_adapter_goes_on_as_it_is(tmp_path):
     small = ["data.problems.limit=10", "benchmark_limit=4", "data.eval_path=null", "pairing.samples=4"]
     short = ["steps=2", "batch_size=4", "eval_every=0", "optimizer.lr=1e-3", "rounds=2"]
     words = ["+experiment=arithmetic", *small, *short, "+model/lora=default", "model.dtype=bfloat16"]
+    words += ["round.optimizer=continued"]
     run_dir = freeze(tmp_path / "run", *words)
     on_ranks(1, rounds, run_dir, in_this_process, seconds=600)
     first, last = (
@@ -701,7 +728,8 @@ def test_an_adapter_goes_on_as_it_is(tmp_path):
         for number in (1, 2)
     )
     assert not all(torch.equal(first[name], last[name]) for name in first)
-    assert float32_in(run_dir) == ["round_2/train/final/adapter/float32"]
+    for name in ("float32", "optimizer"):
+        assert kept_in(run_dir, name) == [f"round_2/train/final/adapter/{name}"]
     base = load_file(Path(resolve_path("pkg://sage.assets/arithmetic")) / "model.safetensors")
     final = load_file(run_dir / "final/model.safetensors")
     layers = [name for name in last if "lora_A" in name]

@@ -54,17 +54,19 @@ from sage.config import (
     ChatConfig,
     EvalConfig,
     ModelConfig,
+    OptimizerConfig,
     RoundsConfig,
     TrainConfig,
 )
 from sage.model import loading
 from sage.model.export import ADAPTER
-from sage.model.masters import MASTERS_FOLDER, delete_masters, trained_folder
+from sage.model.masters import MASTERS_FOLDER, trained_folder
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
+from sage.training.optimizer_state import OPTIMIZER_FOLDER
 from sage.util import checksums, stopping
 from sage.util.errors import UserError, disk_full
-from sage.util.files import link_folder, write_json, write_text
+from sage.util.files import delete_folder, link_folder, write_json, write_text
 from sage.util.locks import RANK_LOCK, lock
 from sage.util.progress import console
 
@@ -145,8 +147,7 @@ class Rounds:
         if ended:
             console.print(f"stopped after round {done} of {self.cfg.rounds}: {ended}", markup=False)
         if done:  # if no round was better, the best policy of the first is the one that it started from
-            without = "" if self.cfg.export_float32 else MASTERS_FOLDER
-            link_folder(Path(policies[max(best, 1)].path), self.run_dir / "final", without)
+            link_folder(Path(policies[max(best, 1)].path), self.run_dir / "final", self.passing)
         self.finish(done, best, max(values, default=None), ended)
 
     def round(self, number: int, policy: ModelConfig) -> ModelConfig:
@@ -156,7 +157,8 @@ class Rounds:
         begins = self.goes_on_from(policy)
         weights = trained_folder(begins, begins.path)
         if policy is not self.cfg.model:
-            check_start(Path(policy.path), weights, folder)
+            needed = [weights / name for name in (MASTERS_FOLDER, *[OPTIMIZER_FOLDER] * self.continued)]
+            check_start(Path(policy.path), needed, folder)
         self.ask(number)
         self.build(number, policy)
         pairs = training_pairs(self.parts, number, policy)
@@ -172,17 +174,37 @@ class Rounds:
                 n: b for n, b in self.cfg.benchmark.items() if self.cfg.select == f"benchmark/{n}/accuracy"
             },
             patience=None,
+            optimizer=self.optimizer(policy, weights),
             export_float32=True,  # a round must not lose what it has learned
+            export_optimizer=self.cfg.export_optimizer or self.continued,
         )
         self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)
         shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # a finished part needs none
         trained = folder / "train" / (BEST_FOLDER if self.cfg.select else "final")
         check_export(trained)
-        if policy is not self.cfg.model and not self.cfg.export_float32:
-            delete_masters(weights)  # only this round needed them
+        if policy is not self.cfg.model:
+            for name in self.passing:
+                delete_folder(weights / name)
         policy = replace(self.cfg.model, path=str(trained), revision=None, adapter_path=None)
         self.evaluate(number, policy)
         return policy
+
+    @property
+    def continued(self) -> bool:
+        """Whether the optimizer of a round goes on with the state of the round before."""
+        return self.cfg.round.optimizer == "continued"
+
+    @property
+    def passing(self) -> list[str]:
+        """Folders beside a policy that only the next round needs."""
+        asked = {MASTERS_FOLDER: self.cfg.export_float32, OPTIMIZER_FOLDER: self.cfg.export_optimizer}
+        return [name for name, kept in asked.items() if not kept]
+
+    def optimizer(self, policy: ModelConfig, weights: Path) -> OptimizerConfig:
+        if policy is self.cfg.model:
+            return self.cfg.optimizer
+        state = str(weights / OPTIMIZER_FOLDER) if self.continued else None
+        return replace(self.cfg.optimizer, continue_from=state)
 
     def goes_on_from(self, policy: ModelConfig) -> ModelConfig:
         """What a round trains: the policy of the round before. Its adapter is not merged, since merging would

@@ -19,6 +19,7 @@ from sage.commands.evaluate import compare_attempts
 from sage.config import SUMMARY_FILE, RoundsConfig, load
 from sage.model.masters import MASTERS_FOLDER
 from sage.reporting.rounds import RoundsRun
+from sage.training.optimizer_state import OPTIMIZER_FOLDER
 from sage.util import checksums, stopping
 from sage.util.errors import UserError, named
 from sage.util.files import write_text
@@ -106,20 +107,19 @@ def check_export(folder: Path) -> None:
         with whole(folder):
             if not any(folder.iterdir()):
                 raise FileNotFoundError
-        checksums.seal(folder, without=MASTERS_FOLDER)
+        checksums.seal(folder, without=[MASTERS_FOLDER, OPTIMIZER_FOLDER])
         return
     for name in checksums.damaged(folder):
         with whole(file := folder / name):
             raise ValueError if file.exists() else FileNotFoundError
 
 
-def check_start(policy: Path, trained: Path, folder: Path) -> None:
-    """Refuse to mix a round's files with those of another policy, or to train from rounded weights.
-
-    The float32 weights of a policy are deleted once the next round is trained.
+def check_start(policy: Path, needed: Sequence[Path], folder: Path) -> None:
+    """Refuse to mix a round's files with those of another policy, or to train without what belongs to it.
 
     Args:
-        trained: the folder of the weights that the round goes on training: the policy's, or its adapter's.
+        needed: folders of the round before that the training begins with: its float32 weights, unless it
+            computed in float32, and its optimizer's state. They are deleted once this round is trained.
     """
     file, made = folder / POLICY_FILE, checksums.digest(read_json(policy / checksums.CHECKSUMS_FILE))
     if file.exists() and file.read_text(encoding="utf-8") != made:
@@ -128,14 +128,17 @@ def check_start(policy: Path, trained: Path, folder: Path) -> None:
             "and resume the rounds, which make them again"
         )
     write_text(file, made)
-    train, kept = folder / "train", trained / MASTERS_FOLDER
+    train = folder / "train"
     exact = read_json(policy.parent / SUMMARY_FILE)["dtype"] == "float32"
-    if not exact and not (train / SUMMARY_FILE).exists() and (damaged := checksums.damaged(kept)):
+    for kept in [] if (train / SUMMARY_FILE).exists() else needed:
+        if (exact and kept.name == MASTERS_FOLDER) or not (damaged := checksums.damaged(kept)):
+            continue
         reason = f"is damaged ({named(damaged)})" if kept.is_dir() else "is gone"
+        instead = "whose weights are rounded" if kept.name == MASTERS_FOLDER else "with a fresh optimizer"
         raise UserError(
             f"{train} begins with {kept}, which {reason}: put it back, or delete the folder `train` of all "
             "rounds before it too, and resume the rounds, which train them again. Other rounds may begin "
-            f"with model.path={policy}, whose weights are rounded"
+            f"with model.path={policy}, {instead}"
         )
 
 

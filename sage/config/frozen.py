@@ -35,7 +35,7 @@ SUMMARY_FILE = "summary.json"  # written last: the run is finished
 
 # Keys that may name a file or a folder.
 PATHS = {"path", "eval_path", "adapter_path", "scores", "cache_dir", "margins_from", "reference_model"}
-PATHS |= {"rejected_from"}
+PATHS |= {"rejected_from", "continue_from"}
 
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that no backslash escapes
 

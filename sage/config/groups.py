@@ -115,6 +115,11 @@ class OptimizerConfig:
         "auto = DeepSpeed's CPU or fused Adam if it can be built, else torch's",
         choices=("auto", "torch"),
     )
+    continue_from: str | None = key(
+        None,
+        "begin with the optimizer's state that export_optimizer=true left beside the model or the adapter, "
+        "for example RUN_DIR/final/optimizer; null = a fresh optimizer",
+    )
 
 
 @dataclass

@@ -34,6 +34,12 @@ class RoundConfig:
         "the first policy",
         choices=("previous", "initial"),
     )
+    optimizer: str = key(
+        "fresh",
+        "the optimizer of a round's training: fresh = without state; continued = goes on with that of the "
+        "round before",
+        choices=("fresh", "continued"),
+    )
     keep: float = key(
         0.0,
         "train also on this share, at most, of the pairs of the round before: those that the policy still "

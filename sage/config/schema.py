@@ -73,8 +73,10 @@ class TrainConfig(RunConfig):
         None, "end the run after this many evaluations without a better `select`; null = never", low=1
     )
     export_float32: bool = key(
-        False,
-        "also write the float32 weights behind final/ (best/ with select), for runs that go on from there",
+        False, "also write the float32 weights behind final/ (best/ with select), to go on without rounding"
+    )
+    export_optimizer: bool = key(
+        False, "also write the optimizer's state beside them, for optimizer.continue_from of another run"
     )
     save_minutes: float = key(15.0, "minutes between checkpoints; a signal also saves one", above=0)
     save_every: int = key(0, "steps between further checkpoints; 0 = none", low=0)
@@ -247,8 +249,9 @@ class ScoreConfig(TrainConfig):
     def ignored(self) -> dict[str, str]:
         training = (
             "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark "
-            "benchmark_limit select patience export_float32 save_minutes save_every keep_checkpoints "
-            "log_every hooks model.gradient_checkpointing engine.offload data.eval_split data.eval_limit"
+            "benchmark_limit select patience export_float32 export_optimizer save_minutes save_every "
+            "keep_checkpoints log_every hooks model.gradient_checkpointing engine.offload data.eval_split "
+            "data.eval_limit"
         )
         if self.data.eval_path is not None:  # null makes way for data.eval_share, which leaves pairs out
             training += " data.eval_path"

@@ -7,7 +7,6 @@ FOLDER/float32 keeps it, under the names of the Policy module. With an adapter t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,14 +110,6 @@ def key_of(cfg: ModelConfig) -> str:
 def trained_folder(cfg: ModelConfig, folder: str) -> Path:
     """The folder of those weights, given that of the model."""
     return Path(folder if cfg.adapter_path is None else resolve_path(cfg.adapter_path))
-
-
-def delete_masters(folder: Path) -> None:
-    """Delete the float32 weights that are kept in a folder, as far as that is allowed."""
-    kept = folder / MASTERS_FOLDER
-    if kept.is_symlink():
-        kept.unlink()
-    shutil.rmtree(kept, ignore_errors=True)
 
 
 def sealed(kept: Path) -> str:

@@ -26,6 +26,7 @@ IGNORED = (
     "save_minutes",
     "keep_checkpoints",
     "export_float32",
+    "export_optimizer",
 )
 # In this order, the first metric that any run has decides the comparison.
 PREFERRED = ("eval/policy_accuracies", "eval/rewards/accuracies", "eval/loss", "rewards/accuracies", "loss")

@@ -26,6 +26,7 @@ from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER, TrainState
 from sage.training.hooks import Hook
 from sage.training.metrics import peak_memory_gb
+from sage.training.optimizer_state import write_optimizer
 from sage.training.selection import Choice, Selection
 from sage.training.sources import count_by_source
 from sage.training.tracking import METRICS_FILE, Tracker
@@ -88,7 +89,7 @@ class Run:
         value = ranks.main_only(lambda: criterion.value(metrics))  # only rank 0 knows all metrics
         if criterion.improves(value, state.best):
             state.best, state.best_step, state.stale = value, state.step, 0
-            self.export(self.run_dir / BEST_FOLDER, self.cfg.export_float32)
+            self.export(self.run_dir / BEST_FOLDER, to_go_on=True)
             console.print(
                 f"step {state.step}: {criterion.metric} is {value:.4g}, the best so far: {BEST_FOLDER}/"
             )
@@ -106,10 +107,10 @@ class Run:
         )
         return True
 
-    def export(self, folder: Path, float32: bool = False) -> None:
+    def export(self, folder: Path, to_go_on: bool = False) -> None:
         """Write the policy as a Hugging Face folder, from all ranks' shards. All ranks wait for it.
 
-        `float32`: also the weights behind it, see `sage.model.masters`.
+        `to_go_on`: also what the config asks for so that another run can go on from this policy.
         """
         cuda = [self.engine.device] if self.engine.device.type == "cuda" else []
         policy: Any = self.engine.policy
@@ -120,8 +121,11 @@ class Run:
                 # This loads an adapter, which draws random numbers.
                 export_policy(folder, weights, self.base.folder, self.cfg, self.base.tokenizer)
             ranks.barrier()
-            if float32:
-                write_masters(self.engine, folder / ADAPTER if self.cfg.model.lora else folder)
+            trained = folder / ADAPTER if self.cfg.model.lora else folder
+            if to_go_on and self.cfg.export_float32:
+                write_masters(self.engine, trained)
+            if to_go_on and self.cfg.export_optimizer:
+                write_optimizer(self.engine, self.cfg.optimizer, trained)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum over ranks. Along with it, they agree whether to stop or to save after this step."""
@@ -168,7 +172,7 @@ class Run:
         after = self.evaluate()
         self.selection.log.flush()
         final = self.run_dir / "final"
-        self.export(final, self.cfg.export_float32 and self.criterion is None)
+        self.export(final, to_go_on=self.criterion is None)
         if self.engine.rank != 0:
             return
         memory, kind = peak_memory_gb(self.engine.device)

@@ -36,10 +36,11 @@ from sage.scorers import Scorer, Uniform
 from sage.training import checkpoint
 from sage.training.base import BaseModel, check_policy, open_model, open_reference
 from sage.training.best import Criterion
-from sage.training.checkpoint import TrainState
+from sage.training.checkpoint import TrainState, list_checkpoints
 from sage.training.estimate import settle_budget, this_machine
 from sage.training.evaluation import Benchmarks, HeldOut, check_select
 from sage.training.hooks import Hook
+from sage.training.optimizer_state import check_optimizer, read_optimizer
 from sage.training.pair_log import PairLog
 from sage.training.references import other_references, own_references
 from sage.training.run import Run
@@ -74,6 +75,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         console.print(warning, markup=False)
     device = init_distributed()
     torch.manual_seed(cfg.seed)
+    if cfg.optimizer.continue_from is not None and not ranks.main_only(lambda: list_checkpoints(run_dir)):
+        check_optimizer(cfg.optimizer.continue_from)
 
     with activity(f"finding {cfg.model.path}"):
         base = open_model(cfg.model, device, cfg.seed, cfg.cache_dir)
@@ -113,6 +116,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     state = restore(run_dir, engine, forward, selection, fresh)
     if state is fresh:
         read_masters(engine, cfg.model, base.folder)
+        if cfg.optimizer.continue_from is not None:
+            read_optimizer(engine, cfg.optimizer, cfg.optimizer.continue_from)
     if cfg.select and engine.rank == 0:
         checkpoint.restore_best(state, run_dir)
     built_in: list[Hook] = []

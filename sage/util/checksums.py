@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,16 @@ from sage.util.progress import console
 CHECKSUMS_FILE = "checksums.json"
 
 
-def seal(folder: Path, without: str = "") -> None:
+def seal(folder: Path, without: Sequence[str] = ()) -> None:
     """Write the checksums of all files in a folder that is complete, in place of any that are there.
 
-    Folders of the name `without` in it are left out.
+    Folders in it with one of the names `without` are left out.
     """
 
     def unsealed() -> list[str]:
         files = (file for file in folder.rglob("*") if file.is_file())
         names = (file.relative_to(folder) for file in files)
-        return sorted(str(n) for n in names if str(n) != CHECKSUMS_FILE and without not in n.parts)
+        return sorted(str(n) for n in names if str(n) != CHECKSUMS_FILE and not {*without} & {*n.parts})
 
     files = ranks.main_only(unsealed)
     found = {name: digest for part in ranks.gather(_digests(folder, files)) for name, digest in part.items()}

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def link_folder(source: Path, target: Path, without: str = "") -> None:
+def link_folder(source: Path, target: Path, without: Sequence[str] = ()) -> None:
     """Make `target` a copy of `source`, of hard links, which take no room on the disk. Names that match
     `without` are left out.
 
@@ -77,7 +77,7 @@ def link_folder(source: Path, target: Path, without: str = "") -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     if temporary.exists():  # left by a kill
         shutil.rmtree(temporary)
-    shutil.copytree(source, temporary, copy_function=_link, ignore=shutil.ignore_patterns(without))
+    shutil.copytree(source, temporary, copy_function=_link, ignore=shutil.ignore_patterns(*without))
     replace_folder(temporary, target)
 
 
@@ -86,6 +86,13 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder, or a link to one, as far as that is allowed."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
