@@ -35,6 +35,7 @@ from sage.reporting.groups import Group, Interval, best, final, interval, mean_c
 from sage.reporting.runs import Run, find
 
 PLAIN, NLL = "+baseline=dpo", "+nll"
+MARGINS_FROM = "scorer.margins_from={folder}/held_out_scores/scores"  # of `trained_on_held_out`
 METHODS: dict[str, list[str]] = {
     "dpo": [PLAIN],
     "dpo_norm": [PLAIN, "loss=dpo_norm"],
@@ -49,6 +50,7 @@ METHODS: dict[str, list[str]] = {
     "score, drop_negative": ["curriculum=none", "scorer.drop_negative=0.25", "scorer.warmup_steps=5"],
     "loss": [PLAIN, "scorer=loss"],
     "smallest reward gap": [PLAIN, "scorer=small_gap"],
+    "medium influence": [PLAIN, "scorer=medium_influence", "scorer.warmup_steps=16", MARGINS_FROM],
     "easiest fifth": [PLAIN, "curriculum=static_filter", "curriculum.low=0", "curriculum.high=0.2"],
     "hardest third": [PLAIN, "curriculum=static_filter"],
     "without the hardest third": [
@@ -74,6 +76,8 @@ class Task(NamedTuple):
     steps: int
     every: int  # steps between evaluations
     prepare: dict[str, list[str]]  # folder -> the command that fills it, before all runs
+    policy: str
+    held_out: list[str]  # pairs that no method trains on
     # For `sage eval` after each run. Its accuracy then chooses the settings.
     sampling: list[str] | None = None
 
@@ -84,16 +88,18 @@ class Task(NamedTuple):
 def arithmetic(folder: Path) -> Task:
     validation = "benchmark.arithmetic.path=pkg://sage.assets/arithmetic/problems_validation.jsonl"
     return Task(
-        common=["+experiment=arithmetic", "loss.nll_weight=0", "data.eval_limit=32", "model.dtype=float32"],
+        common=["+experiment=arithmetic", "loss.nll_weight=0", "model.dtype=float32"],
         benchmark="arithmetic",
         problems={
-            split: ["+benchmark=arithmetic", *([validation] if split == "validation" else [])]
-            for split in ("validation", "test")
+            split: ["+benchmark=arithmetic", "data.eval_limit=32", *extra]
+            for split, extra in (("validation", [validation]), ("test", []))
         },
         grid=[(1e-5, 0.1), (3e-5, 0.1), (3e-5, 0.5)],
         steps=50,
         every=10,
         prepare={},
+        policy="pkg://sage.assets/arithmetic",
+        held_out=["data.path=pkg://sage.assets/arithmetic/pairs_validation.jsonl", "data.eval_path=null"],
     )
 
 
@@ -128,7 +134,8 @@ def rare(folder: Path) -> Task:
 def words(folder: Path) -> Task:
     policy = ["model=hf", f"model.path={folder / 'policy'}"]
     sampling = ["sampling.max_new_tokens=32", "generation.batch_size=64", "generation.chunk=512"]
-    problems = [f"data.problems.path={folder / 'problems_train.jsonl'}", "data.problems.prompt='{problem}'"]
+    asked = ["data.problems.prompt='{problem}'", "data.problems.answer_from=plain"]
+    pairing = ["pairing.samples=8", "pairing.per_problem=2"]
     option = folder / "conf" / "benchmark" / "words.yaml"  # a benchmark of our own is an option of its group
     option.parent.mkdir(parents=True, exist_ok=True)
     option.write_text("words: {path: FILE, prompt: '{problem}', answer_from: plain}\n")
@@ -137,7 +144,7 @@ def words(folder: Path) -> Task:
         common=[
             *[*own, *policy],
             *[f"data.path={folder / 'pairs' / 'pairs.jsonl'}"],
-            *["batch_size=16", "micro_batch_tokens=2048", "data.max_length=256", "save_every=50"],
+            *["batch_size=16", "micro_batch_tokens=2048", "data.max_length=256"],
         ],
         benchmark="words",
         problems={
@@ -149,10 +156,15 @@ def words(folder: Path) -> Task:
         every=50,
         prepare={
             "pairs": [
-                *["build-pairs", *policy, *sampling, *problems, "data.problems.answer_from=plain"],
-                *["pairing.samples=8", "pairing.per_problem=2"],
+                *["build-pairs", *policy, *sampling, f"data.problems.path={folder / 'problems_train.jsonl'}"],
+                *[*asked, *pairing],
             ]
         },
+        policy=str(folder / "policy"),
+        held_out=[
+            *["data.path=null", f"data.problems.path={folder / 'problems_validation.jsonl'}"],
+            *[*asked, *pairing],
+        ],
         sampling=[*own, "model=hf", "sampling.temperature=1", "samples=4"],
     )
 
@@ -160,10 +172,13 @@ def words(folder: Path) -> Task:
 TASKS = {"arithmetic": arithmetic, "flipped": flipped, "rare": rare, "words": words}
 
 
-def train(task: Task, method: str, lr: float, beta: float, split: str, seed: int, steps: int) -> list[str]:
+def train(
+    task: Task, folder: Path, method: str, lr: float, beta: float, split: str, seed: int, steps: int
+) -> list[str]:
     name = method.removesuffix(NLL)
     scale = PER_TOKEN if name in PER_TOKEN_METHODS else 1
-    overrides = [*METHODS[name], *(["loss.nll_weight=1"] if name != method else [])]
+    overrides = [word.format(folder=folder) for word in METHODS[name]]
+    overrides += ["loss.nll_weight=1"] if name != method else []
     every = max(task.every, steps // 10)
     return [
         *["train", *task.common, *task.problems[split], "benchmark_limit=null", f"steps={steps}"],
@@ -176,16 +191,26 @@ def commands(task: Task, folder: Path, args: argparse.Namespace) -> Iterator[tup
     """Each run's folder and command, in order. Settings are chosen once all runs of the grid are there."""
     for name, words in task.prepare.items():
         yield folder / name, words
+    if any(MARGINS_FROM in METHODS[method.removesuffix(NLL)] for method in args.methods):
+        yield from trained_on_held_out(task, folder)
     for method, (lr, beta) in product(args.methods if len(task.grid) > 1 else (), task.grid):
-        words = train(task, method, lr, beta, "validation", TUNING_SEED, task.steps)
+        words = train(task, folder, method, lr, beta, "validation", TUNING_SEED, task.steps)
         yield from measured(task, folder, grid_folder(folder, method, lr, beta), words, "validation")
     # All methods of a seed before the next, so that a half-done study compares fairly.
     for seed, method in ((seed, method) for seed in range(args.seeds) for method in args.methods):
         chosen = tuned(task, folder, method)
         if chosen is not None:
             where = folder / "test" / str(args.steps) / slug(method) / str(seed)
-            words = train(task, method, *chosen, "test", seed, args.steps)
+            words = train(task, folder, method, *chosen, "test", seed, args.steps)
             yield from measured(task, folder, where, words, "test")
+
+
+def trained_on_held_out(task: Task, folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Train a model for a pass over held-out pairs, and measure the training pairs by it."""
+    once = ["epochs=1", "steps=null", "optimizer.lr=1e-5", "optimizer.schedule=constant"]
+    yield folder / "held_out", ["train", *task.common, *task.held_out, PLAIN, "loss.beta=0.1", *once]
+    models = [f"model.path={folder / 'held_out' / 'final'}", f"reference_model={task.policy}"]
+    yield folder / "held_out_scores", ["score-dataset", *task.common, *models, "loss.beta=0.1"]
 
 
 def measured(

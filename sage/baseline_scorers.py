@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage.losses import Loss
-from sage.scorers import PairStats, Ranking, deviation, mean_margin, signal
+from sage.scorers import PairStats, Ranking, below_quantile, deviation, mean_margin, signal
 
 
 @dataclass
@@ -74,13 +74,49 @@ class Rho(Ranking):
         super().__post_init__()
         if self.margins_from is None:
             raise ValueError(
-                "scorer.margins_from is not set: rho needs the margins of a model that was trained on "
-                "held-out pairs; give a Parquet file with pair_id and margin"
+                "scorer.margins_from is not set: this scorer needs the margins of a model that was trained "
+                "on held-out pairs; give a Parquet file with pair_id and margin"
             )
 
     def __call__(self, stats: PairStats) -> Tensor:
         assert stats.other_margin is not None
         return F.logsigmoid(stats.other_margin) - F.logsigmoid(stats.margin(self.margin))
+
+
+@dataclass
+class MediumInfluence(Rho):
+    """LossDiff-IRM (arXiv 2510.13212): a random choice among pairs of medium influence on held-out pairs.
+
+    LossDiff is the loss minus that of a model trained on held-out pairs (`margins_from`), as in `Rho`. IRM is
+    the margin u of the implicit rewards. A candidate passes if both lie in the `middle` share of all
+    candidates. The authors choose once, by a policy that was trained on all pairs for a pass. Here the policy
+    in training chooses, after `warmup_steps`.
+    """
+
+    candidates_per_pair: float = 1.6
+    middle: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.middle <= 1:
+            raise ValueError(f"scorer.middle={self.middle}: a share, above 0 and at most 1")
+
+    @property
+    def ranked_by(self) -> None:
+        return None
+
+    def admitted(self, stats: PairStats) -> Tensor:
+        medium = in_the_middle(super().__call__(stats), self.middle) & in_the_middle(stats.u, self.middle)
+        return super().admitted(stats) & medium
+
+    def __call__(self, stats: PairStats) -> Tensor:
+        return torch.zeros_like(stats.u)
+
+
+def in_the_middle(values: Tensor, share: float) -> Tensor:
+    """Which values lie in this share of the finite ones, around their median, [n] bool."""
+    outside = (1 - share) / 2
+    return below_quantile(values, 1 - outside) & below_quantile(-values, 1 - outside)
 
 
 @dataclass

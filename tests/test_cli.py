@@ -44,6 +44,7 @@ def test_every_option_composes_and_loads(group, option):
     overrides += {
         ("model", "hf"): ["model.path=folder"],
         ("scorer", "rho"): ["scorer.margins_from=file"],
+        ("scorer", "medium_influence"): ["scorer.margins_from=file"],
     }.get((group, option), [])
     with initialize_config_module("sage.conf", version_base="1.3"):
         cfg = config.load(compose(command, overrides))

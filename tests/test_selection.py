@@ -24,6 +24,7 @@ from sage.baseline_scorers import (
     LargestGradient,
     LargestLoss,
     MarginGap,
+    MediumInfluence,
     RandomFromPool,
     Rho,
     SmallestGap,
@@ -134,6 +135,21 @@ def test_beta_dpo():
     other = BetaDPO()
     other.load_state_dict(scorer.state_dict())
     assert torch.equal(other(stats), scorer(stats))
+
+
+def test_medium_influence_is_the_middle_of_two_rankings():
+    """Against the rule of the paper, by sorting: neither the highest nor the lowest tenth of either."""
+    rng = torch.Generator().manual_seed(0)
+    u, other = torch.randn(200, generator=rng), torch.randn(200, generator=rng)
+    stats = dataclasses.replace(stats_of(u), other_margin=other)
+    scorer = MediumInfluence(margins_from="x")
+    expected = set(range(200))
+    for values in (u, np.log1p(np.exp(-u)) - np.log1p(np.exp(-other))):
+        expected -= {*np.argsort(values)[:20].tolist(), *np.argsort(values)[-20:].tolist()}
+    assert set(np.flatnonzero(scorer.admitted(stats)).tolist()) == expected
+    assert 100 < len(expected) < 160 and not scorer(stats).any()
+    tied = dataclasses.replace(stats_of(torch.zeros(9)), other_margin=torch.zeros(9))
+    assert scorer.admitted(tied).all()
 
 
 # --- the choice
@@ -633,7 +649,7 @@ def test_every_yaml_composes_and_builds(group):
     assert len(names) >= 4
     for name in names:
         with initialize_config_module("sage.conf", version_base="1.3"):
-            extra = ["scorer.margins_from=x"] if name == "rho" else []
+            extra = ["scorer.margins_from=x"] if name in ("rho", "medium_influence") else []
             node = compose("train", [f"{group}={name}", "data.path=x", *extra])[group]
         built = build(group, node, **({"setting": setting(n=400)} if group == "curriculum" else {}))
         if group == "scorer":

@@ -57,7 +57,7 @@ def common(tiny_model, tmp_path_factory) -> list[str]:
 def one_rank(common, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("selection_one")
     plain, other = common[:-1], common[-1]
-    given = {"rho": [other], "margin_gap": [other]}
+    given = {name: [other] for name in ("rho", "medium_influence", "margin_gap")}
     runs = {
         **{f"scorer_{s}": [f"scorer={s}", *[g.lstrip("+") for g in given.get(s, [])]] for s in SCORERS},
         **{f"curriculum_{c}": [f"curriculum={c}"] for c in CURRICULA},
