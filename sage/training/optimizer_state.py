@@ -73,9 +73,9 @@ def read_optimizer(engine: Engine, cfg: OptimizerConfig, folder: str) -> None:
         raise UserError(f"{given} is damaged ({named(damaged)}): put it back, {remedy}")
     about = ranks.main_only(lambda: json.loads(Path(folder, ABOUT_FILE).read_text(encoding="utf-8")))
     for name, value in kind(engine, cfg).items():
-        if about[name] != value:
+        if about.get(name) != value:
             raise UserError(
-                f"{given} is the state of a run with another {name}: {about[name]}, and this run has "
+                f"{given} is the state of a run with another {name}: {about.get(name)}, and this run has "
                 f"{value}. Name another folder, {remedy}"
             )
     before = weights_digest(engine)
