@@ -110,7 +110,7 @@ class MediumInfluence(Rho):
         return super().admitted(stats) & medium
 
     def __call__(self, stats: PairStats) -> Tensor:
-        return torch.zeros_like(stats.u)
+        return 0.0 * (super().__call__(stats) + stats.u)  # NaN where one of them is not finite
 
 
 def in_the_middle(values: Tensor, share: float) -> Tensor:

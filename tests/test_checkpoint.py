@@ -297,6 +297,7 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         ("newer", "(TypeError: "),
         ("adam", "holds the state of FusedAdam, and this run's optimizer is AdamW"),
         ("inputs", "that began with another content of data.eval_path"),
+        ("tokenizer", "began with another content of the tokenizer or the chat template"),
         ("head", "with padded rows and the triton head, and here the self-check chooses shared rows"),
     ):
         run = interrupted(whole, 4, tmp_path / name)
@@ -308,6 +309,9 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
             del state["selection"]["queue"]
         elif name == "inputs":
             state["inputs"] = {"data.eval_path": "of other pairs"}
+        elif name == "tokenizer":
+            assert state["inputs"].pop("the tokenizer or the chat template")
+            state["inputs"]["the tokenizer or the chat template"] = "of another model"
         elif name == "head":
             assert state["computation"] == "shared rows and the tiled head"
             state["computation"] = "padded rows and the triton head"

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from forks import on_ranks
-from many_runs import ERROR_FILE, execute, freeze
+from many_runs import ERROR_FILE, execute, freeze, interrupted
 from safetensors.torch import load_file, save_file
 
+from sage.config import OptimizerConfig
+from sage.model.loading import fingerprint
+from sage.training.optimizer_state import check_optimizer
 from sage.training.setup import build_run
+from sage.util.checksums import seal
 
 LORA = ["+model/lora=default"]
 RUNS = {
@@ -87,15 +91,30 @@ def test_moments_and_steps_go_on(runs, kind):
         assert not any(one["exp_avg"].any() for one in fresh)
 
 
-def test_on_another_number_of_ranks(given, tmp_path):
-    wide = freeze(tmp_path / "wide", *given, *RUNS["zero2"], "world_size=2", "export_optimizer=true")
+def export_where_it_begins(run_dir: Path) -> None:
+    run = build_run(run_dir)
+    run.export(run_dir / "final", to_go_on=True)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_on_another_number_of_ranks(engine, given, tmp_path):
+    """Also before the first step, when there are no moments: `select` may find the first policy best."""
+    words = [*given, *RUNS[engine]]
+    wide, idle = (
+        freeze(tmp_path / name, *words, "world_size=2", "export_optimizer=true") for name in ("wide", "idle")
+    )
     execute(2, [wide])
-    alone = freeze(tmp_path / "alone", *given, *RUNS["zero2"], *goes_on(wide))
-    parts = [at[0][1][0] for at in on_ranks(2, states, [str(wide)])]
-    [[(_, [whole])]] = on_ranks(1, states, [str(alone)])
-    size = len(whole["exp_avg"])
-    assert torch.equal(torch.cat([part["exp_avg"] for part in parts])[:size], whole["exp_avg"])
-    assert whole["exp_avg"].any() and whole["step"] == parts[0]["step"]
+    on_ranks(2, export_where_it_begins, idle)
+    after = [freeze(tmp_path / f"after {run.name}", *words, *goes_on(run)) for run in (wide, idle)]
+    held = [at[0][1] for at in on_ranks(2, states, [str(wide)])]
+    [[(_, alone), (_, still)]] = on_ranks(1, states, [str(run) for run in after])
+    norms = [
+        sum(float(state["exp_avg_sq"].double().sum()) for state in states)
+        for states in ([state for rank in held for state in rank], alone)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12) and norms[0] > 0
+    assert {int(state["step"]) for state in alone} == {int(held[0][0]["step"])}
+    assert not any(state["exp_avg"].any() for state in still)
 
 
 def test_a_state_that_does_not_fit_is_refused(given, tmp_path):
@@ -119,16 +138,33 @@ def test_a_state_that_does_not_fit_is_refused(given, tmp_path):
         (file,) = (folder / "optimizer" / "engine").glob("*optim_states.pt")
         file.write_bytes(file.read_bytes()[:-1])
 
+    def sealed_though_cut(folder: Path) -> None:
+        cut(folder)
+        seal(folder / "optimizer")
+
+    def foreign(folder: Path) -> None:
+        (file,) = (folder / "optimizer" / "engine").glob("*optim_states.pt")
+        torch.save({"optimizer_state_dict": Path("/")}, file)  # whatever is not a tensor may run code
+        seal(folder / "optimizer")
+
+    def older(folder: Path) -> None:
+        (folder / "optimizer" / "optimizer.json").write_text('{"world_size": 1}')
+        seal(folder / "optimizer")
+
     refused = {
         "gone": [*final, f"optimizer.continue_from={tmp_path}"],
         "checkpoint": [*final, f"optimizer.continue_from={run}/checkpoints/step_3"],
         "other weights": changed("other", other_weights),
-        "cut": changed("cut", cut),
+        **{
+            change.__name__: changed(change.__name__, change)
+            for change in (cut, sealed_though_cut, foreign, older)
+        },
         "stage": [*final, "engine=zero1"],
         "dtype": [*final, "model.dtype=float32"],
         "adapter": [*final, *LORA],
         "betas": [*final, "optimizer.betas=[0.9,0.99]"],
         "decay": [*final, "optimizer.weight_decay=0.1"],
+        "clipping": [*final, "optimizer.max_grad_norm=0.1"],  # DeepSpeed would go on with the old one
     }
     found = {name: freeze(tmp_path / name, *short, *words) for name, words in refused.items()}
     execute(1, list(found.values()))
@@ -141,5 +177,28 @@ def test_a_state_that_does_not_fit_is_refused(given, tmp_path):
     assert "another weights: " in said["adapter"]
     assert "another optimizer.betas: [0.9, 0.999], and this run has [0.9, 0.99]" in said["betas"]
     assert "another optimizer.weight_decay: 0.0, and this run has 0.1" in said["decay"]
+    assert "another optimizer.max_grad_norm: 1.0, and this run has 0.1" in said["clipping"]
+    assert all("was not written by sage" in said[name] for name in ("sealed_though_cut", "foreign"))
+    assert "was written by another version of sage" in said["older"]
     assert not any((folder / "final").exists() for folder in found.values())
     assert not (found["gone"] / "metrics.jsonl").exists()
+
+
+def test_any_folder_will_do(given, tmp_path, monkeypatch):
+    """A link, brackets and ~ are no obstacle, and neither is a state for those who do not want it."""
+    run = freeze(tmp_path / "run", *given, *RUNS["zero1"], "export_optimizer=true")
+    execute(1, [run])
+    final = shutil.copytree(run / "final", tmp_path / "a [1]" / "final")
+    (tmp_path / "home").symlink_to(tmp_path / "a [1]")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    check_optimizer(OptimizerConfig(continue_from="~/final/optimizer"))
+    state = f"optimizer.continue_from='{final}/optimizer'"
+    again = freeze(tmp_path / "again [1]", *given, *RUNS["zero1"], f"model.path='{final}'", state)
+    execute(1, [again])
+    assert not (again / ERROR_FILE).exists() and (again / "final").is_dir()
+    with_state = fingerprint(str(final), None)
+    shutil.rmtree(final / "optimizer")
+    assert fingerprint(str(final), None) == with_state
+    resumed = interrupted(again, 3, tmp_path / "resumed [1]")
+    execute(1, [resumed])
+    assert not (resumed / ERROR_FILE).exists() and (resumed / "final").is_dir()

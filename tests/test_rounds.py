@@ -197,9 +197,9 @@ class Parts:
     def train(self, cfg, folder: Path, skill: int) -> None:
         assert cfg.patience is None and list(cfg.benchmark) == ["arithmetic"] * bool(cfg.select)
         before = Path(cfg.model.path)
-        assert (before / "float32" / "skill").exists() == (before / "skill").exists()
-        if cfg.optimizer.continue_from:
-            assert (Path(cfg.optimizer.continue_from) / "skill").read_text() == str(skill)
+        kept = "optimizer" if cfg.optimizer.continue_from else "float32"
+        assert (before / kept / "skill").exists() == (before / "skill").exists()
+        assert cfg.optimizer.continue_from in (None, str(before / "optimizer"))
         for name in ("final", "checkpoints", *["best"] * bool(cfg.select)):
             self.write_text(folder / name / "skill", str(skill + self.gain))
             for behind in ["float32"] * cfg.export_float32 + ["optimizer"] * cfg.export_optimizer:
@@ -265,10 +265,11 @@ def results(run_dir: Path) -> dict[str, bytes]:
     return {name: data.replace(here, b"RUN_DIR") for name, data in found.items()}
 
 
-def test_a_kill_at_any_moment_changes_nothing(begin, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["fresh", "continued"])
+def test_a_kill_at_any_moment_changes_nothing(optimizer, begin, monkeypatch):
     """Killed before, in and after every part and every write, and then at three such moments in one run."""
     whole_dir = begin(
-        "whole", "rounds=2", "round.keep=0.5", "round.rejected=earlier", "round.optimizer=continued"
+        "whole", "rounds=2", "round.keep=0.5", "round.rejected=earlier", f"round.optimizer={optimizer}"
     )
     kept = {}  # configs in memory: reading and writing them would take most of the time
     cfg = config.load(whole_dir)
@@ -503,16 +504,19 @@ def test_the_optimizer_of_a_round_may_go_on(begin, monkeypatch):
         before = [f"{run_dir}/round_{n}/train/final/optimizer" for n in (1, 2)]
         assert [o.continue_from for o in begun] == [None, *(before if kept else [None, None])]
         assert kept_in(run_dir, "optimizer") == kept
+        assert kept_in(run_dir, "float32") == ([] if kept else ["round_3/train/final/float32"])
     (run_dir / "summary.json").unlink()
     shutil.rmtree(run_dir / "round_3" / "train")
-    for name in ("float32", "optimizer"):
-        needed = run_dir / "round_2/train/final" / name
-        with pytest.raises(UserError, match=f"round_3/train begins with {needed}, which is gone"):
-            rounds(run_dir, Parts(monkeypatch))
-        needed.mkdir()
-        (needed / "skill").write_text("2")
-        checksums.seal(needed)
+    with pytest.raises(UserError, match=f"round_3/train begins with {before[1]}, which is gone: put it back"):
+        rounds(run_dir, Parts(monkeypatch))
+    needed = Path(before[1])
+    needed.mkdir()
+    (needed / "skill").write_text("2")
+    checksums.seal(needed)
     rounds(run_dir, Parts(monkeypatch))
+    with pytest.raises(UserError, match="continue_from=nowhere: there is no optimizer's state"):
+        rounds(begin("nowhere", "optimizer.continue_from=nowhere"), Parts(monkeypatch))
+    assert not (begin("nowhere") / "round_1").exists()
 
 
 def test_training_again_what_began_with_deleted_weights_is_refused(begin, monkeypatch, tmp_path):
@@ -714,13 +718,14 @@ def test_real_parts(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_goes_on_as_it_is(tmp_path):
+@pytest.mark.parametrize(("optimizer", "kept"), [("fresh", "float32"), ("continued", "optimizer")])
+def test_an_adapter_goes_on_as_it_is(optimizer, kept, tmp_path):
     """The final weights are the first model and the last adapter, rounded once. A round that began with the
     merged export of the one before would have lost what that one rounded."""
     small = ["data.problems.limit=10", "benchmark_limit=4", "data.eval_path=null", "pairing.samples=4"]
     short = ["steps=2", "batch_size=4", "eval_every=0", "optimizer.lr=1e-3", "rounds=2"]
     words = ["+experiment=arithmetic", *small, *short, "+model/lora=default", "model.dtype=bfloat16"]
-    words += ["round.optimizer=continued"]
+    words += [f"round.optimizer={optimizer}"]
     run_dir = freeze(tmp_path / "run", *words)
     on_ranks(1, rounds, run_dir, in_this_process, seconds=600)
     first, last = (
@@ -728,8 +733,8 @@ def test_an_adapter_goes_on_as_it_is(tmp_path):
         for number in (1, 2)
     )
     assert not all(torch.equal(first[name], last[name]) for name in first)
-    for name in ("float32", "optimizer"):
-        assert kept_in(run_dir, name) == [f"round_2/train/final/adapter/{name}"]
+    other = {"float32": "optimizer", "optimizer": "float32"}[kept]
+    assert kept_in(run_dir, kept) == [f"round_2/train/final/adapter/{kept}"] and not kept_in(run_dir, other)
     base = load_file(Path(resolve_path("pkg://sage.assets/arithmetic")) / "model.safetensors")
     final = load_file(run_dir / "final/model.safetensors")
     layers = [name for name in last if "lora_A" in name]

@@ -120,6 +120,7 @@ def runs(common, other_model, tmp_path_factory) -> Path:
         freeze(root / "no_reference", *training, "loss=simpo", f"data.scores={root / 'plain'}"),
         freeze_scoring(root / "uniform", *common, "scorer=uniform"),
         freeze_scoring(root / "constant", *common, "+scorer@scorers.easy=easy"),
+        freeze_scoring(root / "gate", *common, "scorer=random_from_pool"),
         freeze(root / "moved", *moved),
         freeze(root / "moved_selected", *moved, *logit),
         freeze(root / "moved_online", *moved, "reference=online"),
@@ -317,6 +318,10 @@ def test_the_first_choice_by_scores_costs_nothing(runs):
         ("nothing_there", ("data.scores", "nowhere", "score-dataset")),
         ("no_reference", ("data.scores", "needs no reference")),
         ("uniform", ("scorer._target_=sage.scorers.Uniform", "no score")),
+        (
+            "gate",
+            ("scorer._target_", "RandomFromPool", "it shuts candidates out in training, and ranks none"),
+        ),
         (
             "constant",
             ("scorers.easy._target_", "gives every pair the same score", "scorers.easy.margin=policy_mean"),

@@ -150,6 +150,8 @@ def test_medium_influence_is_the_middle_of_two_rankings():
     assert 100 < len(expected) < 160 and not scorer(stats).any()
     tied = dataclasses.replace(stats_of(torch.zeros(9)), other_margin=torch.zeros(9))
     assert scorer.admitted(tied).all()
+    tied.u[0], tied.other_margin[1] = torch.nan, torch.nan
+    assert scorer(tied).isnan().tolist() == [True, True, *[False] * 7], "such a pair is not trained on"
 
 
 # --- the choice

@@ -261,7 +261,11 @@ def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tm
     monkeypatch.setattr(tokenized, "source_digest", lambda _: "a later version")
     for same in (tokenise(data, tokenizer), tokenise(data, tokenizer, max_length=511)):
         assert same.fingerprint == first.fingerprint, "a run on these pairs may go on"
+        assert same.rendering == first.rendering
     assert len(calls) == 9
+    other = make_tokenizer(CHATML.replace("{%", "{% if tools %}TOOLS{% endif %}{%", 1))
+    again = tokenise(data, other)
+    assert again.fingerprint == first.fingerprint and again.rendering != first.rendering
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 

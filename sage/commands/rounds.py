@@ -157,8 +157,8 @@ class Rounds:
         begins = self.goes_on_from(policy)
         weights = trained_folder(begins, begins.path)
         if policy is not self.cfg.model:
-            needed = [weights / name for name in (MASTERS_FOLDER, *[OPTIMIZER_FOLDER] * self.continued)]
-            check_start(Path(policy.path), needed, folder)
+            needed = OPTIMIZER_FOLDER if self.continued else MASTERS_FOLDER
+            check_start(Path(policy.path), weights / needed, folder)
         self.ask(number)
         self.build(number, policy)
         pairs = training_pairs(self.parts, number, policy)
@@ -175,7 +175,8 @@ class Rounds:
             },
             patience=None,
             optimizer=self.optimizer(policy, weights),
-            export_float32=True,  # a round must not lose what it has learned
+            # A round must not lose what it has learned. The optimizer's state holds that, too.
+            export_float32=self.cfg.export_float32 or not self.continued,
             export_optimizer=self.cfg.export_optimizer or self.continued,
         )
         self.parts.do(train, folder / "train", folder / "train" / SUMMARY_FILE)

@@ -10,8 +10,10 @@ from sage.answering.problems import read_problems, warn_of_known
 from sage.commands.rounds_results import folder_of
 from sage.config import SUMMARY_FILE, ModelConfig, RoundsConfig
 from sage.data.pairs import load_data
+from sage.data.source import resolve_path
 from sage.model import loading
 from sage.model.masters import MASTERS_FOLDER, has_fresh_adapter, key_of, sealed, trained_folder
+from sage.training.optimizer_state import check_optimizer
 from sage.util import checksums
 from sage.util.checksums import digest
 
@@ -30,8 +32,12 @@ def claim_inputs(cfg: RoundsConfig, run_dir: Path) -> None:
     problems |= {f"benchmark.{name}": benchmark for name, benchmark in cfg.benchmark.items()}
     found: dict[str, str | None] = {"model.path": weights(cfg.model)}
     found["adapter of a round"] = "not merged" if cfg.model.lora else None
-    unread = cfg.model.dtype == "float32" or has_fresh_adapter(cfg.model)
-    if not unread and not (folder_of(run_dir, 1) / "train" / SUMMARY_FILE).exists():  # round 1 reads it
+    begins = not (folder_of(run_dir, 1) / "train" / SUMMARY_FILE).exists()
+    if begins and cfg.optimizer.continue_from is not None:  # round 1 reads it
+        check_optimizer(cfg.optimizer)
+        kept = sealed(Path(resolve_path(cfg.optimizer.continue_from)))
+        found["optimizer.continue_from"] = digest(kept)
+    if begins and not (cfg.model.dtype == "float32" or has_fresh_adapter(cfg.model)):  # and this
         folder = trained_folder(cfg.model, loading.resolve_model(cfg.model, cfg.cache_dir))
         kept = sealed(folder / MASTERS_FOLDER)
         found[f"{MASTERS_FOLDER} of {key_of(cfg.model)}"] = digest(kept) if kept else None

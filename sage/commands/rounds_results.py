@@ -114,12 +114,12 @@ def check_export(folder: Path) -> None:
             raise ValueError if file.exists() else FileNotFoundError
 
 
-def check_start(policy: Path, needed: Sequence[Path], folder: Path) -> None:
+def check_start(policy: Path, needed: Path, folder: Path) -> None:
     """Refuse to mix a round's files with those of another policy, or to train without what belongs to it.
 
     Args:
-        needed: folders of the round before that the training begins with: its float32 weights, unless it
-            computed in float32, and its optimizer's state. They are deleted once this round is trained.
+        needed: the folder of the round before that the training begins with: float32 weights, which a run in
+            float32 does not need, or the optimizer's state. It is deleted once this round is trained.
     """
     file, made = folder / POLICY_FILE, checksums.digest(read_json(policy / checksums.CHECKSUMS_FILE))
     if file.exists() and file.read_text(encoding="utf-8") != made:
@@ -128,15 +128,15 @@ def check_start(policy: Path, needed: Sequence[Path], folder: Path) -> None:
             "and resume the rounds, which make them again"
         )
     write_text(file, made)
-    train = folder / "train"
-    exact = read_json(policy.parent / SUMMARY_FILE)["dtype"] == "float32"
-    for kept in [] if (train / SUMMARY_FILE).exists() else needed:
-        if (exact and kept.name == MASTERS_FOLDER) or not (damaged := checksums.damaged(kept)):
-            continue
-        reason = f"is damaged ({named(damaged)})" if kept.is_dir() else "is gone"
-        instead = "whose weights are rounded" if kept.name == MASTERS_FOLDER else "with a fresh optimizer"
+    train, instead = folder / "train", "with a fresh optimizer"
+    if needed.name == MASTERS_FOLDER:
+        if read_json(policy.parent / SUMMARY_FILE)["dtype"] == "float32":
+            return
+        instead = "whose weights are rounded"
+    if not (train / SUMMARY_FILE).exists() and (damaged := checksums.damaged(needed)):
+        reason = f"is damaged ({named(damaged)})" if needed.is_dir() else "is gone"
         raise UserError(
-            f"{train} begins with {kept}, which {reason}: put it back, or delete the folder `train` of all "
+            f"{train} begins with {needed}, which {reason}: put it back, or delete the folder `train` of all "
             "rounds before it too, and resume the rounds, which train them again. Other rounds may begin "
             f"with model.path={policy}, {instead}"
         )

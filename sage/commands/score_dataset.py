@@ -100,7 +100,12 @@ def build_scorer(key: str, node: dict[str, Any], loss: Loss, alone: bool) -> Sco
     scorer: Scorer = build(key, node, "scorer")
     if not scorer.makes_scores:
         raise UserError(f"{key}._target_={node['_target_']} gives pairs no score: choose another")
-    if alone and len(set(build(key, node, "scorer")(any_pairs(loss)).tolist())) == 1:
+    if len({*build(key, node, "scorer")(any_pairs(loss, alone=False)).tolist()}) == 1:
+        raise UserError(
+            f"{key}._target_={node['_target_']} gives every pair the same score: it shuts candidates out in "
+            "training, and ranks none. Choose another"
+        )
+    if alone and len({*build(key, node, "scorer")(any_pairs(loss, alone=True)).tolist()}) == 1:
         raise UserError(
             f"{key}._target_={node['_target_']} gives every pair the same score while the policy is its own "
             f"reference, since all implicit rewards are 0: set {key}.margin=policy_mean, choose another, or "
@@ -109,13 +114,18 @@ def build_scorer(key: str, node: dict[str, Any], loss: Loss, alone: bool) -> Sco
     return scorer
 
 
-def any_pairs(loss: Loss) -> PairStats:
-    """Three pairs that differ in all that a scorer may look at, under a policy that is its own reference."""
+def any_pairs(loss: Loss, alone: bool) -> PairStats:
+    """Three pairs that differ in all that a scorer may look at.
+
+    Args:
+        alone: the policy is its own reference.
+    """
     logps = PairLogps(
         *torch.tensor([[-1.0, -5.0, -9.0], [-4.0, -4.5, -2.0], [2.0, 3.0, 7.0], [3.0, 9.0, 4.0]])
     )
     logit = LogitStats(*torch.tensor([[0.5, 1.0, 2.5], [0.1, 0.7, 1.5], [0.2, 2.0, 0.9]]))
-    return replace(PairStats.of(loss, logps, logps, logit), other_margin=torch.tensor([-1.0, 0.5, 2.0]))
+    reference = logps if alone else PairLogps(-logps.rejected, logps.rejected, *logps[2:])
+    return replace(PairStats.of(loss, logps, reference, logit), other_margin=torch.tensor([-1.0, 0.5, 2.0]))
 
 
 def run_models(

@@ -51,6 +51,7 @@ class TokenizedPairs:
     notes: what the user should know about how the pairs were encoded, one sentence each.
     details: pair_id -> why it was dropped, for pairs whose reason alone does not say it.
     shared: how many tokens all prompts share at their start, if it is known.
+    rendering: names the tokenizer and the chat template.
     """
 
     data: datasets.Dataset
@@ -59,6 +60,7 @@ class TokenizedPairs:
     notes: list[str] = dataclasses.field(default_factory=list)
     details: dict[str, str] = dataclasses.field(default_factory=dict)
     shared: int | None = None
+    rendering: str = ""
 
     def __len__(self) -> int:
         return len(self.data)
@@ -199,7 +201,8 @@ def tokenize_pairs(
         data = store.open_table(file)
     _check(data, notes, source, max_length, max_bad, limits, tokenizer)
     said = ("dropped", "fingerprint", "notes", "details", "shared")
-    return TokenizedPairs(data, *(notes[name] for name in said))
+    rendering = _digest(_state(renderer)).hexdigest()[:32]
+    return TokenizedPairs(data, *(notes[name] for name in said), rendering=rendering)
 
 
 def tokenize_data(source: PairSet, tokenizer: Any, data: DataConfig, cache_dir: str) -> TokenizedPairs:
@@ -233,25 +236,26 @@ def model_limits(folder: str) -> Limits:
     return Limits(getattr(config, "vocab_size", None), positions)
 
 
-def _cache_key(content: str, renderer: Renderer, max_length: int, limits: Limits) -> str:
-    """A hash of all that decides the ids. datasets' own hash of a function misses a tokenizer's state."""
+def _state(renderer: Renderer) -> list[Any]:
+    """What the tokenizer and the chat template are. datasets' own hash of a function misses a part of it."""
     tokenizer = renderer.tokenizer
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         # Padding and truncation are whatever the last call left behind.
         model = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     else:
         model = tokenizer.get_vocab()
-    parts = [
-        model,
-        tokenizer.special_tokens_map,
-        getattr(tokenizer, "split_special_tokens", None),
-        renderer.templates,
-        max_length,
-        limits,
-        transformers.__version__,
-        tokenizers.__version__,
-    ]
-    digest = sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    split = getattr(tokenizer, "split_special_tokens", None)
+    return [model, tokenizer.special_tokens_map, split, renderer.templates]
+
+
+def _digest(parts: list[Any]) -> Any:
+    return sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+
+
+def _cache_key(content: str, renderer: Renderer, max_length: int, limits: Limits) -> str:
+    """A hash of all that decides the ids."""
+    parts = [*_state(renderer), max_length, limits, transformers.__version__, tokenizers.__version__]
+    digest = _digest(parts)
     # An earlier version of sage may have had other rules.
     digest.update(Path(str(thoughts.__file__)).read_bytes())
     digest.update(f"{source_digest('data')} {content}".encode())

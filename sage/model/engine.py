@@ -40,6 +40,7 @@ from sage.model.tiles import tiled
 from sage.model.zero import deepspeed_config
 from sage.util import ranks
 from sage.util.errors import UserError, first_line
+from sage.util.files import without_wildcards
 from sage.util.progress import console
 
 # DeepSpeed asks whether the optimizer is Muon. To compile Muon's functions for that takes over a second.
@@ -310,11 +311,7 @@ class Engine(Ranks):
         """Read what `save` wrote, on `world_size` ranks."""
         if world_size == self.world_size or self.unwrapped:  # else nothing is sharded
             return self._load(folder)
-        files = [self._shard_file(folder, rank) for rank in range(world_size)]
-        shards = [
-            torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]
-            for file in files
-        ]
+        shards = [self._shard(folder, rank) for rank in range(world_size)]
         if self.deepspeed.zero_optimization_partition_weights():
             numels = [n for group in self.numels for n in group]
             now = self.optimizer.state_dict()
@@ -330,18 +327,18 @@ class Engine(Ranks):
             self.optimizer.load_state_dict([shard] * self.world_size, load_from_fp32_weights=True)
 
     def _load(self, folder: Path, **options: bool) -> None:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), without_wildcards(folder) as plain:
             loaded, _ = self.deepspeed.load_checkpoint(
-                str(folder), tag="engine", load_module_strict=not self.partly_frozen, **options
+                str(plain), tag="engine", load_module_strict=not self.partly_frozen, **options
             )
         if loaded is None:
             raise UserError(f"{folder}: the engine's state cannot be loaded")
 
-    def _shard_file(self, folder: Path, rank: int) -> Path:
+    def _shard(self, folder: Path, rank: int) -> dict[str, Any]:
         found = list((folder / "engine").glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
         if len(found) != 1:
             raise UserError(f"{folder}: the optimizer's state of rank {rank} is not there")
-        return found[0]
+        return torch.load(found[0], map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """All weights of the policy on the CPU, gathered from shards; None on ranks other than 0."""

@@ -74,6 +74,8 @@ def _reshard(
     """`cut` takes the flat tensors that each old rank held of something, and returns those of this rank."""
     weights = cut([shard[weights_key] for shard in shards])
     inner = [shard[inner_key]["state"] for shard in shards]
+    if not inner[0]:  # before the first step
+        return {**shards[0], weights_key: weights, inner_key: {"state": {}, "param_groups": groups}}
     first = inner[0][0]
     moments = {
         name: cut([[states[i][name] for i in sorted(states)] for states in inner])

@@ -135,22 +135,22 @@ def set_aside(folder: Path) -> Path:
 
 
 @contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Turn the errors of a checkpoint that is damaged, or of another version, into a UserError."""
+def readable(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn the errors of a state that is damaged, or of another version, into a UserError."""
     try:
         yield
-    except (pickle.UnpicklingError, EOFError) as e:
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "PytorchStreamReader" not in str(e):
+            raise
         raise UserError(
-            f"{folder} was not written by sage, although its checksums are right: delete it to resume from "
-            "the one before"
+            f"{folder} was not written by sage, although its checksums are right: {remedy}"
         ) from e
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise UserError(
             f"{folder} was written by another version of sage, and this version cannot read it "
-            f"({type(e).__name__}: {first_line(e)}): start a new run, or delete this folder to resume from "
-            "the one before"
+            f"({type(e).__name__}: {first_line(e)}): {remedy}"
         ) from e
 
 

@@ -75,8 +75,8 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         console.print(warning, markup=False)
     device = init_distributed()
     torch.manual_seed(cfg.seed)
-    if cfg.optimizer.continue_from is not None and not ranks.main_only(lambda: list_checkpoints(run_dir)):
-        check_optimizer(cfg.optimizer.continue_from)
+    if not ranks.main_only(lambda: list_checkpoints(run_dir)):
+        check_optimizer(cfg.optimizer)
 
     with activity(f"finding {cfg.model.path}"):
         base = open_model(cfg.model, device, cfg.seed, cfg.cache_dir)
@@ -116,8 +116,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     state = restore(run_dir, engine, forward, selection, fresh)
     if state is fresh:
         read_masters(engine, cfg.model, base.folder)
-        if cfg.optimizer.continue_from is not None:
-            read_optimizer(engine, cfg.optimizer, cfg.optimizer.continue_from)
+        read_optimizer(engine, cfg.optimizer)
     if cfg.select and engine.rank == 0:
         checkpoint.restore_best(state, run_dir)
     built_in: list[Hook] = []
@@ -151,7 +150,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
 
 def other_inputs(cfg: TrainConfig, data: Data, selection: Selection) -> dict[str, str]:
     """Fingerprints of what a run reads besides its training pairs and its model, by the key that names it."""
-    found = {}
+    found = {"the tokenizer or the chat template": data.pairs.rendering}
     if data.held_out is not None:
         found["data.eval_path"] = data.held_out.fingerprint
     if selection.other_margin is not None:
@@ -284,7 +283,8 @@ def restore(
 ) -> TrainState:
     """Load the newest checkpoint into the run's parts and return its state, or `state` if there is none."""
     if folder := checkpoint.newest_intact(run_dir):
-        with activity(f"reading {folder.name}"), checkpoint.readable(folder):
+        remedy = "start a new run, or delete this folder to resume from the one before"
+        with activity(f"reading {folder.name}"), checkpoint.readable(folder, remedy):
             state = checkpoint.restore(engine, state, folder)
             selection.load_state_dict(state.selection)
         forward.costs.update(state.costs)
