@@ -136,8 +136,10 @@ def test_the_study_is_made_of_commands_that_compose(task, tmp_path):
     study = load_study()
     found = study.TASKS[task](tmp_path)
     lines = [("build-pairs", words[1:]) for words in found.prepare.values()]
-    lines += [("train", study.train(found, method, 1e-5, 0.1, "test", 0, 10)[1:]) for method in study.METHODS]
-    lines += [("train", study.train(found, "sage", 1e-5, 0.1, "validation", 0, 10)[1:])]
+    settings = 1e-5, 0.1, "test", 0, 10
+    lines += [("train", study.train(found, tmp_path, name, *settings)[1:]) for name in study.METHODS]
+    lines += [("train", study.train(found, tmp_path, "sage", 1e-5, 0.1, "validation", 0, 10)[1:])]
+    lines += [(words[0], words[1:]) for _, words in study.trained_on_held_out(found, tmp_path)]
     with initialize_config_module("sage.conf", version_base="1.3"):
         for command, words in lines:
             config.load(compose(command.replace("-", "_"), words))

@@ -391,7 +391,7 @@ def test_older_pairs_stay_while_they_are_wrong(begin, monkeypatch):
     assert kept == expected
     result = summary_of(run_dir)["rounds"][2]
     assert result["kept_pairs"] == len(kept)
-    assert result["rescored_pairs"] == len(older.read_text().splitlines()) and result["seconds"]["older"]
+    assert result["rescored_pairs"] == len(older.read_text().splitlines()) and "older" in result["seconds"]
     assert kept
 
 
