@@ -202,6 +202,7 @@ class Rounds:
         return [name for name, kept in asked.items() if not kept]
 
     def optimizer(self, policy: ModelConfig, weights: Path) -> OptimizerConfig:
+        """That of a round. `weights`: the folder of the policy, or the adapter, that it goes on training."""
         if policy is self.cfg.model:
             return self.cfg.optimizer
         state = str(weights / OPTIMIZER_FOLDER) if self.continued else None

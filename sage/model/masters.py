@@ -70,10 +70,8 @@ def read_masters(engine: Engine, cfg: ModelConfig, folder: str) -> None:
     Raises:
         UserError: they are damaged, or are not those of this model.
     """
-    given, kept = (
-        f"{key_of(cfg)}={cfg.adapter_path or cfg.path}",
-        trained_folder(cfg, folder) / MASTERS_FOLDER,
-    )
+    given = f"{key_of(cfg)}={cfg.adapter_path or cfg.path}"
+    kept = trained_folder(cfg, folder) / MASTERS_FOLDER
     if not ranks.agreed(lambda: sealed(kept), f"the float32 weights beside {given}"):
         return
     fresh = has_fresh_adapter(cfg)
