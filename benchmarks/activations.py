@@ -20,6 +20,7 @@ from sharded_loading import Peak, private_bytes
 
 SHAPES = {  # of Qwen2.5: hidden, intermediate, layers, heads, key and value heads, vocabulary
     "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936),
     "7b": (3584, 18944, 28, 28, 4, 152064),
     "32b": (5120, 27648, 64, 40, 8, 152064),
     "72b": (8192, 29568, 80, 64, 8, 152064),
@@ -48,7 +49,7 @@ def write_config(folder: str, shape: str, layers: int | None) -> int:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=32768,
-        tie_word_embeddings=shape == "0.5b",
+        tie_word_embeddings=shape in ("0.5b", "1.5b"),
         architectures=["Qwen2ForCausalLM"],
     ).save_pretrained(folder)
     return layers or all_layers

@@ -2,6 +2,11 @@
 
     python benchmarks/dpo_step.py                      # GSM8K pairs, 16 a step
     python benchmarks/dpo_step.py --shots 8 --pairs 2  # prompts of about 1,400 tokens
+    python benchmarks/dpo_step.py --shape 1.5b --dtype bfloat16 --pairs 64 --tokens 32768 \
+        --trl-micro-batches 16 32                      # on a GPU
+
+--shape makes a model of Qwen2.5's shape, with random weights and the tokenizer of --model. Memory is what the
+CUDA allocator took, or on a CPU the process's resident set.
 
 Every contender runs in its own process. All train the same model on the same pairs, in the same order and
 dtype, with the reference computed beforehand and without gradient checkpointing. `sage, forward only` scores
@@ -27,6 +32,7 @@ import time
 from pathlib import Path
 
 import torch
+from activations import SHAPES, write_config
 
 from sage.order import Shuffled
 from sage.util import ranks
@@ -71,6 +77,20 @@ def make_pairs(folder: Path, count: int, shots: int) -> Path:
     return file
 
 
+def random_model(folder: Path, shape: str, tokenizer: str, dtype: str) -> str:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    write_config(str(folder), shape, None)
+    torch.manual_seed(SEED)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype)
+        )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
 def run(command: list[str], threads: int, variables: dict[str, str] | None = None) -> float:
     """Run a process to its end; returns the peak memory of it or of one of its children, in GB."""
     settings = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -111,6 +131,8 @@ def run_sage(overrides: list[str], job: dict, folder: Path) -> tuple[list[float]
     command = [sys.executable, "-m", "sage", "train", *sage_overrides(job, folder)]
     memory = run([*command, f"hydra.run.dir={run_dir}", *overrides], job["threads"])
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    if torch.cuda.is_available():
+        memory = json.loads((run_dir / "summary.json").read_text())["peak_memory_gb"]
     return [line["time/step_seconds"] for line in lines if "loss" in line][1:], memory
 
 
@@ -119,7 +141,8 @@ def run_worker(name: str, job: dict, folder: Path) -> tuple[list[float], float]:
     file.write_text(json.dumps({**job, "worker": name, "folder": str(folder)}))
     variables = ENVIRONMENT if name == "forward" else None  # as `sage` starts its own ranks
     memory = run([sys.executable, __file__, "--worker", str(file)], job["threads"], variables)
-    return json.loads((folder / "report.json").read_text())[1:], memory
+    report = json.loads((folder / "report.json").read_text())
+    return report["seconds"][1:], report["gpu_gb"] or memory
 
 
 def score_sage(job: dict) -> list[float]:
@@ -196,16 +219,17 @@ def train_trl(job: dict) -> list[float]:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    seconds: list[float] = []
+    cpu, seconds = not torch.cuda.is_available(), []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.started = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            if not cpu:
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.started)
 
-    cpu = not torch.cuda.is_available()
     config = DPOConfig(
         output_dir=job["folder"],
         model_init_kwargs={"dtype": job["dtype"]},
@@ -324,6 +348,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="Hugging Face folder; default: the demo's SmolLM2-135M")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights in a shape of Qwen2.5's")
     parser.add_argument("--pairs", type=int, default=16, help="a step")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes per contender")
@@ -344,7 +369,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         job = json.loads(args.worker.read_text())
-        report = WORKERS[job["worker"]](job)
+        report = {"seconds": WORKERS[job["worker"]](job), "gpu_gb": 0.0}
+        if torch.cuda.is_available():
+            report["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         (Path(job["folder"]) / "report.json").write_text(json.dumps(report))
         ranks.leave()
         return
@@ -359,6 +386,8 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if args.shape:
+            model = random_model(folder / "model", args.shape, model, args.dtype)
         job = {
             "model": model,
             "pairs": str(make_pairs(folder, args.pairs * (args.steps + 1), args.shots)),
@@ -401,7 +430,7 @@ def main() -> None:
                 seconds[label] += times
                 memory[label] = max(memory.get(label, 0.0), peak)
                 print(
-                    f"round {round_number + 1}  {label}: {[f'{t:.1f}' for t in times]} s, {peak:.1f} GB",
+                    f"round {round_number + 1}  {label}: {[f'{t:.2f}' for t in times]} s, {peak:.1f} GB",
                     flush=True,
                 )
         flops, tokens, scored = useful_flops(model, Path(job["pairs"]), args.pairs)

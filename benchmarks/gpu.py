@@ -1,9 +1,9 @@
-"""The first numbers of a GPU, in one command: does sage work there, are its kernels right, how fast is it?
+"""The first numbers of a GPU, in one command: does sage work there as on the CPU, and how fast is it?
 
     make gpu                                  # or: python benchmarks/gpu.py runs/gpu
     python benchmarks/gpu.py runs/gpu --again # measures everything anew
 
-Each part runs in a process of its own for four minutes at most, and leaves FOLDER/PART.log. FOLDER/gpu.json
+Each part runs in a process of its own for 15 minutes at most, and leaves FOLDER/PART.log. FOLDER/gpu.json
 holds what came of each part. A second call repeats only the parts that failed. What is not installed here
 (TRL, Liger's kernels, vLLM) is named as not compared. Without a GPU this says what is not run, runs the
 kernels' tests in Triton's interpreter if Triton is there, and ends with status 0 if they pass.
@@ -24,7 +24,7 @@ import torch
 from sage.util.files import write_json
 
 HERE = Path(__file__).resolve().parent
-LIMIT = 240  # seconds of a part
+LIMIT = 900  # seconds of a part
 SAGE = ["sage", "sage, all logits"]
 # TRL as it is, and at its best settings. What of it does not work here is listed as not measured.
 TRL = [f"TRL, 16 pairs{settings}" for settings in ("", ", Liger", ", Liger, padding-free")]
@@ -33,18 +33,21 @@ TRL = [f"TRL, 16 pairs{settings}" for settings in ("", ", Liger", ", Liger, padd
 def parts(folder: Path, gpu: bool) -> dict[str, list[str]]:
     """The command of each part, by its name."""
     python = sys.executable
-    tests = [python, "-m", "pytest", "-q", str(HERE.parent / "tests" / "test_kernels.py")]
+    tests = HERE.parent / "tests"
+    kernels = [python, "-m", "pytest", str(tests / "test_kernels.py")]
     if not gpu:
-        return {"kernel tests, in the interpreter": tests} if find_spec("triton") else {}
+        return {"kernel tests, in the interpreter": kernels} if find_spec("triton") else {}
     contenders = SAGE + (TRL if find_spec("trl") else [])
-    step = [python, str(HERE / "dpo_step.py"), "--dtype", "bfloat16", "--max-length", "512", "--rounds", "1"]
+    step = [python, str(HERE / "dpo_step.py"), "--shape", "0.5b", "--dtype", "bfloat16", "--rounds", "1"]
+    step += ["--pairs", "32", "--steps", "6", "--tokens", "16384", "--max-length", "512"]
     kernel = [python, str(HERE / "kernel.py"), "--device", "cuda", "--dtype", "bfloat16"]
     for package, name in (("trl", "TRL"), ("liger_kernel", "Liger's kernels"), ("vllm", "vLLM")):
         if not find_spec(package):
             print(f"{name} is not installed ({package}): sage is NOT compared with it", flush=True)
     return {
         "doctor": [python, "-m", "sage", "doctor", f"json={folder / 'doctor.json'}"],
-        "kernel tests": tests,
+        "kernel tests": kernels,
+        "runs, against the CPU": [python, "-m", "pytest", "-vv", "-n", "4", str(tests / "test_gpu.py")],
         "kernel": [*kernel, "--json", str(folder / "kernel.json")],
         "a DPO step": [
             *(*step, "--trl-micro-batches", "16", "--only", *contenders),

@@ -127,7 +127,7 @@ class SageCurriculum(Curriculum):
         if begun and step < self.refreshed + self.every:
             return
         if not begun:
-            self.latest = stats_of(np.arange(self.size)).margin(self.margin).double().cpu().numpy()
+            self.latest = stats_of(np.arange(self.size)).margin(self.margin).double().numpy()
             self.cut()
             self.count(np.arange(self.size), self.latest)
             self.competence = self.right / np.maximum(self.seen, 1)

@@ -55,7 +55,7 @@ class ByDifficulty(Curriculum):
 
     def refresh(self, step: int, stats_of: StatsOf) -> None:
         if self.ranks is None:  # only at the first step, when the policy still is the reference
-            self.rank(-mean_margin(stats_of(np.arange(self.size)).policy).cpu().numpy())
+            self.rank(-mean_margin(stats_of(np.arange(self.size)).policy).numpy())
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "ranks": torch.from_numpy(self.ranks)}

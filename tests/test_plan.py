@@ -145,8 +145,12 @@ def test_shards_add_up_to_the_whole():
         assert found.kept() == whole * millions + (18 - whole) * millions / 8
     offloaded = footprint(millions, 0, 2, EngineConfig(3, offload=True), 8, cuda=True)
     assert offloaded.kept() == 0 and offloaded.host == 18 * millions / 8
+    # Stage 2 adds up float32 gradients on the GPU, also if the optimizer is in CPU memory.
+    offloaded = footprint(millions, 0, 2, EngineConfig(2, offload=True), 8, cuda=True)
+    assert offloaded.kept() == 2 * millions + 4 * millions / 8
     adapter = footprint(1_000, millions, 2, EngineConfig(0), 1, cuda=True)
     assert adapter.kept() == 2 * millions + 18 * 1_000
+    assert adapter.buckets == 4 * 1_000  # no larger than what passes through it
 
 
 def test_a_plan_says_what_fits_and_what_to_change(sage, tiny_model, pair_file, tmp_path):
@@ -173,7 +177,7 @@ def test_a_plan_says_what_fits_and_what_to_change(sage, tiny_model, pair_file, t
     )  # micro_batch_tokens is what a rank computes, at most all of it scored
     assert half["most_tokens"] == pytest.approx(whole["most_tokens"], rel=0.2)
 
-    status, out, err = sage(*words, "gpu_gb=2.5")
+    status, out, err = sage(*words, "gpu_gb=0.5")
     found = json.loads(file.read_text())
     assert status == 0 and not found["fits"] and "DOES NOT FIT" in out
     refused(sage(*words, "data.max_length=2048"), "micro_batch_tokens=1024 cannot hold one pair")

@@ -11,8 +11,10 @@ import pytest
 import torch
 from many_runs import column, execute, freeze
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sage.model import loading, reference
+from sage.model.forward import PairForward
 from sage.model.logps import PairLogps
 from sage.model.reference import compute, read_logps, write_logps
 from sage.util.files import sha256, write_json
@@ -98,6 +100,21 @@ def test_a_killed_pass_goes_on_after_its_last_part(tmp_path, monkeypatch, damage
     order = [*range(0, 18, 2), *range(1, 18, 2)]
     assert forward.asked == order[{None: 12, "last": 8, "first": 0}[damage] :]
     assert all(torch.equal(x, torch.arange(18) + 0.5 * k) for k, x in enumerate(found))
+
+
+def test_numbers_of_a_whole_set_are_on_the_cpu_whatever_the_device(monkeypatch):
+    """An evaluation subtracts them from a known reference, which is there. Fake tensors need no GPU."""
+
+    engine = SimpleNamespace(
+        device=torch.device("cuda"),
+        policy=SimpleNamespace(group=SimpleNamespace(size=1, rank=0)),
+        world_size=1,
+        sum_over_ranks=lambda values: values,
+    )
+    monkeypatch.setattr(PairForward, "micro_batches", lambda *_: [])
+    with FakeTensorMode():
+        found = PairForward(engine, 64, "shared").all_logps(None, np.arange(3))  # pyright: ignore
+    assert {values.device.type for values in found} == {"cpu"}
 
 
 def test_a_small_pass_writes_no_part(tmp_path):

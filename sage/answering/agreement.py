@@ -63,7 +63,8 @@ def in_float32(model: Any) -> Iterator[None]:
     ]
     if tensors and tensors[0].is_cuda:
         size = sum(t.numel() * t.element_size() for t in tensors)
-        if torch.cuda.mem_get_info(tensors[0].device)[0] < 2 * size:
+        torch.cuda.empty_cache()  # what torch keeps for later is free, too
+        if torch.cuda.mem_get_info(tensors[0].device)[0] < 2.5 * size:  # a part for the forward pass
             tensors = []
     own = [t.data for t in tensors]
     for tensor in tensors:

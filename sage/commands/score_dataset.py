@@ -179,7 +179,7 @@ def to_table(columns: dict[str, Any]) -> pa.Table:
     return pa.table(
         {
             name: pa.array(
-                values.cpu().numpy() if isinstance(values, Tensor) else values,
+                values.numpy() if isinstance(values, Tensor) else values,
                 from_pandas=name == "pass_rate",
             )
             for name, values in columns.items()

@@ -27,6 +27,7 @@ IMPLEMENTATION = "sage_packed"
 # Queries in one block on a CPU. Half of a short text's scores lie ahead of the query and are skipped.
 # Smaller blocks make smaller products, which are slower.
 BLOCK = 128
+VARIANTS = 64  # of the compiled functions, for all layers of a model
 
 
 class Window(NamedTuple):
@@ -96,8 +97,8 @@ class Row:
                 seen = (k <= q) & ((span[k] < 0) | own_text)
                 return seen if window is None else seen & (place[q] - place[k] < window)
 
-            self.block_masks[window] = create_block_mask(
-                visible, None, None, self.length, self.length, device=str(self.device), _compile=self.compiled
+            self.block_masks[window] = mask_maker(self.compiled)(
+                visible, None, None, self.length, self.length, device=str(self.device)
             )
         return self.block_masks[window]
 
@@ -303,7 +304,25 @@ def _wide(x: Tensor) -> torch.dtype:
 @cache
 def flex(compiled: bool) -> Any:
     """FlexAttention, compiled once for rows of any length. Uncompiled it is a slow reference for tests."""
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    return compiled_often(flex_attention) if compiled else flex_attention
+
+
+@cache
+def mask_maker(compiled: bool) -> Any:
+    """create_block_mask, which without compilation holds all pairs of tokens at once."""
+    return compiled_often(create_block_mask) if compiled else create_block_mask
+
+
+def compiled_often(function: Any) -> Any:
+    """`function`, compiled for all shapes.
+
+    torch compiles it anew for each dtype, window, grad mode and so on, and by default gives up after eight.
+    It would then run uncompiled, which is slow and takes memory for all pairs of tokens.
+    """
+    import torch._dynamo  # which torch loads late
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    return torch.compile(function, dynamic=True)
 
 
 @cache

@@ -81,8 +81,9 @@ def init_distributed() -> torch.device:
         device = torch.device("cuda", ranks.local_rank())
     else:
         device = torch.device("cpu")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    ranks.join(backend)
+    on_gpu = device.type == "cuda"
+    backend = "nccl" if on_gpu else "gloo"
+    ranks.join(backend, device if on_gpu else None)
     deepspeed.init_distributed(backend, verbose=False)
     return device
 
@@ -249,13 +250,15 @@ class Engine(Ranks):
         # The elements of each parameter, per optimizer group.
         self.numels = [[size_of(p) for p in g["params"]] for g in adam.param_groups]
         self.optimizer: Any  # DeepSpeed's wrapper around it
+        clip = 0.0 if self.unwrapped else self.max_grad_norm
+        config = deepspeed_config(engine, dtype, clip, sum(map(sum, self.numels)))
         # DeepSpeed prints its memory use, whatever the log level.
         with redirect_stdout(io.StringIO()), tiles_gathered_once(policy):
             self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
                 model=self.policy,
                 model_parameters=trainable,  # pyright: ignore
                 optimizer=adam,
-                config=deepspeed_config(engine, dtype, 0.0 if self.unwrapped else self.max_grad_norm),
+                config=config,
                 dist_init_required=False,
             )
 

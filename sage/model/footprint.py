@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sage.config import EngineConfig
+from sage.model.zero import BUCKET
 
 FLOAT32 = 4
-BUCKET = 500_000_000  # elements of the buffer through which gradients are reduced
 KERNELS = 150_000_000  # bytes; see ONEDNN_PRIMITIVE_CACHE_CAPACITY in sage.util.processes
 LIVE = 1_000_000_000  # elements of weights that stage 3 gathers at most
 
@@ -46,8 +46,8 @@ def footprint(
     half = dtype_bytes < FLOAT32
     stage = max(engine.zero_stage, 1) if half else engine.zero_stage  # as `deepspeed_config` does
     every, share = trainable + frozen, trainable / ranks
-    # CUDA allocates the whole bucket. A CPU maps only the pages that are written.
-    bucket = BUCKET if cuda else min(trainable, BUCKET) if ranks > 1 else 0
+    # CUDA allocates the bucket. A CPU maps only the pages that are written.
+    bucket = min(trainable, BUCKET) if cuda or ranks > 1 else 0
     if stage == 0:
         found = Footprint(
             weights=every * dtype_bytes,
@@ -74,9 +74,8 @@ def footprint(
     if engine.offload:
         found.host = found.masters + found.optimizer + share * FLOAT32
         found.masters = found.optimizer = found.step = 0
-        if stage > 1:
-            found.gradients = 0
         if stage == 3:
+            found.gradients = 0
             found.host += found.weights
             found.weights = 0
     return found

@@ -99,8 +99,8 @@ class PairForward:
         description: str | None = None,
         model: Callable[[np.ndarray, MicroBatch], PairLogps] | None = None,
     ) -> PairLogps:
-        """Forward only: log-probabilities of n pairs in the order of `indices`, the same on every rank, [n]
-        each.
+        """Forward only: log-probabilities of n pairs in the order of `indices`, the same on every rank and
+        on the CPU, [n] each.
 
         `description` shows a progress bar; `model` (a Reference) replaces the policy.
         """
@@ -142,10 +142,10 @@ class PairForward:
         forward: Callable[[Work], tuple[Tensor, ...]],
     ) -> Tensor:
         """The `width` numbers that `forward` gives for each pair, from all ranks in the order of `indices`:
-        [width, n]."""
+        [width, n], on the CPU, where all numbers of a whole set are."""
         out = torch.zeros(width, len(indices), device=self.engine.device)
         for work in track(self.micro_batches(pairs, indices), description, len(indices), self.size):
             values = torch.stack(list(forward(work)))
             if work.reports:
-                out[:, torch.from_numpy(work.positions).to(out.device)] = values
-        return self.engine.sum_over_ranks(out)
+                out[:, work.positions] = values
+        return self.engine.sum_over_ranks(out).cpu()

@@ -86,7 +86,7 @@ class Cached:
     ):
         self.of_policy = of_policy
         software = {p: importlib.metadata.version(p) for p in ("sage-align", "torch", "transformers")}
-        software |= {"code": source_digest("model", "data"), "device": forward.engine.device.type}
+        software |= {"code": source_digest("model", "data"), "device": device_name(forward.engine.device)}
         digest = hashlib.sha256(
             json.dumps({**key, **software, "pairs": pairs.fingerprint}, sort_keys=True).encode()
         ).hexdigest()
@@ -110,6 +110,11 @@ class Cached:
         return PairLogps(*(values[torch.from_numpy(indices)] for values in self.logps))
 
 
+def device_name(device: torch.device) -> str:
+    """What kind of device it is. Kinds of GPU round differently."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def known_policy(reference: Reference, step: int) -> Cached | None:
     """The reference, if it holds the log-probabilities that the policy has at this step."""
     return reference if step == 0 and isinstance(reference, Cached) and reference.of_policy else None
@@ -130,7 +135,7 @@ def compute(forward: PairForward, pairs: TokenizedPairs, folder: Path, title: st
         for start in range(done, len(pairs), size):
             end = min(start + size, len(pairs))
             part = forward.all_logps(pairs, order[start:end])
-            parts.append(PairLogps(*(values.cpu().contiguous() for values in part)))
+            parts.append(PairLogps(*(values.contiguous() for values in part)))
             if forward.engine.rank == 0 and end < len(pairs):
                 with suppress(FileNotFoundError):  # a run with the same pass has ended, and removed `folder`
                     write_logps(folder / f"{start:010}-{end:010}.safetensors", parts[-1])
@@ -190,7 +195,7 @@ def check_finite(logps: PairLogps, pairs: TokenizedPairs) -> None:
     """
     broken = ~(logps.chosen + logps.rejected).isfinite()
     if broken.any():
-        examples = named(pairs.pair_ids(broken.cpu().numpy().nonzero()[0]).tolist())
+        examples = named(pairs.pair_ids(broken.numpy().nonzero()[0]).tolist())
         raise UserError(
             f"the model itself gives log-probabilities that are not finite for {int(broken.sum())} of "
             f"{len(pairs)} pairs, before any training: {examples}. Use model.dtype=float32 or another model, "

@@ -191,8 +191,11 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that the device has left."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else processes.free_memory()
+    """Bytes that the device has left, those that torch only keeps for later included."""
+    if device.type != "cuda":
+        return processes.free_memory()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def local_ranks(device: torch.device) -> int:

@@ -8,13 +8,19 @@ import torch
 
 from sage.config import EngineConfig
 
+BUCKET = 500_000_000  # elements of the buffer through which gradients are reduced, at most
 
-def deepspeed_config(engine: EngineConfig, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
+
+def deepspeed_config(
+    engine: EngineConfig, dtype: torch.dtype, max_grad_norm: float, trainable: int = BUCKET
+) -> dict[str, Any]:
+    """`trainable` is how many elements are trained."""
     half = dtype == torch.bfloat16
     # In stage 0 DeepSpeed cannot accumulate bfloat16 gradients in float32. Stage 1 can, for the same weights
     # and in less memory.
     stage = max(engine.zero_stage, 1) if half else engine.zero_stage
-    zero: dict[str, Any] = {"stage": stage}
+    # CUDA allocates the whole bucket, and an adapter fills little of one.
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(trainable, BUCKET)}
     if engine.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         if stage == 3:

@@ -19,7 +19,7 @@ from sage.curriculum import Curriculum
 from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
 from sage.model.forward import PairForward
-from sage.model.logps import LogitStats, PairLogps
+from sage.model.logps import LogitStats
 from sage.model.reference import METADATA_KEY, Reference, known_policy, reference_logps
 from sage.scorers import PairStats, Scorer, curvature, select, signal
 from sage.training.metrics import PER_PAIR
@@ -138,8 +138,6 @@ class Selection:
             logit = cache.logit and LogitStats(*(values[torch.from_numpy(indices)] for values in cache.logit))
         else:
             policy, logit = self.forward.all_stats(self.pairs, indices, logit=self.scorer.needs_logit)
-        policy, reference = PairLogps(*map(Tensor.cpu, policy)), PairLogps(*map(Tensor.cpu, reference))
-        logit = logit and LogitStats(*map(Tensor.cpu, logit))
         stats = PairStats.of(self.loss, policy, reference, logit)
         if self.other_margin is not None:
             stats.other_margin = self.other_margin[indices]

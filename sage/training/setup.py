@@ -275,6 +275,8 @@ def build_engine(
     with activity("checking log-probabilities under DeepSpeed"):
         layout = settle(engine, data.sets, cfg.data.packing, cfg.model.path, known)
     budget = settle_budget(cfg, run_dir, base, data.pairs, layout, machine)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the checks copy weights where memory is free
     return engine, PairForward(engine, budget, layout)
 
 

@@ -66,11 +66,11 @@ def check_place() -> None:
         )
 
 
-def join(backend: str) -> None:
+def join(backend: str, device: Any = None) -> None:
     """Join the process group of the run, if this process is not in one yet.
 
     From then on a rank waits for the others for as long as their work takes. The launcher ends it if one of
-    them dies, and so does the connection to that rank, which the system closes.
+    them dies, and so does the connection to that rank, which the system closes. `device` is the GPU for nccl.
 
     Raises:
         UserError: not all ranks came, or their machines have other versions of sage or its packages.
@@ -83,7 +83,7 @@ def join(backend: str) -> None:
     if world_size() == 1:
         # In memory, without a port: a free port that was looked up may be taken by the time we listen on it.
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device)
         return
     store = None
     try:
@@ -100,7 +100,7 @@ def join(backend: str) -> None:
         ) from e
     store.set_timeout(WAIT)
     store = dist.PrefixStore("sage", store)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group(backend, store=store, rank=me, world_size=count, timeout=WAIT)
+    dist.init_process_group(backend, store=store, rank=me, world_size=count, timeout=WAIT, device_id=device)
     agreed(_software, "sage and the packages that it computes with")
 
 
