@@ -86,6 +86,8 @@ class Benchmarks(Hook):
         else:
             exported = folder / "policy"
             run.export(exported)
+            if engine.device.type == "cuda":
+                torch.cuda.empty_cache()  # vLLM answers in a process of its own
             model = replace(cfg.model, path=str(exported), lora=None, adapter_path=None)
         greedy = replace(cfg.sampling, temperature=0.0)
         cuda = [engine.device] if engine.device.type == "cuda" else []
