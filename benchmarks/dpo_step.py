@@ -2,8 +2,8 @@
 
     python benchmarks/dpo_step.py                      # GSM8K pairs, 16 a step
     python benchmarks/dpo_step.py --shots 8 --pairs 2  # prompts of about 1,400 tokens
-    python benchmarks/dpo_step.py --shape 1.5b --dtype bfloat16 --pairs 64 --tokens 32768 \
-        --trl-micro-batches 16 32                      # on a GPU
+    python benchmarks/dpo_step.py --shape 1.5b --dtype bfloat16 --pairs 64 --tokens 12288 \
+        --trl-micro-batches 8 16                       # on a GPU of 80 GB
 
 --shape makes a model of Qwen2.5's shape, with random weights and the tokenizer of --model. Memory is what the
 CUDA allocator took, or on a CPU the process's resident set.
