@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -60,9 +61,12 @@ def parts(folder: Path, gpu: bool) -> dict[str, list[str]]:
 def run(command: list[str], log: Path) -> tuple[str, float]:
     """What came of a part, and its seconds."""
     started = time.monotonic()
+    environment = {**os.environ, "SAGE_TEST_GPU": "1"}  # otherwise tests/conftest.py hides GPUs
     with log.open("w") as out:
         try:
-            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=LIMIT)
+            done = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, timeout=LIMIT, env=environment
+            )
             outcome = "ok" if done.returncode == 0 else f"failed, status {done.returncode}"
         except subprocess.TimeoutExpired:
             outcome = f"failed, not done in {LIMIT} s"

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+# Tests start two ranks, and compare with references on the CPU. `make gpu` runs those that want a GPU.
+if os.environ.get("SAGE_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

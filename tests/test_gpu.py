@@ -1,6 +1,6 @@
-"""sage on a GPU gives the numbers that it gives on the CPU. `make gpu` runs this; it needs a GPU.
+"""sage on a GPU gives the numbers that it gives on the CPU.
 
-Every run is a process of its own, since the other tests' processes see no GPU.
+`make gpu` runs this, and so does `SAGE_TEST_GPU=1 pytest tests/test_gpu.py`. Each run has its own process.
 """
 
 from __future__ import annotations
