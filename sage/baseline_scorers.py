@@ -55,6 +55,8 @@ class SmallestGap(Ranking):
 class MarginGap(Ranking):
     """The most negative margin of a fixed model: the reference (`mean_margin`), or that of `margins_from`."""
 
+    uses_margins_from: ClassVar[bool] = True
+
     @property
     def ranked_by(self) -> str:
         return "margins_from" if self.margins_from else "reference_mean"
@@ -69,6 +71,8 @@ class Rho(Ranking):
 
     The other model was trained on held-out pairs.
     """
+
+    uses_margins_from: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -176,8 +176,14 @@ class Ranking(Scorer):
     max_nan: float = 0.1  # a larger share of NaN scores in one scoring stops the run
     margins_from: str | None = None  # where another model's margins are
     uses_logit: ClassVar[bool] = False
+    uses_margins_from: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.margins_from is not None and not self.uses_margins_from:
+            raise ValueError(
+                f"scorer.margins_from={self.margins_from} has no effect: this scorer asks no other model. "
+                "Leave it out"
+            )
         if not self.candidates_per_pair >= 1:
             raise ValueError(
                 f"scorer.candidates_per_pair={self.candidates_per_pair}: these are fewer candidates "

@@ -16,6 +16,7 @@ from whole_runs import files, kill_often
 
 from sage.config import load
 from sage.training.best import Criterion
+from sage.training.checkpoint import SIDECAR
 from sage.training.evaluation import check_select
 from sage.training.hooks import Hook
 from sage.util.errors import UserError
@@ -86,6 +87,7 @@ def runs(common, problem_file, tmp_path_factory) -> Path:
         "lora": [*lora, "steps=3"],
         "lora_best": [*lora, "steps=3", *by_score],
         "measured": [*benchmark, f"data.eval_path={pairs}", "select=eval/loss", "steps=3"],
+        "last": [*by_score, "steps=4", "eval_every=3", "save_every=4"],
         "misspelt": [*RISES, "select=extra/scores"],
     }
     execute(1, [freeze(root / name, *common, *more) for name, more in given.items()])
@@ -134,6 +136,14 @@ def test_best_is_the_policy_of_the_best_evaluation(runs):
     ours, theirs = (sorted(p.name for p in (run / f).iterdir()) for f in ("best", "final"))
     assert ours == theirs
     assert summary(runs / "lora")["best"] is None and not (runs / "lora" / "best").exists()
+
+
+@pytest.mark.slow
+def test_the_last_checkpoint_knows_the_last_evaluation(runs):
+    """A run that is given more steps begins with its best/, which would be lost otherwise."""
+    folder = runs / "last" / "checkpoints" / "step_4"
+    assert torch.load(folder / SIDECAR, weights_only=True)["best_step"] == 4
+    assert same(folder / "best", weights(runs / "last" / "final"))
 
 
 @pytest.mark.slow

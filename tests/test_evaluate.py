@@ -16,7 +16,7 @@ from whole_runs import files
 
 from sage import config
 from sage.answering.accuracy import measure
-from sage.answering.attempts import Attempt, read_attempts, write_lines
+from sage.answering.attempts import BEGUN_FILE, PROBLEMS, Attempt, read_attempts, write_lines
 from sage.answering.problems import read_problems
 from sage.answering.statistics import bootstrap, majority, mcnemar, pass_at, wilson
 from sage.commands.evaluate import compare, compare_attempts, evaluate, print_comparison
@@ -145,6 +145,8 @@ def test_measure_by_hand():
     assert got["truncated"] == got["unparsable"] == 0.125
     single = measure([a for a in attempts if a.sample == 0])
     assert single["accuracy"] == 1.0 and single["interval"] == list(wilson(2, 2)) and "pass@k" not in single
+    alike = measure([attempt(p, s, False) for p in range(30) for s in range(4)])  # resampling shows no doubt
+    assert alike["interval"] == list(wilson(0, 30)) and alike["interval_by"] == "wilson"
 
 
 def test_compare_by_hand(tmp_path):
@@ -156,6 +158,12 @@ def test_compare_by_hand(tmp_path):
     assert got["gained"] == ["5", "6", "7", "8"] and got["lost"] == ["0"]
     assert got["difference"] == pytest.approx(0.3) and got["mcnemar_p"] == mcnemar(1, 4) == 0.375
     assert got["interval"][0] < 0.3 < got["interval"][1]
+    for name in "ab":
+        (tmp_path / name / BEGUN_FILE).write_text(json.dumps({PROBLEMS: name}))
+    with pytest.raises(UserError, match="different problems"):  # other texts under the same ids and answers
+        compare_attempts(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a" / BEGUN_FILE).unlink()  # of an early version
+    compare_attempts(tmp_path / "a", tmp_path / "b")
     write_lines(tmp_path / "b" / "generations.jsonl", [attempt(p, 0, True) for p in range(9)])
     with pytest.raises(UserError, match="different problems"):
         compare_attempts(tmp_path / "a", tmp_path / "b")

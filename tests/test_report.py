@@ -23,6 +23,7 @@ from scipy import stats
 
 from sage.commands import report
 from sage.data.pairs import read_pair_set
+from sage.reporting.compare import value_at_end
 from sage.reporting.groups import group, interval, mean_curve, thin
 from sage.reporting.page import strata
 from sage.reporting.runs import find, read_metrics
@@ -212,6 +213,18 @@ def test_odd_runs_give_a_report(tmp_path, pairs):
     html = (tmp_path / "out" / "report.html").read_text()
     assert "interrupted" in html and "1 lines of metrics could not be read" in html
     assert "not finite in places" in html
+
+
+def test_a_run_that_died_before_its_first_evaluation_has_no_end(tmp_path, pairs):
+    """The evaluation of the untrained policy is not what its steps came to."""
+    run = write_run(tmp_path / "died", pairs, "seed=0", finished=False)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metric = "eval/policy_accuracies"
+    kept = [line for line in lines if metric not in line or line["step"] == 0]
+    write_jsonl(run / "metrics.jsonl", kept)
+    (found,) = find([str(run)])[0]
+    assert found.metrics[metric].steps.tolist() == [0] and found.steps > 0
+    assert math.isnan(value_at_end(found, metric))
 
 
 def test_hooks_and_warnings_are_on_the_page(tmp_path, pairs):

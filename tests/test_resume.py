@@ -101,6 +101,31 @@ def test_more_steps_are_refused_where_they_would_change_what_is_done(
     assert not started and loaded(run).steps == 4
 
 
+@pytest.mark.parametrize(
+    "saved, steps, reason",
+    [
+        (None, 2, "has done 4 already"),
+        (None, 8, r"no checkpoint of its last step, 4, .*\(there is none\)"),
+        (3, 4, "has done 4 already"),
+        (3, 8, r"\(its newest is of step 3\)"),
+        (4, 8, None),
+    ],
+)
+def test_a_finished_run_goes_on_from_its_last_step_only(saved, steps, reason, common, tmp_path, started):
+    """From an earlier one it would train what is in final/ and best/ once more, and overwrite them."""
+    run = freeze(tmp_path / "run", *common, "steps=4", *CONSTANT)
+    (run / "summary.json").write_text('{"steps": 4}')
+    if saved:
+        (run / "checkpoints" / f"step_{saved}").mkdir(parents=True)
+    if reason is None:
+        launch.resume(run, steps)
+        assert started == [run]
+        return
+    with pytest.raises(UserError, match=reason):
+        launch.resume(run, steps)
+    assert not started and (run / "summary.json").exists()
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_a_run_of_epochs_can_be_given_steps(schedule, common, tmp_path, started):
     """If nothing depends on how many steps its epochs are, which only the tokenised pairs decide."""

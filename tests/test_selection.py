@@ -421,6 +421,7 @@ def setting_of(scorer, n: int) -> Setting:
         (lambda: Sage(drop_negative=1.0), "drop_negative"),
         (lambda: Sage(temperature=-1.0), "temperature"),
         (lambda: Rho(), "margins_from is not set"),
+        (lambda: Sage(margins_from="x"), "has no effect"),
         (lambda: BetaDPO(temperature=1.0), "temperature=0"),
         (
             lambda: StaticFilter(setting(), difficulty="reference_margin").rank(np.full(40, math.nan)),
@@ -605,6 +606,9 @@ def test_margins_from_another_model(tmp_path):
         read_margins(str(file), pairs_named("a", "c"))
     with pytest.raises(UserError, match="not Parquet"):
         read_margins(str(tmp_path / "none.parquet"), pairs_named("a"))
+    pq.write_table(pa.table({"pair_id": ["a", "b"], "margin": [0.0, 0.0]}), file)
+    with pytest.raises(UserError, match="all margins are 0, so they rank nothing"):
+        read_margins(str(file), pairs_named("a", "b"))
     for ids, margins, message in (
         (["a", "b", "a"], [1.0, 2.0, 9.0], "pair 'a' occurs twice"),
         (["a", "b"], [1.0, None], "the margin of pair 'b' is None"),

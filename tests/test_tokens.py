@@ -233,6 +233,9 @@ def test_held_out_pairs_that_are_training_pairs_are_counted(write, tokenise):
     held_out = tokenise(read_pair_set(write(again, pairs[3], pairs[0], again)), tokenizer)
     assert held_out.also_in(training) == 3 and training.also_in(training) == 3
     assert training.also_in(tokenise(read_pair_set(write(pairs[3])), tokenizer)) == 0
+    other = {**pairs[3], "pair_id": "e", "prompt": "Another question"}
+    held_out = tokenise(read_pair_set(write(pairs[3], other)), tokenizer)  # another answer, another question
+    assert held_out.prompts_also_in(training) == 1 and held_out.also_in(training) == 0
 
 
 def test_cache_is_hit_and_keyed_by_what_matters(write, tokenise, monkeypatch, tmp_path):

@@ -53,13 +53,15 @@ def measure(attempts: Sequence[Attempt]) -> dict[str, Any]:
     means = [fmean(a.correct for a in row) for row in rows]
 
     def accuracy(values: Sequence[float]) -> dict[str, Any]:
-        interval = wilson(round(sum(values)), len(values)) if samples == 1 else bootstrap(values)
+        # Where all problems have the same mean, resampling them shows no doubt at all.
+        alike = samples == 1 or len({*values}) == 1
+        interval = wilson(round(sum(values)), len(values)) if alike else bootstrap(values)
         return {"accuracy": fmean(values), "interval": list(interval), "problems": len(values)}
 
     lengths = [a.tokens for a in attempts]
     result = {
         **accuracy(means),
-        "interval_by": "wilson" if samples == 1 else "bootstrap over problems",
+        "interval_by": "wilson" if samples == 1 or len({*means}) == 1 else "bootstrap over problems",
         "samples": samples,
         "groups": by_group([row[0].group for row in rows], means, accuracy),
         "tokens": {

@@ -35,6 +35,7 @@ from sage.util.files import write_text
 from sage.util.progress import Activity, activity, console
 
 GENERATIONS_FILE, BEGUN_FILE = "generations.jsonl", ".begun.json"
+PROBLEMS = "set of problems"  # in BEGUN_FILE
 PROBE_TOKENS = 16
 
 
@@ -134,7 +135,7 @@ class Sampler:
         ids = ranks.main_only(lambda: encode_prompts(self.tokenizer, prompts, self.chat))
         inputs = {
             "model": weights,
-            "set of problems": digest([asdict(problem) for problem in problems]),
+            PROBLEMS: digest([asdict(problem) for problem in problems]),
             "tokenizer or chat template": digest([ids, sorted(self.source.ends)]),
         }
         ranks.main_only(lambda: claim(folder / BEGUN_FILE, inputs))

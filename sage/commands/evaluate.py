@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from sage.answering.accuracy import by_problem, run_benchmarks, table
-from sage.answering.attempts import GENERATIONS_FILE, Sampler, read_attempts
+from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE, PROBLEMS, Sampler, read_attempts
 from sage.answering.statistics import bootstrap, majority, mcnemar
 from sage.config import SUMMARY_FILE, EvalConfig, build, load
 from sage.data.chat import ChatFormat
@@ -85,7 +85,8 @@ def compare_attempts(a: Path, b: Path) -> dict[str, Any]:
         {row[0].problem_id: row for row in by_problem(read_attempts(folder / GENERATIONS_FILE))}
         for folder in (a, b)
     )
-    if [(i, r[0].answer) for i, r in first.items()] != [(i, r[0].answer) for i, r in second.items()]:
+    same = [(i, r[0].answer) for i, r in first.items()] == [(i, r[0].answer) for i, r in second.items()]
+    if not same or len({*map(problems_of, (a, b))} - {None}) == 2:
         raise UserError(
             f"{a} and {b} answer different problems: compare runs with the same benchmark and limit"
         )
@@ -104,6 +105,12 @@ def compare_attempts(a: Path, b: Path) -> dict[str, Any]:
         "gained": gained,
         "lost": lost,
     }
+
+
+def problems_of(folder: Path) -> str | None:
+    """The fingerprint of the problems, without the prompt around them; None if an early version answered."""
+    begun = folder / BEGUN_FILE
+    return json.loads(begun.read_text()).get(PROBLEMS) if begun.is_file() else None
 
 
 def print_comparison(a: Path, b: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from hydra.utils import get_class
@@ -11,17 +12,28 @@ from sage.util.errors import UserError
 
 
 def give_steps(cfg: RunConfig, run_dir: Path, steps: int) -> None:
-    """Set the steps of a training run that has begun. What it has done must be what it would do anyway."""
+    """Set the steps of a training run that has begun. What it has done must be what it would do anyway.
+
+    A finished run goes on from its last step only. From an earlier checkpoint it would train anew what is in
+    final/ and best/, and overwrite them.
+    """
     from sage.train import learning_rate  # here, because it loads torch
     from sage.training.checkpoint import list_checkpoints
 
     if type(cfg) is not TrainConfig:
         instead = "; rounds=N gives it more rounds" if isinstance(cfg, RoundsConfig) else ""
         raise UserError(f"steps={steps} is for `sage train`, and {run_dir} is `sage {cfg.command}`{instead}")
-    saved = list_checkpoints(run_dir)
-    done = int(saved[-1].name.removeprefix("step_")) if saved else 0
+    checkpoints, summary = list_checkpoints(run_dir), run_dir / SUMMARY_FILE
+    saved = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+    done = max(saved, json.loads(summary.read_text()).get("steps", 0) if summary.is_file() else 0)
     if steps <= done:
         raise UserError(f"steps={steps}: {run_dir} has done {done} already")
+    if saved < done:
+        newest = f"its newest is of step {saved}" if saved else "there is none"
+        raise UserError(
+            f"steps={steps}: {run_dir} is finished and has no checkpoint of its last step, {done}, to go on "
+            f"from ({newest}): save_every must divide the steps for that. Start a new run with steps={steps}"
+        )
     # How many steps some epochs are is only known once the pairs are tokenised.
     same = cfg.optimizer.schedule == "constant" and cfg.optimizer.warmup_ratio == 0
     if cfg.steps is not None:

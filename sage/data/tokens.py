@@ -104,6 +104,11 @@ class TokenizedPairs:
         known &= {*filter(known.__contains__, other._pair_hashes())}
         return sum(key in known for key in self._pair_hashes())
 
+    def prompts_also_in(self, other: TokenizedPairs) -> int:
+        """How many of these pairs have the very prompt of a pair of `other`."""
+        known = other._hashes(np.arange(len(other)), 0)
+        return int(np.isin(self._hashes(np.arange(len(self)), 0), known).sum())
+
     def repeated(self) -> int:
         """How many pairs have the very ids of an earlier one."""
         return len(self) - len({*self._pair_hashes()})

@@ -16,7 +16,11 @@ FACTS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps
 
 
 def value_at_end(run: Run, metric: str) -> float:
-    return final(run.metrics[metric]) if metric in run.metrics else math.nan
+    """The last value; NaN where there is none, or only that of before the steps that the run has done."""
+    series = run.metrics.get(metric)
+    if series is None or (run.steps and not series.steps[-1]):
+        return math.nan
+    return final(series)
 
 
 def best_of(run: Run, metric: str) -> float:

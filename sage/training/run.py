@@ -154,9 +154,9 @@ class Run:
         raise Stopped(f"{where} {self.state.step}")
 
     def evaluation_due(self) -> bool:
-        """Whether this step ends with an evaluation; the last one does so anyway."""
+        """Whether this step ends with an evaluation. The last one does, before its checkpoint is written."""
         every, step = self.cfg.eval_every, self.state.step
-        return bool(every) and step % every == 0 and step < self.steps
+        return step == self.steps or (bool(every) and step % every == 0)
 
     def save(self) -> None:
         """Write a checkpoint."""

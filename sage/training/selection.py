@@ -252,4 +252,9 @@ def read_margins(file: str, pairs: TokenizedPairs) -> Tensor:
             f"{title}: {len(missing)} of {len(ids)} training pairs are not in it, for example "
             f"{missing[0]!r}: it was made from other data"
         )
+    if len({found[name] for name in wanted}) == 1 < len(wanted):
+        raise UserError(
+            f"{title}: all margins are {found[wanted[0]]:g}, so they rank nothing. A `sage score-dataset` "
+            "without reference_model=MODEL measures a model against itself: give it one"
+        )
     return torch.tensor([found[name] for name in wanted], dtype=torch.float32)

@@ -175,10 +175,12 @@ class Data(NamedTuple):
 def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
     pairs, content = read_pairs(cfg, tokenizer, run_dir)
     held_out = read_pairs(cfg, tokenizer, run_dir, held_out=True)[0] if cfg.data.has_held_out else None
-    if held_out and not console.quiet and (common := held_out.also_in(pairs)):
+    if held_out and not console.quiet and (common := held_out.prompts_also_in(pairs)):
+        whole = held_out.also_in(pairs)
         console.print(
-            f"warning: {common} of {len(held_out)} held-out pairs ({cfg.data.title(held_out=True)}) are "
-            "training pairs too: their loss does not show what the policy has learned in general",
+            f"warning: {common} of {len(held_out)} held-out pairs ({cfg.data.title(held_out=True)}) have the "
+            f"prompt of a training pair, and {whole} are training pairs: their loss does not show what the "
+            "policy has learned in general",
             markup=False,
         )
     if not console.quiet:
