@@ -71,6 +71,12 @@ def test_weights_give_the_largest_set_in_these_proportions(sources):
     ]
 
 
+def test_a_weight_that_leaves_a_source_no_pair_is_refused(sources):
+    """One pair of it would be another proportion than asked for."""
+    with pytest.raises(UserError, match=r"data\.sources\.small\.weight=0\.001.* none of its 20 pairs"):
+        load_data(sources(big={"weight": 1}, small={"weight": 0.001}), None)
+
+
 def test_the_draw_of_a_source_does_not_move_with_the_others_names(sources):
     one = sources(big={"weight": 1}, small={"weight": 1})
     other = sources(big={"weight": 1}, small={"weight": 1})
@@ -145,9 +151,10 @@ def test_a_problem_is_the_users_last_message(tmp_path):
             {"prompt": [user], **response},
             {"prompt": [{"role": "system", "content": "Think."}, user], **response},
             {"prompt": [user, {"role": "assistant", "content": f"First, {i}."}], **response},
+            {"prompt": f"Proble\uff4d {i}\u200b", **response},  # a full-width m, and a space of no width
         ]
     data = DataConfig(path=str(write_jsonl(tmp_path / "rows.jsonl", rows)), eval_share=0.25)
-    sides = [{(int(name) - 1) // 4 for name in ids(data, held_out)} for held_out in (True, False)]
+    sides = [{(int(name) - 1) // 5 for name in ids(data, held_out)} for held_out in (True, False)]
     assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == 40
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -128,12 +129,16 @@ def split_off(source: PairSet, share: float, held_out: bool) -> PairSet:
 def problem_of(prompt: str) -> bytes:
     """What makes two prompts ask the same: the last message of the user, without case and white space.
 
-    `prompt` is a value of the column. Neither a system text nor a started answer counts.
+    Forms of Unicode that look alike (NFKC) and invisible characters make no difference. `prompt` is a value
+    of the column. Neither a system text nor a started answer counts.
     """
     turns = turns_of(prompt)
     if not isinstance(turns, str):
         said = [turn.get("content") or "" for turn in turns if turn["role"] == "user"]
         turns = said[-1] if said else prompt
+    if not turns.isascii():
+        normal = unicodedata.normalize("NFKC", turns)
+        turns = "".join(char for char in normal if unicodedata.category(char) != "Cf")
     return " ".join(turns.casefold().split()).encode("utf-8", "surrogatepass")
 
 
@@ -154,7 +159,12 @@ def mixed(sources: Mapping[str, SourceConfig], cache_dir: str | None, **options:
     if weights:
         unit = min(found[name].count / weight for name, weight in weights.items())
         for name, weight in weights.items():
-            wanted = max(math.floor(unit * weight + 1e-9), 1)
+            wanted = math.floor(unit * weight + 1e-9)
+            if not wanted:
+                raise UserError(
+                    f"data.sources.{name}.weight={weight:g}: with the other weights and sizes, none of its "
+                    f"{found[name].count} pairs is drawn: give it more weight, or leave the source out"
+                )
             order = np.random.default_rng(list(name.encode())).permutation(found[name].count)
             parts[name] = found[name].select(sorted(order[:wanted].tolist()))
 
