@@ -44,6 +44,7 @@ METHODS: dict[str, list[str]] = {
     "curriculum": ["scorer=uniform"],
     "sage": [],
     "sage, mixed margin": ["scorer.margin=mixed"],
+    "sage, implicit reward": ["scorer.margin=implicit_reward"],
     "sage, 3 candidates": ["scorer.candidates_per_pair=3"],
     "score, 3 candidates": ["curriculum=none", "scorer.candidates_per_pair=3"],
     "score, 6 candidates": ["curriculum=none", "scorer.candidates_per_pair=6"],
