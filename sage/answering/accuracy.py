@@ -52,16 +52,17 @@ def measure(attempts: Sequence[Attempt]) -> dict[str, Any]:
     samples = len(rows[0])
     means = [fmean(a.correct for a in row) for row in rows]
 
+    def by_wilson(values: Sequence[float]) -> bool:
+        return samples == 1 or len({*values}) == 1  # resampling equal means shows no doubt at all
+
     def accuracy(values: Sequence[float]) -> dict[str, Any]:
-        # Where all problems have the same mean, resampling them shows no doubt at all.
-        alike = samples == 1 or len({*values}) == 1
-        interval = wilson(round(sum(values)), len(values)) if alike else bootstrap(values)
+        interval = wilson(round(sum(values)), len(values)) if by_wilson(values) else bootstrap(values)
         return {"accuracy": fmean(values), "interval": list(interval), "problems": len(values)}
 
     lengths = [a.tokens for a in attempts]
     result = {
         **accuracy(means),
-        "interval_by": "wilson" if samples == 1 or len({*means}) == 1 else "bootstrap over problems",
+        "interval_by": "wilson" if by_wilson(means) else "bootstrap over problems",
         "samples": samples,
         "groups": by_group([row[0].group for row in rows], means, accuracy),
         "tokens": {
