@@ -25,7 +25,9 @@ Keys that are not listed here are refused, and the error names the nearest key t
 
 ## Keys
 
-`???` must be given. An option or an experiment may set other values than these defaults.
+`???` must be given. An option or an experiment may set other values than these defaults. An experiment's own
+keys win over an option: where `loss=NAME` or `model=NAME` would not have its values, sage refuses it and says
+which key to add.
 """
 TABLE = "| key | type | default | meaning |\n|---|---|---|---|\n"
 GROUPS = """

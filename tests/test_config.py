@@ -219,6 +219,26 @@ def test_an_override_without_effect_is_refused(command, override):
         load(*shared, override, command=command)
 
 
+def test_an_option_that_the_experiment_overrules_is_refused():
+    """Protects what was asked for: Hydra lets an experiment's own keys win over an option that was typed."""
+    for options, key in (
+        (["model=qwen2.5-0.5b"], "model.path=Qwen/Qwen2.5-0.5B-Instruct"),
+        (["data=hh"], "data.path=Anthropic/hh-rlhf"),
+    ):
+        with pytest.raises(UserError, match=f"sets {key}.* add {key}"):
+            load("+experiment=tulu3_dpo", *options)
+        load("+experiment=tulu3_dpo", *options, key)
+    load("+experiment=tulu3_dpo", "model=hf", "engine=zero0", "loss=simpo")
+
+
+@pytest.mark.parametrize("experiment", sorted(file.stem for file in (CONF / "experiment").glob("*.yaml")))
+def test_every_loss_keeps_its_constants_in_every_experiment(experiment):
+    """Protects `loss=simpo`, whose beta is twenty times DPO's, from a beta in the experiment."""
+    for loss in sorted(file.stem for file in (CONF / "loss").glob("*.yaml")):
+        cfg = composed(f"+experiment={experiment}", f"loss={loss}")
+        assert OmegaConf.to_container(cfg.loss) == content("loss", loss)
+
+
 def test_compositions_share_no_config():
     """Hydra's store of schemas is one for all of them, so that `--help` need not copy it."""
     with initialize_config_module("sage.conf", version_base="1.3"):

@@ -23,7 +23,7 @@ from sage.config.groups import (
     TrackingConfig,
     key,
 )
-from sage.config.keys import groups, known_keys, nearest, refusal, unknown_keys
+from sage.config.keys import flatten, groups, known_keys, nearest, refusal, unknown_keys
 from sage.config.registry import SCHEMAS
 from sage.config.rounds import RoundConfig, RoundsConfig
 from sage.config.schema import (
@@ -69,6 +69,7 @@ __all__ = [
     "check",
     "check_target",
     "differences",
+    "flatten",
     "freeze",
     "groups",
     "keep_budget",

@@ -21,6 +21,7 @@ from sage.config.keys import (
     refusal,
     refuse_altered,
     refuse_ignored,
+    refuse_overruled,
     schema_keys,
     unknown_keys,
 )
@@ -80,6 +81,7 @@ def load(source: DictConfig | str | Path, typed: Sequence[str] = ()) -> CommandC
         raise UserError(str(e).splitlines()[0] + (f" (key {e.full_key})" if e.full_key else "")) from e
     refuse_ignored(cfg.ignored(), typed, schema.command)
     refuse_altered(cfg, typed)
+    refuse_overruled(cfg, typed)
     check(cfg)
     return cfg
 

@@ -1,5 +1,4 @@
-"""Which config keys there are. Unknown keys are refused with the nearest known one, as are keys "
-"without effect."""
+"""Which config keys there are. Refuses unknown keys, with the nearest known one, and those without effect."""
 
 from __future__ import annotations
 
@@ -29,6 +28,9 @@ RENAMED = {
 }
 
 
+GLOBAL = "# @package _global_"  # the first line of an experiment
+
+
 @cache
 def groups() -> dict[str, list[str]]:
     """Each config group of sage, such as `loss` or `model/lora`, and its options."""
@@ -41,8 +43,9 @@ def groups() -> dict[str, list[str]]:
 
 
 def schema_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all keys and groups of a config dataclass; NAME stands for a key that the "
-    "user chooses."""
+    """Dotted names of all keys and groups of a config dataclass; NAME stands for a key that the user
+    chooses.
+    """
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         name, hint = f"{prefix}{f.name}", hints[f.name]
@@ -160,3 +163,40 @@ def refuse_altered(cfg: Any, typed: Iterable[str]) -> None:
         leaf = OmegaConf.select(OmegaConf.structured(cfg), key) if isinstance(value, (int, float)) else None
         if isinstance(leaf, str) and str(value) != text.strip():
             raise UserError(f"{override} is read as {value}; to set this text, write '{key}=\"{text}\"'")
+
+
+def refuse_overruled(cfg: Any, typed: Iterable[str]) -> None:
+    """Refuse an option from the command line whose values an experiment replaces.
+
+    Hydra lets an experiment's own keys win, so `+experiment=tulu3_dpo model=qwen2.5-0.5b` would train Tulu 3.
+
+    Raises:
+        UserError: names the first such key, and how to have the option's value.
+    """
+    split = (override.lstrip("+").partition("=") for override in typed)
+    chosen = {key: value for key, _, value in split}
+    whole = OmegaConf.structured(cfg)
+    defaults = OmegaConf.structured(type(cfg))
+    for group, option in chosen.items():
+        file = Path(str(files("sage.conf") / group / f"{option}.yaml"))
+        if option not in groups().get(group, ()) or file.read_text(encoding="utf-8").startswith(GLOBAL):
+            continue
+        package = group.replace("/", ".")
+        for key, wanted in flatten(OmegaConf.to_container(OmegaConf.load(file)), f"{package}."):
+            given = any(f"{key}.".startswith(f"{name}.") for name in chosen if name != group)
+            open_ = isinstance(wanted, str) and ("${" in wanted or wanted == "???")
+            found, usual = (OmegaConf.select(node, key) for node in (whole, defaults))
+            if not (given or open_ or wanted in (found, usual)):
+                raise UserError(
+                    f"{group}={option} sets {key}={wanted}, and the experiment sets {key}={found}, which "
+                    f"wins: add {key}={wanted} to have it, or leave the experiment out"
+                )
+
+
+def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; a list is a leaf."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from flatten(value, f"{prefix}{key}.")
+    else:
+        yield prefix.rstrip("."), node

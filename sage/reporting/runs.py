@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from sage.config import CONFIG_FILE, SUMMARY_FILE, read_frozen
+from sage.config import CONFIG_FILE, SUMMARY_FILE, flatten, read_frozen
 from sage.training.pair_log import FOLDER as SAMPLES_FOLDER
 from sage.training.tracking import METRICS_FILE
 from sage.util.errors import UserError
@@ -237,12 +237,3 @@ def read_metrics(file: Path) -> tuple[dict[str, Series], int]:
         steps = np.array(sorted(values), np.int64)
         series[name] = Series(steps, np.array([values[step] for step in steps.tolist()]))
     return series, damaged
-
-
-def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf; a list is a leaf."""
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from flatten(value, f"{prefix}{key}.")
-    else:
-        yield prefix.rstrip("."), node
