@@ -59,7 +59,7 @@ def interrupted(run_dir: Path, step: int, target: Path) -> Path:
     for outcome in ("final", "summary.json"):
         path = target / outcome
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for checkpoint in (target / "checkpoints").iterdir():
+    for checkpoint in (target / "checkpoints").glob("step_*"):
         if int(checkpoint.name.removeprefix("step_")) > step:
             shutil.rmtree(checkpoint)
     return target

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from many_runs import column, execute, freeze, weights
+from many_runs import column, execute, freeze, interrupted, weights
 
 pytestmark = pytest.mark.slow
 STEPS = 3
@@ -60,6 +61,24 @@ def test_answering_does_not_disturb_training(runs, name):
     assert column(runs / f"{name}_asked", "grad_norm") == column(runs / name, "grad_norm")
     ours, theirs = weights(runs / f"{name}_asked" / "final"), weights(runs / name / "final")
     assert all((ours[key] == theirs[key]).all() for key in theirs) and ours.keys() == theirs.keys()
+
+
+def test_answers_after_the_last_checkpoint_are_asked_again(runs, tmp_path):
+    """Protects accuracies: a run without a checkpoint starts again, perhaps with other weights, so the
+    answers that it left are not those of this policy.
+    """
+    whole, again, changed = runs / "plain_asked", tmp_path / "again", tmp_path / "changed"
+    for copy in (again, changed):
+        interrupted(whole, 0, copy)
+    for folder in (again / "benchmarks" / f"step_{STEPS}", changed / "benchmarks" / "step_0"):
+        shutil.rmtree(folder)
+        other = 0 if folder.name != "step_0" else STEPS
+        shutil.copytree(whole / "benchmarks" / f"step_{other}", folder)
+    (begun,) = changed.glob("benchmarks/step_0/**/.begun.json")
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"model": "another"}))
+    execute(1, [again, changed])
+    assert answers(again / "benchmarks" / f"step_{STEPS}") == answers(whole / "benchmarks" / f"step_{STEPS}")
+    assert "another model: another" in (changed / "error.txt").read_text()
 
 
 def test_nothing_is_exported_for_it(runs):

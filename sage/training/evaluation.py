@@ -102,7 +102,7 @@ class Benchmarks(Hook):
                 cache_dir=cfg.cache_dir,
             ) as sampler,
         ):
-            results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder)
+            results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder, run.state.model)
         ranks.barrier()
         if exported and engine.rank == 0:
             shutil.rmtree(exported)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -296,4 +297,8 @@ def restore(
     elif (run_dir / METRICS_FILE).exists():
         console.print(f"{run_dir} has no checkpoint, so it starts again from its first step", markup=False)
     selection.log.rewind(state.step)
+    if engine.rank == 0:
+        for answers in (run_dir / "benchmarks").glob("step_*"):  # of steps that will be taken again
+            if int(answers.name.removeprefix("step_")) > state.step:
+                shutil.rmtree(answers)
     return state
