@@ -82,12 +82,12 @@ class SageCurriculum(Curriculum):
     """Pools that lean towards what the policy has wrong, so that fewer candidates need a score.
 
     All pairs are split into `strata` equal quantiles of the margin that each had when it was last seen: under
-    the reference before the first step, later in scoring and in training, which costs no pass of its own.
-    The competence of a stratum is the share of its pairs that turned out to be right when they were seen
-    again. Every `every` steps the strata are cut anew and a pool is drawn. It holds as many pairs as will be
-    candidates until the next refresh, but at most half of all. The share `floor` of it is divided evenly, and
-    the rest in proportion to 1 - competence. `margin` is the margin that all this looks at: implicit_reward,
-    policy_mean or mixed.
+    the reference before the first step, later in scoring, or in training where nothing is scored. This costs
+    no pass of its own. The competence of a stratum is the share of its pairs that turned out to be right when
+    they were seen again. Every `every` steps the strata are cut anew and a pool is drawn. It holds as many
+    pairs as will be candidates until the next refresh, but at most half of all. The share `floor` of it is
+    divided evenly, and the rest in proportion to 1 - competence. `margin` is the margin that all this looks
+    at: implicit_reward, policy_mean or mixed.
     """
 
     every: int = 10
@@ -148,8 +148,7 @@ class SageCurriculum(Curriculum):
 
     def cut(self) -> None:
         """Split the pairs into strata by their latest margins. Those without a finite one count as easy."""
-        difficulty = -self.latest
-        difficulty[np.isnan(difficulty)] = -np.inf
+        difficulty = np.where(np.isfinite(self.latest), -self.latest, -np.inf)
         self.stratum = strata_by_difficulty(difficulty, self.strata, self.seed)
 
     def count(self, indices: np.ndarray, margins: np.ndarray) -> None:

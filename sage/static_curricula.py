@@ -122,7 +122,9 @@ class EasyToHard(ByDifficulty):
         assert self.ranks is not None
         easiest = np.flatnonzero(self.ranks < max(round(self.share() * self.size), n))
         rng = np.random.default_rng((self.seed, 2, self.step))
-        return rng.choice(easiest, n, replace=n > len(easiest))
+        if n <= len(easiest):
+            return rng.choice(easiest, n, replace=False)
+        return np.concatenate([rng.permutation(easiest) for _ in range(-(-n // len(easiest)))])[:n]
 
     def metrics(self) -> dict[str, float]:
         return {"curriculum/share": self.share()}

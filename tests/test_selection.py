@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -83,7 +84,8 @@ def test_sage_without_gates_under_hard_top_k_is_loss(k):
     by_loss = select(LargestLoss()(stats_of(u)), k, seed=3)
     for damping in (1e-3, 0.25, 5.0):
         assert torch.equal(
-            select(Sage(damping=damping, margin="implicit_reward")(stats_of(u)), k, seed=3), by_loss
+            select(Sage(damping=damping, margin="implicit_reward")(stats_of(u)), k, seed=3),
+            by_loss,
         )
 
 
@@ -265,6 +267,14 @@ def test_easy_to_hard_grows():
     assert np.concatenate([seen[s] for s in range(50, 100)]).max() == 39
 
 
+def test_easy_to_hard_names_all_pairs_if_asked_for_more():
+    """Protects small sets: 57 candidates of 20 pairs, of which 19 are trained on."""
+    for seed in range(50):
+        curriculum = EasyToHard(setting(20, candidates=57, seed=seed), start=0.2)
+        curriculum.refresh(0, Policy(np.zeros(20)))
+        assert len(set(curriculum.draw(57))) == 20
+
+
 def sage_curriculum(n=40, candidates=6, **options) -> SageCurriculum:
     options = {"strata": 4, "every": 5, "floor": 0.2} | options
     return SageCurriculum(setting(n, candidates=candidates), **options)
@@ -365,7 +375,7 @@ def test_implicit_rewards_tie_at_first():
 
 def test_pairs_without_a_margin_do_not_poison_competence():
     margins = np.linspace(-1, 1, 40)
-    margins[:3] = math.nan
+    margins[:3] = [math.nan, math.inf, -math.inf]
     curriculum = sage_curriculum()
     curriculum.refresh(0, Policy(margins))
     curriculum.observe(np.arange(3), np.full(3, math.nan), np.full(3, math.nan))
@@ -521,6 +531,23 @@ def test_a_resume_inside_an_interval_keeps_metrics_rows_and_objective(tmp_path):
         and "selection/mean_score" in other.selection.metrics()
     )
     assert not other.selection.log.rows
+
+
+def test_the_curriculum_counts_a_scored_pair_once(tmp_path):
+    """Protects competence: the chosen pairs are the errors, and counting them again would make it too low."""
+
+    class Counting(Curriculum):
+        seen: ClassVar[list[int]] = []
+
+        def observe(self, indices, u, policy_mean):
+            self.seen.extend(indices)
+
+    scorer = Sage(candidates_per_pair=3.0, warmup_steps=1)
+    run = FakeRun(scorer, tmp_path, curriculum=Counting(setting_of(scorer, 12)))
+    run.steps(0)
+    assert len(Counting.seen) == 2  # what is trained on unscored
+    run.steps(1)
+    assert len(Counting.seen) == 2 + 6
 
 
 def test_the_log_writes_the_same_margin_whether_scored_or_not(tmp_path):

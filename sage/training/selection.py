@@ -145,10 +145,15 @@ class Selection:
         return stats
 
     def observe(self, indices: np.ndarray, seen: Tensor) -> None:
-        """Note what training saw of the step's n pairs: PER_PAIR from all ranks, [len(PER_PAIR), n]."""
+        """Note what training saw of the step's n pairs: PER_PAIR from all ranks, [len(PER_PAIR), n].
+
+        The curriculum has seen scored pairs among all candidates. The chosen ones alone would mislead it.
+        """
+        if self.numbers:
+            return
         u, policy_mean = seen[U].cpu(), seen[POLICY_MEAN].cpu()
         self.curriculum.observe(indices, u.numpy(), policy_mean.numpy())
-        if not self.numbers and self.log.wants(self.step):
+        if self.log.wants(self.step):
             self.write(indices, u, policy_mean, torch.ones(len(indices), dtype=torch.bool))
 
     def report_broken(self, broken: np.ndarray, candidates: int) -> None:
