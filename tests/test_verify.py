@@ -81,6 +81,10 @@ RIGHT = [
     (r"\boxed{10{,}000.50}", "10000.5", "boxed/number"),
     (r"\boxed{x=3 \text{ or } x=-1}", "-1,3", "boxed/text"),
     (r"\boxed{\{1,2,3\}}", "3,2,1", "boxed/text"),
+    (r"\boxed{\{1,1,2\}}", r"\{2,1\}", "boxed/text"),
+    (r"\boxed{2,1,1}", "1,1,2", "boxed/text"),
+    (r"\boxed{\frac12 \text{ or } 0.5}", "0.5", None),
+    (r"\boxed{1, 2, 3, ...}", r"1, 2, 3, \dots", None),
     (r"\boxed{2x+3y=6}", "6=3y+2x", "boxed/math"),
     (r"\boxed{-1 < x \leq 3}", "(-1, 3]", "boxed/text"),
     (r"\boxed{2^{10}}", "1024", "boxed/math"),
@@ -128,6 +132,10 @@ WRONG = [
     (r"\boxed{(3,5)}", "(5,3)", "boxed/text"),
     (r"\boxed{[1,2)}", "[1,2]", "boxed/text"),
     (r"\boxed{14}", "14,42", "boxed/text"),
+    (r"\boxed{1, 2}", "1,1,2", "boxed/text"),
+    (r"\boxed{1, 1, 2}", "1,2", "boxed/text"),
+    (r"\boxed{1, 2, 2}", "2,1,1", "boxed/text"),
+    (r"\boxed{2, 4, 6, ...}", "2, 4, 6", None),
     (r"\boxed{x^2+2x}", "x^2+2x+1", "boxed/math"),
     ("", "5", "none"),
     ("I do not know.", "5", "none"),
@@ -270,6 +278,7 @@ def test_verify_a_file(tmp_path, monkeypatch, capsys):
         ({"response": "5"}, r"v\.jsonl:2: no column 'answer'; it has response: set columns\.answer=COLUMN"),
         ({"response": None, "answer": "5"}, "v.jsonl:2: the response is not a text but NoneType"),
         ({"response": "5", "answer": " "}, "v.jsonl:2: the answer is empty"),
+        ({"response": "5", "answer": True}, "v.jsonl:2: the answer is neither a text nor a number"),
         ({"response": "5", "answer": {"value": 5}}, "v.jsonl:2: the answer is neither a text nor a number"),
     ],
 )
@@ -281,6 +290,17 @@ def test_verify_refuses_bad_rows(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         verify(VerifyConfig(path=str(file)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_columns_of_the_file_that_verdicts_replace_are_said(tmp_path, capsys):
+    """Protects a file's own verdicts, perhaps by hand, from vanishing without a word."""
+    from sage.commands.verify import verify
+
+    file = write_jsonl(tmp_path / "v.jsonl", [{"response": "5", "answer": "5", "correct": "yes", "rule": 0}])
+    verify(VerifyConfig(path=str(file)), tmp_path / "run")
+    assert "the file's own correct, rule made way for the verdicts" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_verify_answers_inside_solutions_and_keeps_other_files(tmp_path):

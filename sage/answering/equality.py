@@ -128,17 +128,18 @@ def _structured(a: str, b: str, formula: Compare) -> bool:
                 return _pairwise(mine, other[0], formula)
             return _pairwise(other[0], mine, formula)
     if any(len(parts) > 1 for parts in lists):
-        return _unordered(lists[0], lists[1], formula)
+        return _unordered(lists[0], lists[1], r"\{" in (a[:2], b[:2]), formula)
     (a,), (b,) = lists if all(lists) else ([a], [b])
     if " ".join(a.split()) == " ".join(b.split()):
         return True
     return _relations(a, b, formula)
 
 
-def _unordered(first: list[str], second: list[str], formula: Compare) -> bool:
-    """Whether every part of one equals a part of the other.
+def _unordered(first: list[str], second: list[str], sets: bool, formula: Compare) -> bool:
+    """Whether the parts given are the true ones, in any order and as often, unless they are `sets`.
 
-    Parts with different names ("x = 1, y = 2") keep their order.
+    A single true part may be given again ("5, 5" for 5), and one of several in several forms ("1/2, 0.5, 3"
+    for "0.5, 3"). Parts with different names ("x = 1, y = 2") keep their order.
     """
     names = [[_name(part) for part in parts] for parts in (first, second)]
     for mine, theirs in (names, reversed(names)):
@@ -147,7 +148,13 @@ def _unordered(first: list[str], second: list[str], formula: Compare) -> bool:
                 [_right_side(part) for part in first], [_right_side(part) for part in second], formula
             )
     table = [[_same(a, b, formula) for b in second] for a in first]
-    return all(map(any, table)) and all(map(any, zip(*table, strict=True)))
+    if not (all(map(any, table)) and all(map(any, zip(*table, strict=True)))):
+        return False
+    for row in () if sets or len(second) == 1 else table:
+        forms = [part for part, theirs in zip(first, table, strict=True) if theirs == row]
+        if len(forms) != sum(row) and (sum(row) > 1 or len({*forms}) < len(forms)):
+            return False
+    return True
 
 
 def _pairwise(first: Sequence[str], second: Sequence[str], formula: Compare) -> bool:

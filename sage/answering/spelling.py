@@ -131,7 +131,7 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\\lt(?![A-Za-z])", "<"),
         (r"\\gt(?![A-Za-z])", ">"),
         (r"\\(?:neq|ne)(?![A-Za-z])|!=", r"\\ne "),
-        (r"\\(?:dots|cdots|dotsc|dotsb)(?![A-Za-z])", r"\\ldots "),
+        (r"\\(?:dots|cdots|dotsc|dotsb)(?![A-Za-z])|(?<=,)\s*(?:\.\.\.|…)", r"\\ldots "),
         (r"\(?(?<![A-Za-z])\\?[pb]?mod(?![A-Za-z])\s*\{?\s*(\w+)\s*\}?\)?", r"\\pmod{\1}"),
         (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:mathbb|mathbf)\s*\{?R\}?|\ball real numbers\b", r"(-\\infty , \\infty )"),

@@ -79,6 +79,8 @@ def verify_rows(cfg: VerifyConfig, run_dir: Path) -> None:
     )
     if stopped := sum(count for rule, count in rules.items() if rule.endswith(UNDECIDED)):
         console.print(f"{stopped} took too long or too much memory, and count as wrong")
+    if own := [name for name in Verdict._fields if any(name in record for record in records)]:
+        console.print(f"the file's own {', '.join(own)} made way for the verdicts in {output}")
     console.print(f"verdicts: {output}")
 
 
@@ -117,7 +119,7 @@ def column(record: dict[str, Any], ours: str, cfg: VerifyConfig) -> Any:
 def answer_of(value: Any, cfg: VerifyConfig) -> str:
     """The true answer as text: of a list, its elements joined by commas."""
     parts = value if isinstance(value, list) else [value]
-    if not all(isinstance(part, str | int | float) for part in parts):
+    if not all(isinstance(part, str | int | float) and not isinstance(part, bool) for part in parts):
         raise UserError("the answer is neither a text nor a number")
     text = ", ".join(
         str(int(p)) if isinstance(p, float) and p.is_integer() else str(p) for p in parts
