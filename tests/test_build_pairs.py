@@ -21,7 +21,7 @@ from sage.answering.problems import Problem
 from sage.commands.build_pairs import build_pairs, check_finished, other_attempts, recipe_key
 from sage.commands.pairing import BuiltPair, gold_response, make_pairs
 from sage.config import PairingConfig
-from sage.data.pairs import load_pairs
+from sage.data.pairs import read_pair_set
 from sage.util.errors import UserError
 from sage.util.files import sha256
 
@@ -195,6 +195,8 @@ def test_duplicates_are_removed():
     for near, kept in ((0.9, 2), (1.0, 3)):
         got, counts = pairs_of(right + wrong, per_problem=9, near_duplicate=near)
         assert len(got) == kept and counts["duplicate_responses"] == 4 - kept
+    wrong = [attempt("0", i, "8 " * (4 + i)) for i in range(3)]  # one triple, again and again
+    assert len(pairs_of(right + wrong, per_problem=9, near_duplicate=1.0)[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,20 @@ def test_shares_of_unparsable_and_truncated(reason, bad):
         got, counts = pairs_of(attempts, [None] * 10, **{reason: share})
         assert len(got) == kept and counts[f"pairs_over_{reason}_cap"] == 10 - kept
         assert {pair[0] for pair in got} >= {f"{i}-0" for i in range(4)}
+
+
+def test_both_shares_hold_at_the_end():
+    """One cap drops pairs that the other's share counted: 10 truncated, 80 without an answer, 10 clean."""
+    attempts = []
+    for i in range(100):
+        bad = {"finish": "length"} if i < 10 else {"extracted": None} if i < 90 else {}
+        attempts += [attempt(str(i), 0, "7", correct=True), attempt(str(i), 1, "8", **bad)]
+    got, counts = pairs_of(attempts, [None] * 100, truncated=0.1, unparsable=0.1)
+    kept = [int(pair[0].split("-")[0]) for pair in got]
+    truncated, unparsable = sum(i < 10 for i in kept), sum(10 <= i < 90 for i in kept)
+    assert set(range(90, 100)) <= set(kept)
+    assert max(truncated, unparsable) <= 0.1 * len(kept) and min(truncated, unparsable) == 1
+    assert counts["pairs_over_truncated_cap"] + counts["pairs_over_unparsable_cap"] == 100 - len(kept)
 
 
 def test_gold_solutions_answer_our_prompt():
@@ -264,9 +280,8 @@ def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path,
     assert files(run_dir) == whole
 
     manifest = json.loads(whole["manifest.json"])
-    assert manifest["counts"]["responses"] == 24 and manifest["counts"]["pairs"] == len(
-        load_pairs(str(run_dir / "pairs.jsonl"))
-    )
+    pairs = read_pair_set(str(run_dir / "pairs.jsonl")).count
+    assert (manifest["counts"]["responses"], manifest["counts"]["pairs"]) == (24, pairs)
     row = json.loads(whole["pairs.jsonl"].splitlines()[0])
     assert list(row) == [field.name for field in dataclasses.fields(BuiltPair)]
     made = {tuple(json.loads(line)["response_ids"]) for line in whole["generations.jsonl"].splitlines()}

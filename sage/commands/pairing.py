@@ -120,10 +120,13 @@ def make_pairs(
                 tokenizer,
             )
             found.append((row, bad))
-    for reason, share in (("truncated", cfg.truncated), ("unparsable", cfg.unparsable)):
-        kept = cap(found, reason, share, seed)
-        counts[f"pairs_over_{reason}_cap"] = len(found) - len(kept)
-        found = kept
+    before = -1
+    while before != len(found):  # the pairs that one cap drops make the other's share larger
+        before = len(found)
+        for reason, share in (("truncated", cfg.truncated), ("unparsable", cfg.unparsable)):
+            kept = cap(found, reason, share, seed)
+            counts[f"pairs_over_{reason}_cap"] += len(found) - len(kept)
+            found = kept
     pairs = [pair for pair, _ in found]
     return pairs, {"pairs": len(pairs), **Counter(f"pairs_{p.source}" for p in pairs), **counts}
 
@@ -136,14 +139,14 @@ def distinct(candidates: Sequence[Candidate], near: float) -> list[Candidate]:
     """The candidates without near duplicates; the first of each kind stays.
 
     Two are duplicates if they differ only in white space, or if their word triples overlap by `near`
-    (Jaccard).
+    (Jaccard), unless `near` is 1.
     """
     kept: list[tuple[Candidate, str, set[tuple[str, ...]]]] = []
     for candidate in candidates:
         words = candidate.text.split()
         text, triples = " ".join(words), {tuple(words[i : i + 3]) for i in range(max(len(words) - 2, 1))}
         if not any(
-            text == other or len(triples & theirs) >= near * len(triples | theirs)
+            text == other or (near < 1 and len(triples & theirs) >= near * len(triples | theirs))
             for _, other, theirs in kept
         ):
             kept.append((candidate, text, triples))
