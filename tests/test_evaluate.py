@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from itertools import combinations
@@ -18,7 +19,15 @@ from sage import config
 from sage.answering.accuracy import measure
 from sage.answering.attempts import BEGUN_FILE, PROBLEMS, Attempt, read_attempts, write_lines
 from sage.answering.problems import read_problems
-from sage.answering.statistics import bootstrap, majority, mcnemar, pass_at, wilson
+from sage.answering.statistics import (
+    Z95,
+    bootstrap,
+    difference_interval,
+    majority,
+    mcnemar,
+    pass_at,
+    wilson,
+)
 from sage.commands.evaluate import compare, compare_attempts, evaluate, print_comparison
 from sage.util.errors import UserError
 
@@ -83,6 +92,18 @@ def test_bootstrap_agrees_with_the_normal_interval_and_is_repeatable():
     assert bootstrap([0.0, 1.0, 1.0]) == bootstrap([0.0, 1.0, 1.0])
 
 
+def test_equal_differences_have_a_width():
+    """By hand, Bonett and Price (2012): 5 of 5 gained are 6 of 7 against 1 of 7; none of 8 changed is 1 of
+    10 on each side.
+    """
+    half = Z95 * math.sqrt((1 - (5 / 7) ** 2) / 7)
+    assert difference_interval([1.0] * 5) == (pytest.approx(5 / 7 - half), 1.0)
+    assert difference_interval([-1.0] * 5) == (-1.0, pytest.approx(half - 5 / 7))
+    half = Z95 * math.sqrt(0.2 / 10)
+    assert difference_interval([0.0] * 8) == pytest.approx((-half, half))
+    assert difference_interval([0.0, 1.0, 0.0, -1.0] * 9) == bootstrap([0.0, 1.0, 0.0, -1.0] * 9)
+
+
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
     for right in range(7):
         samples = [True] * right + [False] * (6 - right)
@@ -145,6 +166,9 @@ def test_measure_by_hand():
     assert got["truncated"] == got["unparsable"] == 0.125
     single = measure([a for a in attempts if a.sample == 0])
     assert single["accuracy"] == 1.0 and single["interval"] == list(wilson(2, 2)) and "pass@k" not in single
+    half = measure([attempt(p, s, s == 0) for p in range(3) for s in range(2)])
+    assert half["accuracy"] == 0.5 and half["interval"] == list(wilson(1.5, 3))
+    assert sum(half["interval"]) == pytest.approx(1.0)
     alike = measure([attempt(p, s, False) for p in range(30) for s in range(4)])  # resampling shows no doubt
     assert alike["interval"] == list(wilson(0, 30)) and alike["interval_by"] == "wilson"
 

@@ -56,7 +56,7 @@ def measure(attempts: Sequence[Attempt]) -> dict[str, Any]:
         return samples == 1 or len({*values}) == 1  # resampling equal means shows no doubt at all
 
     def accuracy(values: Sequence[float]) -> dict[str, Any]:
-        interval = wilson(round(sum(values)), len(values)) if by_wilson(values) else bootstrap(values)
+        interval = wilson(sum(values), len(values)) if by_wilson(values) else bootstrap(values)
         return {"accuracy": fmean(values), "interval": list(interval), "problems": len(values)}
 
     lengths = [a.tokens for a in attempts]

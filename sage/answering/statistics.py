@@ -15,7 +15,7 @@ Z95 = 1.959963984540054
 RESAMPLES = 10_000
 
 
-def wilson(right: int, total: int) -> tuple[float, float]:
+def wilson(right: float, total: int) -> tuple[float, float]:
     """95% interval of a share (Wilson 1927). It holds for small samples too, and stays within [0, 1]."""
     p, z2 = right / total, Z95**2
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
@@ -29,6 +29,21 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     means = [data[rng.integers(len(data), size=len(data))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def difference_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of paired differences, each in [-1, 1].
+
+    By `bootstrap`, unless all are equal, which it cannot doubt. Then it is that of Bonett and Price (2012)
+    for paired shares, which adds one gain and one loss.
+    """
+    if len({*differences}) > 1:
+        return bootstrap(differences)
+    n, all_of_them = len(differences) + 2, sum(differences)
+    gained, lost = (max(all_of_them, 0) + 1) / n, (max(-all_of_them, 0) + 1) / n
+    middle = gained - lost
+    half = Z95 * sqrt((gained + lost - middle**2) / n)
+    return max(middle - half, -1.0), min(middle + half, 1.0)
 
 
 def pass_at(k: int, samples: int, right: int) -> float:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sage.answering.accuracy import by_problem, run_benchmarks, table
 from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE, PROBLEMS, Sampler, read_attempts
-from sage.answering.statistics import bootstrap, majority, mcnemar
+from sage.answering.statistics import difference_interval, majority, mcnemar
 from sage.config import SUMMARY_FILE, EvalConfig, build, load
 from sage.data.chat import ChatFormat
 from sage.model import loading
@@ -100,7 +100,7 @@ def compare_attempts(a: Path, b: Path) -> dict[str, Any]:
     return {
         "problems": len(first),
         "difference": fmean(differences),
-        "interval": list(bootstrap(differences)),
+        "interval": list(difference_interval(differences)),
         "mcnemar_p": mcnemar(len(lost), len(gained)),
         "gained": gained,
         "lost": lost,
