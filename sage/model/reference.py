@@ -56,9 +56,16 @@ class Reference(Protocol):
 def reference_logps(
     reference: Reference, forward: PairForward, pairs: TokenizedPairs, indices: np.ndarray
 ) -> PairLogps:
-    """Log-probabilities of n pairs under the reference, from memory or else by a forward pass."""
-    known = reference.lookup(indices)
-    return forward.all_logps(pairs, indices, model=reference) if known is None else known
+    """Log-probabilities of n pairs under the reference, from memory or else by a forward pass.
+
+    The pass is no cost of training: a cache would save it, and no method does without it.
+    """
+    if (known := reference.lookup(indices)) is not None:
+        return known
+    costs = dict(forward.costs)
+    found = forward.all_logps(pairs, indices, model=reference)
+    forward.costs.update(costs)
+    return found
 
 
 def identity(folder: str, model: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
