@@ -22,7 +22,7 @@ from sage.answering.responses import Request
 from sage.answering.vllm import VLLM
 from sage.config import ModelConfig, ProblemsConfig, SamplingConfig
 from sage.data.chat import ChatFormat, encode_prompts, response_ends
-from sage.data.pairs import load_pairs, turns_of
+from sage.data.pairs import read_pair_set, turns_of
 from sage.model import loading
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     folder = loading.resolve_model(model, "~/.cache/sage")
     tokenizer = loading.load_tokenizer(folder, model)
     source = Source(folder, model, device, response_ends(tokenizer, ChatFormat()))
-    questions = load_pairs("pkg://sage.assets/gsm8k_demo/train.jsonl")["prompt"][: args.prompts]
+    questions = read_pair_set("pkg://sage.assets/gsm8k_demo/train.jsonl").pairs["prompt"][: args.prompts]
     asked = [ProblemsConfig().prompt.replace("{problem}", str(turns_of(text))) for text in questions]
     ids = encode_prompts(tokenizer, asked, ChatFormat())
     requests = [Request(prompt, seed, args.max_new_tokens) for seed, prompt in enumerate(ids)]

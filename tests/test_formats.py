@@ -1,14 +1,18 @@
 """sage.data: public formats, fields and conversations become one record, and nothing is lost silently."""
 
+import gzip
+import io
 import json
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import REPO
 
 from sage.answering.check import check_answers
-from sage.data.pairs import load_pairs, read_pair_set, turns_of
+from sage.data.pairs import read_pair_set, turns_of
 from sage.util.errors import UserError
 
 CASES = REPO.parent / "shared" / "cases" / "data"
@@ -247,7 +251,7 @@ def test_formats(name, store, tmp_path):
         pytest.skip("Arrow has no lists of texts and objects")
     else:
         datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
-        pairs = load_pairs(str(tmp_path / "rows.parquet"), columns=option(form))
+        pairs = read_pair_set(str(tmp_path / "rows.parquet"), columns=option(form)).pairs
     assert read(pairs[0]) == expected
     assert (pairs["tools"][0] is None) == (
         name not in ("TRL with tools", "OpenAI preferences", "LLaMA-Factory, ShareGPT with tools")
@@ -375,7 +379,7 @@ def test_every_key_of_a_message_is_kept(tmp_path):
     datasets.Dataset.from_list([plain, {**row, "prompt": [user("?")], "rejected": [says("5")]}]).to_parquet(
         tmp_path / "rows.parquet"
     )
-    first, second = load_pairs(str(tmp_path / "rows.parquet"))
+    first, second = read_pair_set(str(tmp_path / "rows.parquet")).pairs
     assert read(first) == (kept, plain["chosen"], plain["rejected"])
     assert read(second) == ([user("?")], row["chosen"], [says("5")])
 
@@ -581,6 +585,18 @@ def test_columns_are_mapped_once(tmp_path):
         load(tmp_path, row, columns={"chosen": "rejected"})
 
 
+@pytest.mark.parametrize(
+    "column, advice",
+    [("Chosen", "data.columns.chosen=Chosen"), ("chosen ", "'data.columns.chosen=\"chosen \"'")],
+)
+def test_advice_names_the_column_that_was_meant(tmp_path, column, advice):
+    """Protects from training on the prompt as the chosen response, on our own advice."""
+    row = {"Prompt": "?", column: "4", "rejected": "5"}
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, row)
+    assert str(refused.value).endswith(f"for example {advice}")
+
+
 # ---------------------------------------------------------------- answers
 
 
@@ -668,14 +684,14 @@ def test_answers_of_both_sides_are_checked(tmp_path):
 )
 def test_reported_cases(name, columns, expected):
     """Protects the right value of each file that people had trouble with."""
-    assert read(load_pairs(str(CASES / name), columns=columns)[0]) == expected
+    assert read(read_pair_set(str(CASES / name), columns=columns).pairs[0]) == expected
 
 
 @SHARED
 def test_reported_case_of_tools():
     """Protects tool calls with empty content, and the tools that they call."""
     (row,) = map(json.loads, (CASES / "tools_empty.jsonl").read_text().splitlines())
-    pair = load_pairs(str(CASES / "tools_empty.jsonl"))[0]
+    pair = read_pair_set(str(CASES / "tools_empty.jsonl")).pairs[0]
     assert read(pair) == (row["prompt"], row["chosen"], row["rejected"])
     assert json.loads(pair["tools"]) == row["tools"]
 
@@ -690,7 +706,7 @@ def test_reported_case_of_tools():
 )
 def test_reported_cases_that_are_refused(name, reason):
     with pytest.raises(UserError) as error:
-        load_pairs(str(CASES / name))
+        read_pair_set(str(CASES / name))
     assert reason in str(error.value)
 
 
@@ -753,6 +769,28 @@ def test_tables_in_other_layouts_are_read(tmp_path, name):
     file.write_text(LAYOUTS[name], encoding="utf-8")
     pairs = read_pair_set(str(file)).pairs
     assert [{key: json.loads(row[key]) for key in TABLE[0]} for row in pairs] == TABLE
+
+
+@pytest.mark.parametrize(
+    "name, change, what",
+    [
+        ("a.jsonl", lambda content: content.decode().encode("utf-16"), "UTF-16 text: save it as UTF-8"),
+        ("a.csv", lambda content: content.decode().encode("utf-16"), "UTF-16 text: save it as UTF-8"),
+        ("a.jsonl", gzip.compress, "compressed by gzip: add .gz to its name"),
+        ("a.json", lambda content: parquet_of(TABLE), "Parquet: let its name end in .parquet"),
+    ],
+    ids=["utf-16 jsonl", "utf-16 csv", "gzip", "parquet"],
+)
+def test_files_that_are_not_what_their_names_say_are_named(tmp_path, name, change, what):
+    (tmp_path / name).write_bytes(change(b'{"prompt": "?", "chosen": "4", "rejected": "5"}\n'))
+    with pytest.raises(UserError, match=what):
+        read_pair_set(str(tmp_path / name))
+
+
+def parquet_of(rows: list[dict]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
 
 
 def test_one_row_of_messages_is_no_table(tmp_path):

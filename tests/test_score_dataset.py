@@ -23,7 +23,7 @@ from many_runs import ERROR_FILE, column, execute, freeze, largest_difference, m
 from sage import config
 from sage.commands.score_dataset import write_top
 from sage.data.chat import ChatFormat
-from sage.data.pairs import load_data, load_pairs, read_pair_set
+from sage.data.pairs import load_data, read_pair_set
 from sage.data.source import write_rows
 from sage.data.tokens import tokenize_pairs
 from sage.training.selection import read_margins
@@ -400,7 +400,7 @@ def test_write_rows_keeps_format_and_columns(tmp_path, form):
         assert pq.read_table(target).to_pylist() == kept
     else:
         assert datasets.load_from_disk(str(target)).to_list() == kept  # pyright: ignore
-    assert load_pairs(str(target))["pair_id"] == ["p1", "p4"]
+    assert read_pair_set(str(target)).pairs["pair_id"] == ["p1", "p4"]
 
 
 @slow

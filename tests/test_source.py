@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sage.data.pairs import load_pairs, read_pair_set, turns_of
+from sage.data.pairs import read_pair_set, turns_of
 from sage.data.source import resolve_path, write_rows
 from sage.util.errors import UserError
 
@@ -105,7 +105,7 @@ def test_every_format_in_every_store_gives_the_same_pair(form, store, tmp_path, 
     else:
         saved = datasets.Dataset.from_list([record])
         (saved if store == "folder" else datasets.DatasetDict(train=saved)).save_to_disk(path)
-    pair = load_pairs(path, columns=columns)[0]
+    pair = read_pair_set(path, columns=columns).pairs[0]
     prompt, *responses = (turns_of(pair[name]) for name in ("prompt", "chosen", "rejected"))
     if not isinstance(prompt, str):
         assert [[says(expected[1])], [says(expected[2])]] == responses
@@ -120,7 +120,7 @@ def test_implicit_prompts_agree_with_trl(write):
     path = write(
         {"chosen": "Q: x A: abc", "rejected": "Q: x A: abd"}, {"chosen": "Q? no", "rejected": "Q? yes"}
     )
-    rows = load_pairs(path)
+    rows = read_pair_set(path).pairs
     assert [turns_of(text) for text in rows["prompt"]] == ["Q: x A: ab", "Q?"]
     assert [turns_of(text) for text in rows["chosen"]] == ["c", " no"]
 
@@ -133,7 +133,7 @@ def test_hub_names_go_to_load_dataset_with_the_split(monkeypatch):
         "load_dataset",
         lambda path, split: asked.append((path, split)) or datasets.Dataset.from_list([PLAIN]),
     )
-    assert len(load_pairs("someone/some-pairs", split="test")) == 1
+    assert len(read_pair_set("someone/some-pairs", split="test").pairs) == 1
     assert asked == [("someone/some-pairs", "test")]
 
 
@@ -142,7 +142,7 @@ def test_llamafactory_demo_file():
     file = SHARED / "llamafactory_demo" / "data_dpo_en_demo.json"
     if not file.exists():
         pytest.skip(f"{file} is not here")
-    data = load_pairs(str(file), columns={"prompt": "conversations"})
+    data = read_pair_set(str(file), columns={"prompt": "conversations"}).pairs
     assert len(data) == 300
     for text in data["prompt"]:
         assert {message["role"] for message in turns_of(text)} <= {"system", "user", "assistant"}
@@ -153,7 +153,7 @@ def test_ids_pass_rates_rows_and_limit(write):
     path = write(
         {**PLAIN, "pair_id": 7, "pass_rate": 1}, "", {**PLAIN, "pair_id": "b", "pass_rate": None}, "{"
     )
-    data = load_pairs(path, limit=2)
+    data = read_pair_set(path, limit=2).pairs
     assert (data["pair_id"][:], data["pass_rate"][:], data["row"][:]) == (["7", "b"], [1.0, None], [1, 3])
 
 
@@ -165,13 +165,13 @@ def test_rows_that_give_no_pair_do_not_decide_whether_responses_repeat_the_promp
             pairs = read_pair_set(write(*[*rows, {**rows[0], **change}][::order]), max_bad=0.5)
             assert sorted(pairs.pairs["chosen"]) == ['"1"', '"2"'] and len(pairs.dropped) == 1
     same = {**PLAIN, "chosen": "none", "rejected": "none"}
-    assert load_pairs(write(*rows, same))["chosen"][:] == ['"1"', '"2"']
-    apart = load_pairs(write(*rows, PLAIN))
+    assert read_pair_set(write(*rows, same)).pairs["chosen"][:] == ['"1"', '"2"']
+    apart = read_pair_set(write(*rows, PLAIN)).pairs
     assert apart["chosen"][0] == json.dumps(rows[0]["chosen"])
 
 
 def test_one_id_for_all_rows_is_no_slower(write):
-    data = load_pairs(write(*[{**PLAIN, "pair_id": "a"}] * 20_000, {**PLAIN, "pair_id": "a#3"}))
+    data = read_pair_set(write(*[{**PLAIN, "pair_id": "a"}] * 20_000, {**PLAIN, "pair_id": "a#3"})).pairs
     assert data["pair_id"][:3] == ["a", "a#2", "a#3"] and data["pair_id"][-1] == "a#3#2"
     assert len({*data["pair_id"]}) == 20_001
 
@@ -213,10 +213,10 @@ def test_bad_row_is_refused_with_file_and_row_or_dropped(row, reason, write):
     share of them may be dropped, since nobody can mend hub data by hand."""
     path = write({**PLAIN, "pair_id": "a"}, row)
     with pytest.raises(UserError) as error:
-        load_pairs(path)
+        read_pair_set(path)
     assert reason in str(error.value) and f"{path}:2: " in str(error.value)
     with pytest.raises(UserError, match="1 of 2 rows are bad"):
-        load_pairs(path, max_bad=0.49)
+        read_pair_set(path, max_bad=0.49)
     found = read_pair_set(path, max_bad=0.5)
     pairs, dropped = found.pairs, found.dropped
     assert pairs["pair_id"][:] == ["a"]
@@ -232,13 +232,13 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(row, reason, write):
     assert len(pairs) == 1
     assert [(gone.row, gone.pair_id, gone.reason) for gone in dropped] == [(2, "x", reason)]
     with pytest.raises(UserError, match=f"no pair is left of 1 rows; dropped: 1 {reason}"):
-        load_pairs(write(row, name="alone.jsonl"))
+        read_pair_set(write(row, name="alone.jsonl"))
 
 
 def test_many_bad_rows_are_reported_at_once(write):
     """Protects the user from mending a file one run at a time, and from a wall of text."""
     with pytest.raises(UserError) as error:
-        load_pairs(write(PLAIN, *[{**PLAIN, "chosen": 4}] * 7))
+        read_pair_set(write(PLAIN, *[{**PLAIN, "chosen": 4}] * 7))
     assert "7 of 8 rows" in str(error.value) and "data.max_bad=0.88" in str(error.value)
     assert "and 2 more" in str(error.value)
     assert str(error.value).count("chosen is neither") == 5
@@ -248,9 +248,9 @@ def test_the_largest_share_of_bad_rows_is_allowed(write):
     """0.29 * 100 is less than 29 in floating point, and the message names this very share."""
     bad = [{"prompt": "q", "chosen": 1, "rejected": "b"}] * 29
     path = write(*bad, *({"prompt": "q", "chosen": "a", "rejected": "b"} for _ in range(71)))
-    assert len(load_pairs(path, max_bad=0.29)) == 71
+    assert len(read_pair_set(path, max_bad=0.29).pairs) == 71
     with pytest.raises(UserError, match=r"29 of 100 rows .*data\.max_bad=0\.29\n"):
-        load_pairs(path, max_bad=0.28)
+        read_pair_set(path, max_bad=0.28)
 
 
 def test_two_values_with_one_key_are_a_bad_row(tmp_path):
@@ -258,7 +258,7 @@ def test_two_values_with_one_key_are_a_bad_row(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}\n')
     with pytest.raises(UserError, match=r"pairs.jsonl:1: not valid JSON: the key 'chosen' is there twice"):
-        load_pairs(str(path))
+        read_pair_set(str(path))
 
 
 def test_decimals_of_tables_are_numbers(tmp_path):
@@ -266,55 +266,55 @@ def test_decimals_of_tables_are_numbers(tmp_path):
     columns = {"prompt": ["q", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"]}
     numbers = pa.array([Decimal("0.50"), Decimal("1.00")])
     pq.write_table(pa.table({**columns, "pass_rate": numbers, "answer": numbers}), path)
-    pairs = load_pairs(path)
+    pairs = read_pair_set(path).pairs
     assert pairs["pass_rate"][:] == [0.5, 1.0] and pairs["answer"][:] == ["0.50", "1"]
 
 
 def test_implicit_prompt_must_exist(write):
     """Protects from training on nothing but responses when the prompt column was forgotten."""
     with pytest.raises(UserError, match="no prompt column was found; it has chosen, rejected"):
-        load_pairs(write({"chosen": "Yes", "rejected": "No"}))
+        read_pair_set(write({"chosen": "Yes", "rejected": "No"}))
     with pytest.raises(UserError, match="1 empty_response"):
-        load_pairs(write({"chosen": "Yes, sir", "rejected": "Yes,"}))
+        read_pair_set(write({"chosen": "Yes, sir", "rejected": "Yes,"}))
 
 
 def test_column_errors_name_what_there_is(write):
     """Protects the way out: the message lists the columns and the key that maps them."""
     path = write({"question": "q", "good": "a", "bad": "b"})
     with pytest.raises(UserError, match=r"no column 'chosen'.*question, good, bad.*data\.columns\.chosen="):
-        load_pairs(path)
+        read_pair_set(path)
     with pytest.raises(UserError, match="no column 'nope' for prompt"):
-        load_pairs(path, columns={"prompt": "nope", "chosen": "good", "rejected": "bad"})
+        read_pair_set(path, columns={"prompt": "nope", "chosen": "good", "rejected": "bad"})
     with pytest.raises(UserError, match=r"data\.columns: unknown name 'winner'"):
-        load_pairs(path, columns={"winner": "good"})
+        read_pair_set(path, columns={"winner": "good"})
 
 
 def test_unreadable_sources(write, tmp_path, monkeypatch):
     """Protects from tracebacks for the commonest mistakes: a wrong path, name, split, encoding or file."""
     monkeypatch.setattr(datasets, "load_dataset", lambda path, split: 1 / 0)
     with pytest.raises(UserError, match="no such file"):
-        load_pairs(str(tmp_path / "absent.jsonl"))
+        read_pair_set(str(tmp_path / "absent.jsonl"))
     with pytest.raises(UserError, match="the hub: division"):
-        load_pairs("someone/absent")
+        read_pair_set("someone/absent")
     with pytest.raises(UserError, match="neither"):
-        load_pairs(str(tmp_path / "a" / "b" / "c"))
+        read_pair_set(str(tmp_path / "a" / "b" / "c"))
     with pytest.raises(UserError, match="neither"):
-        load_pairs(write(PLAIN, name="pairs.txt"))
+        read_pair_set(write(PLAIN, name="pairs.txt"))
     with pytest.raises(UserError, match="no rows"):
-        load_pairs(write(""))
+        read_pair_set(write(""))
     with pytest.raises(UserError, match=":2: not valid JSON"):
-        load_pairs(write("[{},", "oops]", name="a.json"))
+        read_pair_set(write("[{},", "oops]", name="a.json"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(UserError, match="not UTF-8"):
-        load_pairs(str(tmp_path / "latin.jsonl"))
+        read_pair_set(str(tmp_path / "latin.jsonl"))
     (tmp_path / "bad.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match="cannot be read"):
-        load_pairs(str(tmp_path / "bad.parquet"))
+        read_pair_set(str(tmp_path / "bad.parquet"))
     datasets.DatasetDict(test=datasets.Dataset.from_list([PLAIN])).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(
         UserError, match=r"no split 'train'; it has test\. Say which with the split.*data\.split"
     ):
-        load_pairs(str(tmp_path / "saved"))
+        read_pair_set(str(tmp_path / "saved"))
 
 
 def test_resolve_path(monkeypatch, tmp_path):
@@ -399,7 +399,7 @@ FILES = {
 def test_every_kind_of_file_gives_the_same_pairs(name, tmp_path):
     """Protects users from converting files by hand; and texts in a table from becoming numbers."""
     (tmp_path / name).write_bytes(FILES[name])
-    pairs = load_pairs(str(tmp_path / name))
+    pairs = read_pair_set(str(tmp_path / name)).pairs
     for column in ("prompt", "chosen", "rejected"):
         assert [turns_of(text) for text in pairs[column]] == [row[column] for row in TWO]
 
@@ -408,16 +408,16 @@ def test_every_kind_of_file_gives_the_same_pairs(name, tmp_path):
 def test_rows_of_every_kind_of_file_can_be_written(name, tmp_path):
     """Protects `sage score-dataset top=...`, whose best rows must load like the source."""
     (tmp_path / name).write_bytes(FILES[name])
-    row = load_pairs(str(tmp_path / name))["row"][1]
+    row = read_pair_set(str(tmp_path / name)).pairs["row"][1]
     target = write_rows(str(tmp_path / name), [row], tmp_path / "top")
-    assert turns_of(load_pairs(str(target))["prompt"][0]) == TWO[1]["prompt"]
+    assert turns_of(read_pair_set(str(target)).pairs["prompt"][0]) == TWO[1]["prompt"]
 
 
 def test_one_object_in_a_json_file_is_one_row(tmp_path):
     """Protects a pretty-printed pair, whose messages are lists of objects too, from being taken apart."""
     for indent in (None, 1):
         (tmp_path / "one.json").write_text(json.dumps(CONVERSATION, indent=indent))
-        assert len(load_pairs(str(tmp_path / "one.json"))) == 1
+        assert len(read_pair_set(str(tmp_path / "one.json")).pairs) == 1
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "parquet"])
@@ -442,36 +442,36 @@ def test_folders_and_globs_of_shards(suffix, tmp_path):
         (tmp_path.parent / "**" / tmp_path.name / "train-0000?-*", "train", "0011"),
         (tmp_path, "test", "11"),
     ):
-        pairs = load_pairs(str(path), split=split)
+        pairs = read_pair_set(str(path), split=split).pairs
         assert "".join(turns_of(text) for text in pairs["prompt"]) == prompts
         assert pairs["row"][:] == [*range(1, len(prompts) + 1)] and len({*pairs["pair_id"]}) == len(prompts)
     target = write_rows(str(tmp_path), [3], tmp_path / "top")
-    assert turns_of(load_pairs(str(target))["prompt"][0]) == "1"
+    assert turns_of(read_pair_set(str(target)).pairs["prompt"][0]) == "1"
     with pytest.raises(UserError, match=r"top.* would not be read(?s:.*) as a glob"):
-        load_pairs(str(tmp_path))
+        read_pair_set(str(tmp_path))
     target.unlink()
     with pytest.raises(UserError, match="no split 'dev'; the folder has train, test"):
-        load_pairs(str(tmp_path), split="dev")
+        read_pair_set(str(tmp_path), split="dev")
     if suffix == "jsonl":
         file.write_text(json.dumps(PLAIN) + "\n{")
         with pytest.raises(
             UserError, match=r"1 of 4 rows(?s:.*)train-00001-of-00002.jsonl:2: not valid JSON"
         ):
-            load_pairs(str(tmp_path))
+            read_pair_set(str(tmp_path))
 
 
 def test_a_folder_of_two_kinds_of_files_is_not_read_in_part(tmp_path):
     """Protects from training on some of the files of a folder only. Settings in JSON are no rows."""
     datasets.Dataset.from_list([PLAIN]).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "settings.json").write_text("{}")
-    assert len(load_pairs(str(tmp_path))) == 1
+    assert len(read_pair_set(str(tmp_path)).pairs) == 1
     (tmp_path / "b.jsonl").write_text(json.dumps(PLAIN) + "\n")
     with pytest.raises(UserError, match="would not be read"):
-        load_pairs(str(tmp_path))
+        read_pair_set(str(tmp_path))
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: a.parquet\n---\n")
-    assert len(load_pairs(str(tmp_path))) == 1
+    assert len(read_pair_set(str(tmp_path)).pairs) == 1
     (tmp_path / "settings.json").unlink()
-    assert len(load_pairs(f"{tmp_path}/*[lt]")) == 2
+    assert len(read_pair_set(f"{tmp_path}/*[lt]").pairs) == 2
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
@@ -486,7 +486,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         ("wide.csv", b"prompt,chosen,rejected\nq,a,b,c", "wide.csv:1: 4 cells under a header of 3"),
         ("twice.csv", b"prompt,chosen,chosen\nq,a,b", "has chosen more than once"),
         ("open.csv", b'prompt,chosen,rejected\nq,a,"b', "not valid CSV"),
-        ("utf16.jsonl", LINES.decode().encode("utf-16"), "not UTF-8"),
+        ("utf16.jsonl", LINES.decode().encode("utf-16"), "UTF-16"),
         ("long.jsonl", f'{{"prompt": {long}}}'.encode(), "long.jsonl:1: not valid JSON"),
         ("deep.jsonl", f'{{"prompt": {deep}}}'.encode(), "deep.jsonl:1: JSON that is nested too deeply"),
         ("deep.json", deep.encode(), "nested too deeply"),
@@ -496,20 +496,20 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError) as error:
-            load_pairs(str(tmp_path / name))
+            read_pair_set(str(tmp_path / name))
         assert reason in str(error.value) and name in str(error.value)
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "first.jsonl").write_bytes(mark + b'{"prompt": \n' + LINES)
-        assert len(load_pairs(str(tmp_path / "first.jsonl"), max_bad=0.5)) == 2
+        assert len(read_pair_set(str(tmp_path / "first.jsonl"), max_bad=0.5).pairs) == 2
     twice = pa.table([["q"], ["a"], ["b"], ["c"]], names=["prompt", "chosen", "rejected", "chosen"])
     pq.write_table(twice, tmp_path / "twice.parquet")
     with pytest.raises(UserError, match=r"twice.parquet.* has chosen more than once"):
-        load_pairs(str(tmp_path / "twice.parquet"))
+        read_pair_set(str(tmp_path / "twice.parquet"))
     with pytest.raises(UserError, match=r"no file of a kind that sage reads.*fits this pattern"):
-        load_pairs(str(tmp_path / "*.txt"))
+        read_pair_set(str(tmp_path / "*.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no data files were found"):
-        load_pairs(str(tmp_path / "empty"))
+        read_pair_set(str(tmp_path / "empty"))
 
 
 # ---------------------------------------------------------------- the demo's pairs
@@ -517,7 +517,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
 
 def test_demo_pairs_are_valid_and_split_by_question():
     """Protects the installed demo: both files load, are right, and share no question."""
-    train, held_out = load_pairs(f"{DEMO}/train.jsonl"), load_pairs(f"{DEMO}/heldout.jsonl")
+    train, held_out = read_pair_set(f"{DEMO}/train.jsonl").pairs, read_pair_set(f"{DEMO}/heldout.jsonl").pairs
     assert (len(train), len(held_out)) == (907, 256)
     assert not set(train["prompt"]) & set(held_out["prompt"])
     assert not set(train["pair_id"]) & set(held_out["pair_id"])

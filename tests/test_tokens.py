@@ -152,6 +152,24 @@ def test_end_tokens_inside_the_text(chat_template, tokenizer, write, tokenise):
     assert tokenizer.decode(pair.rejected_ids) == "c<|im_end|>"
 
 
+@pytest.mark.parametrize("unknown", ["<unk>", "<end>"])
+def test_characters_that_the_tokenizer_does_not_know_are_said(unknown, write, tokenise):
+    """Protects from training on other texts than the file's: words become the unknown token, which may be
+    the end token too.
+    """
+    words = {word: i for i, word in enumerate(["<end>", "<unk>", "1", "2", "3", "+"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token=unknown))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token=unknown)
+    rows = [
+        {"prompt": "1+2", "chosen": "3", "rejected": "2"},
+        {"prompt": "1+2?", "chosen": "3", "rejected": "2"},
+        {"prompt": "1+2", "chosen": "3x", "rejected": "2"},
+    ]
+    pairs = tokenise(read_pair_set(write(*rows)), tokenizer, chat_template=False)
+    assert next(note for note in pairs.notes if "unknown token" in note).startswith("2 pairs: ")
+
+
 def test_plain_prompt_keeps_begin_and_loses_end(write, tokenise):
     """Protects plain text from tokenizers that close every text: an eos between prompt and response."""
     tokenizer = make_tokenizer(template=None, bos=True)

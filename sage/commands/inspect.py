@@ -106,7 +106,7 @@ def examine(
 ) -> dict[str, list[str]]:
     """Warning -> pair_ids; writes every pair, then every dropped row, to `file`."""
     renderer = Renderer(tokenizer, chat)
-    marks = set() if renderer.plain else set(renderer.end_tokens.values())
+    marks = set() if renderer.plain else {*renderer.end_tokens.values()} - {renderer.tokenizer.unk_token_id}
     foreign = foreign_markup(renderer.end_tokens)
     found: dict[str, list[str]] = {name: [] for name in WARNINGS}
     found["template_in_prompt"] = template_in_prompts(source, renderer)

@@ -60,6 +60,8 @@ class Encoder:
         free = [i for i in placed if i not in sampled]
         for i, ids in zip(free, self.encode([placed[i] for i in free]), strict=True):
             sampled[i] = ids
+            if self.loses_characters(placed[i], ids):
+                out["rules"][i].append("unknown")
         for i in sampled.keys() & placed.keys() - set(free):
             self.complete(placed[i], sampled[i])
         for i, ids in sampled.items():
@@ -89,6 +91,16 @@ class Encoder:
             [prompts[i], self.ended(pair, 0, found[i]), self.ended(pair, 1, found[len(pairs) + i])]
             for i, pair in enumerate(pairs)
         ]
+
+    def loses_characters(self, pair: Placed, ids: Sequence[list[int] | None]) -> bool:
+        """Whether the tokenizer reads some of the texts as its unknown token."""
+        tokenizer, known = self.tokenizer, [part for part in ids if part is not None]
+        if (unknown := tokenizer.unk_token_id) is None or len(known) < len(ids):
+            return False
+        written = f"{pair.prompt}{pair.lead}\0{pair.chosen}\0{pair.rejected}".count(tokenizer.unk_token)
+        begun = known[0][:1] == [unknown] == [tokenizer.bos_token_id]
+        ended = sum(pair.ends) if unknown == tokenizer.eos_token_id else 0
+        return sum(part.count(unknown) for part in known) > written + begun + ended
 
     def complete(self, pair: Placed, ids: list[list[int] | None]) -> None:
         """Encode the response that was not sampled, to follow the prompt that was."""

@@ -30,6 +30,18 @@ KINDS = {
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 # Names of lists that hold a file's rows.
 WRAPPERS = ("data", "rows", "examples", "instances", "pairs", "records", "samples", "items", "train", "test")
+# First bytes of files that are not the text that their names promise, and what to do.
+DISGUISES = {
+    b"\xff\xfe": "it is UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16 text: save it as UTF-8",
+    b"\x1f\x8b": "it is compressed by gzip: add .gz to its name",
+    b"BZh": "it is compressed by bzip2: add .bz2 to its name",
+    b"\xfd7zXZ": "it is compressed by xz: add .xz to its name",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd: add .zst to its name",
+    b"PAR1\x15": "it is Parquet: let its name end in .parquet",
+    b"ARROW1\0\0": "it is Arrow: let its name end in .arrow",
+    b"PK\x03\x04": "it is a zip archive, perhaps a spreadsheet: save it as JSONL, CSV or Parquet",
+}
 BATCH = 1000  # rows of an Arrow table that become Python objects at a time
 
 
@@ -48,6 +60,8 @@ def read_file(name: str, file: Path, split: str) -> Iterator[tuple[int, Any]]:
         yield from enumerate(read_records(_arrow(name, file)), 1)
         return
     try:
+        if kind in ("csv", "json"):
+            refuse_disguised(name, file)
         if kind == "csv":
             yield from _read_csv(name, file)
         elif kind == "parquet":
@@ -63,6 +77,14 @@ def read_file(name: str, file: Path, split: str) -> Iterator[tuple[int, Any]]:
         raise
     except Exception as error:  # a broken archive: each compression has its own family of errors
         raise UserError(f"{name}: cannot be read: {error}") from error
+
+
+def refuse_disguised(name: str, file: Path) -> None:
+    with _open(file) as content:
+        head = content.read(8)
+    for start, what in DISGUISES.items():
+        if head.startswith(start):
+            raise UserError(f"{name}: {what}")
 
 
 def _open(file: Path, **options: Any) -> Any:

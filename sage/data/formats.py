@@ -1,5 +1,6 @@
 """Which columns of a source mean what: our names, and the column names of public preference formats."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -138,7 +139,7 @@ def map_columns(
         elif columns.get(name) or name in ("chosen", "rejected"):
             raise UserError(
                 f"{path}: no column {theirs!r} for {name}; it has {', '.join(present)}. Say which is {name} "
-                f"with data.columns, for example data.columns.{name}={_example(present, found)}"
+                f"with data.columns, for example {_example(name, present, found)}"
             )
     for one, other in (("prompt", "chosen"), ("prompt", "rejected"), ("chosen", "rejected")):
         if one in found and found[one] == found.get(other):
@@ -146,9 +147,12 @@ def map_columns(
     return found, form
 
 
-def _example(present: list[str], found: Mapping[str, str]) -> str:
-    """A column that has no meaning yet."""
-    return next((column for column in present if column not in found.values()), present[0])
+def _example(name: str, present: list[str], found: Mapping[str, str]) -> str:
+    """An override that maps `name` to a column without a meaning yet, of nearly the same name if possible."""
+    free = [column for column in present if column not in found.values()] or present
+    column = next((column for column in free if column.strip().lower() == name), free[0])
+    plain = re.fullmatch(r"[\w.-]+", column)
+    return f"data.columns.{name}={column}" if plain else f"'data.columns.{name}=\"{column}\"'"
 
 
 def refuse_telling(

@@ -69,11 +69,6 @@ class PairSet:
         return self.select([i for i, pair_id in enumerate(ids) if pair_id not in gone])
 
 
-def load_pairs(path: str, **options: Any) -> datasets.Dataset:
-    """The pairs of `read_pair_set`, which takes the same arguments."""
-    return read_pair_set(path, **options).pairs
-
-
 def load_data(data: DataConfig, cache_dir: str | None, held_out: bool = False) -> PairSet:
     """The training pairs that a config names, or its held-out ones. See `load_pair_set`.
 

@@ -27,7 +27,8 @@ PARALLEL_FROM = 2000  # rows; below this, starting worker processes costs more t
 BATCH = 1000  # rows encoded at a time
 PREFIX_ROWS = 4096  # prompts compared at a time: all of a large set at once would take gigabytes
 RULES = placement.RULES | {
-    "other_tokenizer": "the sampled token ids belong to another tokenizer, so the texts are encoded instead"
+    "other_tokenizer": "the sampled token ids belong to another tokenizer, so the texts are encoded instead",
+    "unknown": "the tokenizer reads some characters of the texts as its unknown token",
 }
 KEPT = pa.schema(
     [("pair_id", pa.string()), ("pass_rate", pa.float64())]

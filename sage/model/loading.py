@@ -71,7 +71,10 @@ def load_tokenizer(folder: str, cfg: ModelConfig) -> transformers.PreTrainedToke
     """
     tokenizer = _read_tokenizer(folder, "model.path", cfg.path, cfg.trust_remote_code, cfg.revision)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path={cfg.path}: its tokenizer has no end token (eos_token)")
+        raise UserError(
+            f"model.path={cfg.path}: its tokenizer has no end token, so no response could end: give it an "
+            "eos_token in its tokenizer_config.json"
+        )
     adapter = resolve_path(cfg.adapter_path) if cfg.adapter_path else ""
     if adapter and Path(adapter, "tokenizer_config.json").is_file():
         own = _read_tokenizer(adapter, "model.adapter_path", adapter, cfg.trust_remote_code)
