@@ -23,6 +23,7 @@ from scipy import stats
 
 from sage.commands import report
 from sage.data.pairs import read_pair_set
+from sage.reporting.choices import ranking_margin
 from sage.reporting.compare import value_at_end
 from sage.reporting.groups import group, interval, mean_curve, thin
 from sage.reporting.page import strata
@@ -178,6 +179,14 @@ def test_page_stands_alone_and_shows_the_extremes(made):
     assert ">Ann has" in html and "texts are left out" not in html  # the text of a pair, as it is
     assert html.count("<svg") > 30
     assert r"\begin{tabular}" in html and "| setting |" in html
+
+
+def test_the_margin_that_the_scorer_ranked_by():
+    """Protects the kinds of pairs from the margin of another quantity, such as one that is 0 at first."""
+    ranked_by = ["implicit_reward", "policy_mean", "mixed", "reference_mean", "margins_from", None]
+    numbers = {"margin": [1.0] * 6, "policy_mean": [10.0] * 6, "score": [-5.0] * 6}
+    table = pa.table({"ranked_by": ranked_by, **numbers})
+    assert ranking_margin(table).tolist() == [1, 10, 11, 5, 5, 1]
 
 
 def test_texts_of_a_source_that_changed_are_left_out(tmp_path):

@@ -116,17 +116,17 @@ class PairForward:
 
     @torch.no_grad()
     def all_stats(
-        self, pairs: TokenizedPairs, indices: np.ndarray, description: str | None = None, logit: bool = False
+        self, pairs: TokenizedPairs, indices: np.ndarray, logit: bool = False
     ) -> tuple[PairLogps, LogitStats | None]:
         """`all_logps` of the policy, with LogitStats if `logit` is set."""
         if not logit:
-            return self.all_logps(pairs, indices, description), None
+            return self.all_logps(pairs, indices), None
 
         def forward(work: Work) -> tuple[Tensor, ...]:
             logps, stats = self.engine(work.batch, logit=True)
             return (*logps, *stats)
 
-        values = self.gather(pairs, indices, description, 7, forward)
+        values = self.gather(pairs, indices, None, 7, forward)
         return PairLogps(*values[:4]), LogitStats(*values[4:])
 
     def size(self, work: Work) -> int:

@@ -55,13 +55,16 @@ def scored(run: Run) -> pa.Table | None:
 
 
 def ranking_margin(table: pa.Table) -> np.ndarray:
-    """The margin that the scorer ranked by: the implicit reward's, or the policy's own."""
+    """The margin that the scorer ranked by; that of the implicit reward if it ranked by none."""
     margin = table["margin"].to_numpy().astype(np.float64)
     if "ranked_by" not in table.column_names:
         return margin
     ranked_by = np.array(table["ranked_by"].to_pylist(), dtype=object)
     mean = table["policy_mean"].to_numpy().astype(np.float64)
     margin = np.where(ranked_by == "policy_mean", mean, margin)
+    # `margin_gap` ranks by minus a margin that the log does not hold.
+    of_other = np.isin(ranked_by.astype(str), ("reference_mean", "margins_from"))
+    margin = np.where(of_other, -table["score"].to_numpy().astype(np.float64), margin)
     return np.where(ranked_by == "mixed", margin + mean, margin)
 
 

@@ -219,7 +219,7 @@ def detail(run: Run) -> dict[str, Any]:
         selected = table["selected"].to_numpy(zero_copy_only=False)
         for name, values in (
             ("score", table["score"].to_numpy().astype(float)),
-            ("margin ranked by", choices.ranking_margin(table)),
+            ("margin", choices.ranking_margin(table)),
         ):
             split = {"candidates": values, "selected": values[selected]}
             figures.append(pictures.histograms(f"{name}: all steps", split, name))
