@@ -336,6 +336,18 @@ def test_a_question_about_the_markup_is_no_rendered_prompt():
 
 
 @each_family
+def test_a_question_about_the_end_of_a_turn_is_no_rendered_prompt(name):
+    turn = Renderer(family(name), ChatFormat()).surroundings[1].strip()
+    if not MARK.search(turn):
+        pytest.skip("the template writes no markup after a question")
+    (prompt, *_), rules = encode(name, f"What does {turn} mean?", "a", "b")
+    assert "rendered" not in rules
+    asked = [asks(f"What does {turn} mean?")]
+    head = family(name).apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert prompt[1].replace(" ", "").startswith(OPENED.sub("", head).replace(" ", "")[:40])
+
+
+@each_family
 def test_started_answers_are_continued(name):
     started = "Step 1: 3 * 4 = 12.\nStep 2:"
     messages = [asks("2 + 3 * 4?"), says(started)]

@@ -7,12 +7,17 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import SHARED_DATA, write_jsonl
 
 from sage import cli
 from sage.answering.answers import find_answer
+from sage.answering.attempts import Sampler
+from sage.answering.problems import Problem
+from sage.answering.responses import Response
 from sage.answering.verify import MEMORY, Verifier
 from sage.config import EvalConfig, ProblemsConfig, VerifyConfig, freeze
 from sage.config.data import ResponseColumns
@@ -63,6 +68,22 @@ def test_where_the_answer_stands(response, where, text):
     assert find_answer(response) == (where, text)
 
 
+def test_a_thought_that_the_prompt_opens(verifier):
+    """Protects accuracy on models whose template opens the thought: one that is cut off has no answer."""
+    texts = [r"so \boxed{5}. Wait", r"so \boxed{5}.</think>It is \boxed{6}."]
+    responses = dict(enumerate(Response(text, [1], "length") for text in texts))
+    tokenizer = SimpleNamespace(decode=lambda ids: "assistant<think>\n" if ids == [7] else "assistant")
+    sampler: Any = SimpleNamespace(
+        generator=lambda requests: responses.items(), seed=0, sampling=SimpleNamespace(max_new_tokens=1)
+    )
+    sampler.verifier, sampler.tokenizer = verifier, tokenizer
+    for ids, found in (([7], [None, "6"]), ([8], ["5", "6"])):
+        work = [(Problem("0", "?", "5", None, None), "?", ids, n) for n in range(2)]
+        attempts = Sampler.chunk(sampler, work, SimpleNamespace(advance=lambda: None))  # pyright: ignore
+        assert [a.extracted for a in attempts] == found and [a.response for a in attempts] == texts
+        assert [find_answer(a.whole).where for a in attempts][1] == "boxed"
+
+
 RIGHT = [
     ("#### 1,234", "1234", "hash/number"),
     ("#### $18.00", "18", "hash/number"),
@@ -83,6 +104,15 @@ RIGHT = [
     (r"\boxed{\{1,2,3\}}", "3,2,1", "boxed/text"),
     (r"\boxed{\{1,1,2\}}", r"\{2,1\}", "boxed/text"),
     (r"\boxed{2,1,1}", "1,1,2", "boxed/text"),
+    (r"\boxed{R(R-2r)}", "R^2-2rR", "boxed/math"),
+    (r"\boxed{X+1}", "1+x", "boxed/math"),
+    (r"\boxed{3+5\mathrm{i}}", "3+5i", None),
+    (r"\boxed{1+\cdots+n}", r"1 + \dots + n", None),
+    (r"The answer is \boxed{7}, not \boxed{5}.", "7", "boxed/number"),
+    ("The answer is negative 5.", "-5", None),
+    ("The answer is plus or minus 5.", r"\pm 5", None),
+    ("It fell to minus 5 degrees.", "-5", None),
+    (r"It is not a square but \boxed{5}", "5", None),
     (r"\boxed{\frac12 \text{ or } 0.5}", "0.5", None),
     (r"\boxed{1, 2, 3, ...}", r"1, 2, 3, \dots", None),
     (r"\boxed{2x+3y=6}", "6=3y+2x", "boxed/math"),
@@ -133,6 +163,21 @@ WRONG = [
     (r"\boxed{[1,2)}", "[1,2]", "boxed/text"),
     (r"\boxed{14}", "14,42", "boxed/text"),
     (r"\boxed{1, 2}", "1,1,2", "boxed/text"),
+    (r"\boxed{R(R-2r)}", "-R^2", None),
+    (r"\boxed{p(1-P)}", "p(1-p)", None),
+    (r"\boxed{3+5\mathrm{i}}", "8", None),
+    (r"\boxed{2\mathrm{e}}", "2", None),
+    (r"\boxed{5\text{/8}}", "5", None),
+    (r"\boxed{5\text{ squared}}", "5", None),
+    (r"\boxed{3}", "3 n", None),
+    (r"\boxed{0,125}", "125", None),
+    (r"\boxed{\frac{dy}{dx}}", "0", None),
+    (r"\boxed{y''+y=0}", "y'+y=0", None),
+    (r"\boxed{1+2+\cdots+10}", "13", None),
+    (r"\boxed{15 : 00}", "05 : 00", None),
+    (r"The answer is \boxed{7}, not \boxed{5}.", "5", None),
+    ("The answer is negative 5.", "5", None),
+    ("It fell to minus 5 degrees.", "5", None),
     (r"\boxed{1, 1, 2}", "1,2", "boxed/text"),
     (r"\boxed{1, 2, 2}", "2,1,1", "boxed/text"),
     (r"\boxed{2, 4, 6, ...}", "2, 4, 6", None),

@@ -22,6 +22,7 @@ THOUGHT_CLOSES = re.compile(rf"{CLOSE.pattern}|<\|end_of_thought\|>|<\|channel\|
 ANSWER_TAG = re.compile(r"<answer>|</answer>", re.I)
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
+NOT_THIS = re.compile(r"\b(?:not|instead of|rather than)\s*(?:\\\(|\\\[|[$*\s])*$", re.I)  # just before a box
 BARE_BOX = re.compile(r"[^\n$]*?(?=\$|\n|\\[)\]]|[.,;:!?](?:\s|$)|\s(?:and|or)\s|$)")
 BRACE = re.compile(r"\\.|[{}]", re.S)
 JOINED = re.compile(
@@ -47,6 +48,12 @@ UNREAL = re.compile(
 DENIED = re.compile(
     r"(?:\bdoubt|(?:\bnot|\bnever|n['’]t)\s+(?:think|believe|say|mean))\s+(?:that\s+)?(?:the\s+)?$", re.I
 )
+# "negative 5", "is minus 5", "plus or minus 5": signs in words before digits.
+WORDED_SIGN = re.compile(
+    r"(?:\b(?P<both>(?:plus|positive) or (?:minus|negative))|\bnegative|(?<=\bis )minus|(?<=\bto )minus"
+    r"|(?<=: )minus)\s+(?=[$(]{0,2}(?:[\d.]|\\[dt]?frac))",
+    re.I,
+)
 PHRASE_START = re.compile(r"(?:[\s:*>]|\\\[|\$\$)*")
 ABBREVIATED = "".join(
     rf"(?<!\b{word})" for word in ("Rs", "approx", "ca", "St", "Mt", "Dr", "Mr", "Mrs", "Ms")
@@ -68,6 +75,8 @@ def find_answer(response: str) -> Found:
     what "the answer is", the end of the response.
     """
     text = after_thought(response)
+    if WORDED_SIGN.search(text):
+        text = WORDED_SIGN.sub(lambda match: "\\pm " if match["both"] else "-", text)
     if (tagged := _tagged(text)) is not None:
         inner = _marked(tagged)
         return inner or Found("tag", (_phrase(tagged)[0] or tagged.strip())[:LONGEST])
@@ -121,6 +130,8 @@ def boxed(text: str) -> str | None:
         content = text[match.end() : span].strip().removeprefix("{").strip()
         if PLACEHOLDER.fullmatch(content) or (answer is not None and span >= begin):
             continue  # nothing in it, or a box around the one that counts
+        if NOT_THIS.search(text, max(match.start() - 40, 0), match.start()):
+            continue
         if answer is None:
             answer = content
         elif JOINED.fullmatch(text, span + (text[span : span + 1] == "}"), begin):

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from sage.util import ranks, stopping
 from sage.util.checksums import claim, digest, intact, seal_file
 from sage.util.files import write_text
 from sage.util.progress import Activity, activity, console
+from sage.util.thoughts import OPENED
 
 GENERATIONS_FILE, BEGUN_FILE = "generations.jsonl", ".begun.json"
 PROBLEMS = "set of problems"  # in BEGUN_FILE
 PROBE_TOKENS = 16
+OPENING_TOKENS = 16  # at a prompt's end, among which the mark of a thought is
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Attempt:
     """One response to one problem, verified: a line of generations.jsonl.
 
     `prompt` is the text before the chat template, `prompt_ids` what the model read. `response_ids` are all
-    sampled tokens, with the end token if there is one. Files of earlier versions have no ids.
+    sampled tokens, with the end token if there is one. `in_thought` says that the prompt opens a thought, in
+    which the response begins. Files of earlier versions have no ids, and do not say it.
     """
 
     problem_id: str
@@ -60,6 +63,12 @@ class Attempt:
     group: str | None
     prompt_ids: list[int] | None = None
     response_ids: list[int] | None = None
+    in_thought: bool = False
+
+    @property
+    def whole(self) -> str:
+        """The response with the thought that its prompt opens, as it is verified."""
+        return f"{'<think>' if self.in_thought else ''}{self.response}"
 
     @property
     def truncated(self) -> bool:
@@ -200,28 +209,27 @@ class Sampler:
         for index, response in self.generator(requests):
             found[index] = response
             progress.advance()
-        responses = [found[i] for i in range(len(requests))]
-        verdicts = self.verifier.verify([r.text for r in responses], [item[0].answer for item in work])
-        return [
+        attempts = [
             Attempt(
                 problem_id=problem.problem_id,
                 sample=sample,
                 prompt=prompt,
-                response=response.text,
-                tokens=len(response.ids),
-                finish=response.finish,
+                response=found[i].text,
+                tokens=len(found[i].ids),
+                finish=found[i].finish,
                 answer=problem.answer,
-                extracted=verdict.extracted,
-                correct=verdict.correct,
-                rule=verdict.rule,
+                extracted=None,
+                correct=False,
+                rule="",
                 group=problem.group,
                 prompt_ids=ids,
-                response_ids=response.ids,
+                response_ids=found[i].ids,
+                in_thought=OPENED.search(str(self.tokenizer.decode(ids[-OPENING_TOKENS:]))) is not None,
             )
-            for (problem, prompt, ids, sample), response, verdict in zip(
-                work, responses, verdicts, strict=True
-            )
+            for i, (problem, prompt, ids, sample) in enumerate(work)
         ]
+        verdicts = self.verifier.verify([a.whole for a in attempts], [a.answer for a in attempts])
+        return [replace(a, **v._asdict()) for a, v in zip(attempts, verdicts, strict=True)]
 
     def estimate(self, ids: Sequence[list[int]], responses: int, chunks: int) -> None:
         """Print the longest time that the work can take, estimated from a few tokens, if it has several

@@ -92,7 +92,10 @@ def _repeating(match: re.Match[str]) -> str:
 
 SET_TYPE = "text|mbox|mathrm|mathbf|textbf|textrm|textit|mathit|mathsf|boldsymbol|bm|operatorname|emph"
 FRAMES = "underline|boxed|fbox|framebox|ensuremath|displaystyle"
-NO_UNIT = r"and\b|or\b|[ap]\.?m\b|thousand|million|billion|trillion|dozen|hundred|percent"
+NO_UNIT = (
+    r"and\b|or\b|[ap]\.?m\b|thousand|million|billion|trillion|dozen|hundred|percent"
+    r"|[^{}]*[\d!+*=]|(?:plus|minus|times|to|over|squared|cubed)\b|[kKMie]\s*\}"
+)
 # Spelling only: none of these changes what an expression says. The order matters.
 SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
@@ -120,6 +123,7 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
             rf"(?:(?<=[\d}}])|(?<=\\pi))\s*\\(?:text|mbox|mathrm|textrm)\s*\{{(?!\s*(?:{NO_UNIT}))[^{{}}]*\}}(?:\^\{{?-?\d\}}?)?$",
             "",
         ),
+        (r"\\(?:text|mbox|mathrm|textrm)\s*\{\s*([ie])\s*\}", r" \1 "),
         (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
         (rf"\\(?:{SET_TYPE})\s*\{{([^{{}}]*)\}}", r"\1"),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", " degrees "),
@@ -181,7 +185,7 @@ CURRENCY = (
     r"(?:(?:(?:US|CA|AU|NZ|HK|SG|[ACRS])?\$|[€£¥₹₩₱₽₺₫₦]"
     r"|(?<![A-Za-z])(?:Rs\b\.?|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|JPY)\b)) ?)"
 )
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 FRACTION = re.compile(
     rf"^(?P<before>[-+]?{CURRENCY}?(?P<whole>\d*) ?)"
     r"\\frac ?(?:\{ ?(?P<a>-?\d+) ?\} ?\{ ?(?P<b>-?\d+) ?\}|(?P<c>\d) ?(?P<d>\d)|(?P<e>\d) ?\{(?P<f>\d+)\})"
@@ -189,12 +193,12 @@ FRACTION = re.compile(
 NO_WORD_UNIT = "sqrt|sin|cos|tan|cot|sec|csc|log|exp|mod|and|or|than|not|if|" + "|".join(SCALES)
 WORD_UNIT = rf"(?!(?:{NO_WORD_UNIT})\b)[A-Za-z][A-Za-z.'-]{{2,}}"
 SHORT_UNIT = (
-    r"(?:[mcdk]m|mi|ft|in|yd|[mk]?g|lbs?|oz|[mc]l|mL|hr?s?|min|sec|ms|mph|kmh|kph|[kM]?Hz|k?Pa|[kM]?J|[kM]?W|kWh|kN|eV|°?[CF]"
-    r"|[mgslLhNJWVK])(?![A-Za-z])"
+    r"(?:[mcdk]m|mi|ft|in|yd|[mk]?g|lbs?|oz|[mc]l|mL|hr?s?|min|sec|ms|mph|kmh|kph|[kM]?Hz|k?Pa|[kM]?J|[kM]?W|kWh|kN|eV|(?-i:°?[CF])"
+    r"|(?-i:[mgslLhNJWVK]))(?![A-Za-z])"
 )
 UNIT = rf"(?:sq\.? |cu\.? )?(?:{WORD_UNIT}|{SHORT_UNIT})(?: ?\^ ?\{{? ?-?\d ?\}}?)?"
 TOUCHING_UNIT = r"(?: ?(?:[mck]m|kg|ft|mph|lbs?)(?![A-Za-z])(?: ?\^ ?\{? ?-?\d ?\}?)?)?"
-UNITS = rf"{TOUCHING_UNIT}(?: {UNIT})*(?: ?/ ?{UNIT})?(?: per {UNIT})?"
+UNITS = rf"(?! (?:squared|cubed)\b){TOUCHING_UNIT}(?: {UNIT})*(?: ?/ ?{UNIT})?(?: per {UNIT})?"
 NUMBER = re.compile(
     rf"{CURRENCY}?(?P<sign>[-+]?) ?{CURRENCY}?"
     rf"(?:(?P<whole>\d+) (?:and )?(?P<over>\d+) ?/ ?(?P<by>\d+)|(?P<number>{DIGITS})"

@@ -25,11 +25,18 @@ ENOUGH = 3  # of these must give finite values
 
 DEGREES = re.compile(r"(\d+(?:\.\d+)?) ?degrees\b")
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+DOTS = re.compile(r"\\(?:ldots|cdots|dots)(?![A-Za-z])")
+PRIMES = re.compile(r"(?<=[A-Za-z)])'+")
+TOKEN = re.compile(r"\\[A-Za-z]+|(?<!_)(?<!_\{)[A-Za-z]")  # not an index
+SPARE = "abcghjkmnpqrstuvwxyz"  # letters that mean nothing of their own
 DECIMAL = re.compile(r"(?<![\d.,_])(\d*)\.(\d+)(?![\d.])")
 
 
 def same_formula(a: str, b: str) -> bool:
     """Whether two canonical values or relations are equal. A long decimal equals what rounds to it."""
+    if sorted(map(len, PRIMES.findall(a))) != sorted(map(len, PRIMES.findall(b))):
+        return False
+    a, b = _cases_apart(a, b)
     signs = [[match[0] for match in ORDER.finditer(text)] for text in (a, b)]
     if signs[0] or signs[1]:
         return _same_order(a, b)
@@ -47,8 +54,22 @@ def same_formula(a: str, b: str) -> bool:
     return bool(verify(second, first, allow_set_relation_comp=True, timeout_seconds=0))  # pyright: ignore
 
 
+def _cases_apart(a: str, b: str) -> tuple[str, str]:
+    """The texts with other letters for capitals that one of them has in lower case, too.
+
+    math-verify reads R as r, which is right only where one letter is meant.
+    """
+    used = [{token for token in TOKEN.findall(text) if len(token) == 1} for text in (a, b)]
+    capitals = sorted({x for letters in used for x in letters if x.isupper() and x.lower() in letters})
+    taken = {x.lower() for x in used[0] | used[1]}
+    names = dict(zip(capitals, (x for x in SPARE if x not in taken), strict=False))
+    first, second = (TOKEN.sub(lambda match: names.get(match[0], match[0]), text) for text in (a, b))
+    return first, second
+
+
 def read(latex: str) -> Any:
     """LaTeX as a sympy object, with decimals as exact fractions; None if it cannot be read as a whole."""
+    latex = DOTS.sub(r" \\Xi ", latex)  # whatever they stand for, it is not nothing
     exact = DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", latex)
     exact = DEGREES.sub(r"(\\frac{\1 \\pi}{180})" if TRIGONOMETRY.search(exact) else r"\1 ", exact)
     found = parse(
@@ -59,8 +80,8 @@ def read(latex: str) -> Any:
         parsing_timeout=0,  # pyright: ignore
     )
     value = found[0] if found else None
-    if not isinstance(value, sympy.Basic | sympy.MatrixBase):
-        return None
+    if not isinstance(value, sympy.Basic | sympy.MatrixBase) or value.has(sympy.Derivative):
+        return None  # sympy would take the derivative of y by x for 0
     value = value.doit()
     return (
         value.replace(_is_odd_root, lambda power: -((-power.base) ** power.exp))
@@ -79,11 +100,11 @@ def _is_odd_root(node: Any) -> bool:
 def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
     """Rationals are compared exactly, everything else by its values at high precision."""
     a, b = _plain_symbols(a), _plain_symbols(b)
+    if a.has(sympy.nan, sympy.zoo) or b.has(sympy.nan, sympy.zoo):
+        return False
     if a == b:
         return True
     if a.is_Rational and b.is_Rational:
-        return False
-    if a.has(sympy.nan, sympy.zoo) or b.has(sympy.nan, sympy.zoo):
         return False
     agreed = 0
     for point in _points(a.free_symbols | b.free_symbols):

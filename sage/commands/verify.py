@@ -164,7 +164,7 @@ def verify_evaluation(cfg: VerifyConfig, source: Path, run_dir: Path) -> None:
     results = {}
     for name in summary["benchmarks"]:
         old = read_attempts(source / name / GENERATIONS_FILE)
-        verdicts = judge_all(cfg, [a.response for a in old], [a.answer for a in old], name)
+        verdicts = judge_all(cfg, [a.whole for a in old], [a.answer for a in old], name)
         new = [replace(a, **v._asdict()) for a, v in zip(old, verdicts, strict=True)]
         write_lines(run_dir / name / GENERATIONS_FILE, new)
         results[name] = measure(new)

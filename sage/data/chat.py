@@ -138,9 +138,11 @@ class Renderer:
         if not isinstance(text, str):
             return False
         question, turn, header = self.surroundings
-        if MARK.search(turn) and turn.strip() in text:
-            return True
         begin, closing = MARK.findall(question), turn.removesuffix(header).strip()
+        ends = text.find(turn.strip())
+        # A question about a mark, such as [/INST], is no turn: no turn begins before it.
+        if MARK.search(turn) and ends >= 0 and (not begin or begin[-1] in text[:ends]):
+            return True
         if not begin:  # a template of words: "USER: ... ASSISTANT:"
             edges = question.strip(), turn.strip()
             return all(edges) and text.lstrip().startswith(edges[0]) and text.rstrip().endswith(edges[1])
