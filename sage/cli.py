@@ -36,7 +36,6 @@ RANK_VARIABLES = (
 
 PLUGINS = ("hydra.sweeper.", "hydra.launcher.")  # these classes check their options, which no schema lists
 
-FIXED_FOLDERS = {"hydra.run.dir", "hydra.sweep.dir"}
 USAGE = """\
 sage: align reasoning models with preference pairs, and spend gradients only on the pairs that deserve them
 
@@ -92,9 +91,16 @@ def execute(word: str, composed: DictConfig, hydra_config: Any, run_dir: Path) -
         typed = {key for key in typed if not key.startswith(PLUGINS)}
         for key in typed.intersection(config.unknown_keys(hydra_config, "hydra.")):
             raise UserError(unknown_to_hydra(key, word))
-        cfg = config.load(composed, hydra_config.overrides.task)
-        if isinstance(cfg, config.RunConfig) and cfg.resume == "auto" and not typed & FIXED_FOLDERS:
-            raise UserError("resume=auto needs a folder that stays the same: add hydra.run.dir=FOLDER")
+        own = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file"]
+        config.refuse_hidden(own)
+        cfg = config.load(composed, hydra_config.overrides.task, own)
+        folder, other = "hydra.run.dir", "hydra.sweep.dir"
+        if hydra_config.mode == RunMode.MULTIRUN:
+            folder, other = other, folder
+            if other in typed and folder not in typed:
+                raise UserError(f"{other} has no effect on a sweep: write {folder}=FOLDER")
+        if isinstance(cfg, config.RunConfig) and cfg.resume == "auto" and folder not in typed:
+            raise UserError(f"resume=auto needs a folder that stays the same: add {folder}=FOLDER")
         launch.run(cfg, run_dir)
     except UserError:
         with suppress(OSError):

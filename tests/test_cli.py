@@ -164,6 +164,32 @@ def test_options_of_the_users_own_folder(train, tmp_path):
     assert "beta: 0.3" in out
 
 
+def test_options_of_the_users_own_folder_are_what_runs_or_refused(train, tmp_path):
+    """Protects from our option of the same name, which Hydra finds first, and from an experiment's keys."""
+    own = tmp_path / "own"
+    for file, text in {
+        "optimizer/mine.yaml": "lr: 1e-3\nschedule: linear\n",
+        "experiment/mine.yaml": "# @package _global_\nname: mine\noptimizer:\n  lr: 1e-5\n",
+    }.items():
+        (own / file).parent.mkdir(parents=True)
+        (own / file).write_text(text)
+    folder = ("-cd", str(own))
+    overruled = train("+experiment=mine", "optimizer=mine", flags=folder)
+    refused(overruled, "optimizer=mine sets optimizer.lr=0.001", "add optimizer.lr=0.001")
+    (own / "loss").mkdir()
+    (own / "loss" / "dpo.yaml").write_text("_target_: sage.losses.DPO\nbeta: 0.7\n")
+    refused(train(flags=folder), "dpo.yaml: sage has an option of this name", "rename yours")
+
+
+def test_resume_auto_needs_the_folder_of_its_mode(sage, tmp_path, monkeypatch):
+    """Protects a requeued job from starting anew in another folder each time."""
+    monkeypatch.chdir(tmp_path)
+    single = sage("train", "+experiment=arithmetic", "resume=auto", "hydra.sweep.dir=x")
+    refused(single, "add hydra.run.dir=FOLDER")
+    _, _, err = sage("train", "-m", "+experiment=arithmetic", "seed=0,1", "hydra.run.dir=x")
+    assert "write hydra.sweep.dir=FOLDER" in " ".join(err.split())
+
+
 # --- bad input
 
 BAD_OVERRIDES = {

@@ -224,6 +224,7 @@ def test_an_option_that_the_experiment_overrules_is_refused():
     for options, key in (
         (["model=qwen2.5-0.5b"], "model.path=Qwen/Qwen2.5-0.5B-Instruct"),
         (["data=hh"], "data.path=Anthropic/hh-rlhf"),
+        (["data=gsm8k"], "data.path=null"),
     ):
         with pytest.raises(UserError, match=f"sets {key}.* add {key}"):
             load("+experiment=tulu3_dpo", *options)

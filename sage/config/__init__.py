@@ -23,7 +23,7 @@ from sage.config.groups import (
     TrackingConfig,
     key,
 )
-from sage.config.keys import flatten, groups, known_keys, nearest, refusal, unknown_keys
+from sage.config.keys import flatten, groups, known_keys, nearest, refusal, refuse_hidden, unknown_keys
 from sage.config.registry import SCHEMAS
 from sage.config.rounds import RoundConfig, RoundsConfig
 from sage.config.schema import (
@@ -79,6 +79,7 @@ __all__ = [
     "nearest",
     "read_frozen",
     "refusal",
+    "refuse_hidden",
     "unknown_keys",
     "walk",
     "write",

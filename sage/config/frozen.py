@@ -61,10 +61,13 @@ MOVED = {
 }
 
 
-def load(source: DictConfig | str | Path, typed: Sequence[str] = ()) -> CommandConfig:
+def load(
+    source: DictConfig | str | Path, typed: Sequence[str] = (), own: Sequence[Path] = ()
+) -> CommandConfig:
     """Read a composed config, or a run directory's frozen one, into its command's dataclass and check it.
 
-    `typed` are the overrides of the command line that the config was composed from.
+    `typed` are the overrides of the command line that the config was composed from, and `own` the user's
+    folders of options.
 
     Raises:
         UserError: a key is unknown, missing, of the wrong type, out of range, or at odds with another; or
@@ -81,7 +84,7 @@ def load(source: DictConfig | str | Path, typed: Sequence[str] = ()) -> CommandC
         raise UserError(str(e).splitlines()[0] + (f" (key {e.full_key})" if e.full_key else "")) from e
     refuse_ignored(cfg.ignored(), typed, schema.command)
     refuse_altered(cfg, typed)
-    refuse_overruled(cfg, typed)
+    refuse_overruled(cfg, typed, own)
     check(cfg)
     return cfg
 

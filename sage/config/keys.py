@@ -28,9 +28,6 @@ RENAMED = {
 }
 
 
-GLOBAL = "# @package _global_"  # the first line of an experiment
-
-
 @cache
 def groups() -> dict[str, list[str]]:
     """Each config group of sage, such as `loss` or `model/lora`, and its options."""
@@ -165,32 +162,46 @@ def refuse_altered(cfg: Any, typed: Iterable[str]) -> None:
             raise UserError(f"{override} is read as {value}; to set this text, write '{key}=\"{text}\"'")
 
 
-def refuse_overruled(cfg: Any, typed: Iterable[str]) -> None:
+def refuse_overruled(cfg: Any, typed: Iterable[str], own: Iterable[Path] = ()) -> None:
     """Refuse an option from the command line whose values an experiment replaces.
 
     Hydra lets an experiment's own keys win, so `+experiment=tulu3_dpo model=qwen2.5-0.5b` would train Tulu 3.
+    The option that lists all keys of its group chooses none of them, so its defaults may be replaced. `own`
+    are the user's folders of options.
 
     Raises:
         UserError: names the first such key, and how to have the option's value.
     """
     split = (override.lstrip("+").partition("=") for override in typed)
     chosen = {key: value for key, _, value in split}
-    whole = OmegaConf.structured(cfg)
-    defaults = OmegaConf.structured(type(cfg))
+    whole, defaults = OmegaConf.structured(cfg), OmegaConf.structured(type(cfg))
     for group, option in chosen.items():
-        file = Path(str(files("sage.conf") / group / f"{option}.yaml"))
-        if option not in groups().get(group, ()) or file.read_text(encoding="utf-8").startswith(GLOBAL):
+        places = (Path(root, group, f"{option}.yaml") for root in (str(files("sage.conf")), *own))
+        file = next((file for file in places if file.is_file()), None)
+        if file is None or "@package _global_" in file.read_text(encoding="utf-8"):
             continue
         package = group.replace("/", ".")
-        for key, wanted in flatten(OmegaConf.to_container(OmegaConf.load(file)), f"{package}."):
+        content = dict(flatten(OmegaConf.to_container(OmegaConf.load(file)), f"{package}."))
+        listed = {key.removeprefix(f"{package}.").partition(".")[0] for key in content}
+        lists_all = {*(OmegaConf.select(defaults, package) or {})} <= listed
+        for key, wanted in content.items():
             given = any(f"{key}.".startswith(f"{name}.") for name in chosen if name != group)
             open_ = isinstance(wanted, str) and ("${" in wanted or wanted == "???")
             found, usual = (OmegaConf.select(node, key) for node in (whole, defaults))
-            if not (given or open_ or wanted in (found, usual)):
+            if not (given or open_ or wanted == found or (lists_all and wanted == usual)):
+                wanted = "null" if wanted is None else wanted
                 raise UserError(
                     f"{group}={option} sets {key}={wanted}, and the experiment sets {key}={found}, which "
                     f"wins: add {key}={wanted} to have it, or leave the experiment out"
                 )
+
+
+def refuse_hidden(own: Iterable[Path]) -> None:
+    """Refuse an option in the user's folders that has the name of one of ours, which Hydra would take."""
+    for root in own:
+        for group, options in groups().items():
+            if found := next((f for o in options if (f := root / group / f"{o}.yaml").is_file()), None):
+                raise UserError(f"{found}: sage has an option of this name, and would take it: rename yours")
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -186,7 +186,7 @@ def read_data(cfg: TrainConfig, tokenizer: Any, run_dir: Path) -> Data:
         )
     if not console.quiet:
         warn_of_known_problems(cfg, pairs, tokenizer)
-    steps = cfg.steps or math.ceil((cfg.epochs or 0) * len(pairs) / cfg.batch_size)
+    steps = cfg.steps or math.ceil((cfg.epochs or 0) * len(pairs) / cfg.batch_size - 1e-9)
     return Data(pairs, held_out, steps, content)
 
 
