@@ -219,6 +219,17 @@ def test_an_override_without_effect_is_refused(command, override):
         load(*shared, override, command=command)
 
 
+@pytest.mark.parametrize(
+    "override", [r'sampling.stop=["\n"]', r"benchmark.gsm8k.prompt='{problem}\nAnswer:'"]
+)
+def test_escapes_that_hydra_does_not_read_are_refused(override):
+    """Protects prompts and stop texts from a backslash and an n in place of a line break."""
+    with pytest.raises(UserError, match="read as a backslash and a letter"):
+        load("+experiment=gsm8k", override)
+    load("+experiment=gsm8k", override.replace(r"\n", "\n"))
+    load("+experiment=gsm8k", r"benchmark.gsm8k.prompt='{problem} in $\nu$ and \text{m}'")
+
+
 def test_an_option_that_the_experiment_overrules_is_refused():
     """Protects what was asked for: Hydra lets an experiment's own keys win over an option that was typed."""
     for options, key in (

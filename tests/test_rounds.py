@@ -127,7 +127,8 @@ class Parts:
     """
 
     def __init__(self, monkeypatch, kill: int = -1, gain: int = 1, skill: int = 0, rule: str = "hash/number"):
-        monkeypatch.setattr("sage.commands.evaluate.bootstrap", lambda values: (0.0, 0.0))  # which takes long
+        # Resampling takes long.
+        monkeypatch.setattr("sage.commands.evaluate.difference_interval", lambda values: (0.0, 0.0))
         self.events, self.kill, self.gain, self.skill, self.rule = 0, kill, gain, skill, rule
         for module in ("sage.util.files", "sage.answering.attempts"):
             monkeypatch.setattr(f"{module}.write_text", self.write_text)

@@ -28,6 +28,9 @@ RENAMED = {
 }
 
 
+ESCAPE = re.compile(r"\\[nt](?![a-z])")  # and not \nu or \text
+
+
 @cache
 def groups() -> dict[str, list[str]]:
     """Each config group of sage, such as `loss` or `model/lora`, and its options."""
@@ -147,16 +150,23 @@ def refuse_ignored(ignored: dict[str, str], typed: Iterable[str], command: str) 
 
 
 def refuse_altered(cfg: Any, typed: Iterable[str]) -> None:
-    """Refuse an unquoted override of a text that Hydra reads as a number or as true or false.
+    """Refuse an unquoted override of a text that Hydra reads as a number or as true or false, and a line
+    break that it does not read.
 
-    `model.revision=12e4567` would become inf, and `name=007` would become 7.
+    `model.revision=12e4567` would become inf, and `name=007` would become 7. `sampling.stop=["\\n"]` would be
+    a backslash and an n.
 
     Raises:
-        UserError: gives the override in quotes.
+        UserError: says how to write the text.
     """
     for override in typed:
         key, _, text = override.lstrip("+").partition("=")
         value: Any = OverridesParser.create().parse_override(override).value()
+        if key.rpartition(".")[2] in ("prompt", "stop") and (escape := ESCAPE.search(text)):
+            raise UserError(
+                f"{override}: {escape[0]} is read as a backslash and a letter. Write a real line break or "
+                f"tab, in bash with $'{key}=\"...{escape[0]}...\"', or set {key} in a YAML file of yours"
+            )
         leaf = OmegaConf.select(OmegaConf.structured(cfg), key) if isinstance(value, (int, float)) else None
         if isinstance(leaf, str) and str(value) != text.strip():
             raise UserError(f"{override} is read as {value}; to set this text, write '{key}=\"{text}\"'")

@@ -297,7 +297,7 @@ def restore(
     elif (run_dir / METRICS_FILE).exists():
         console.print(f"{run_dir} has no checkpoint, so it starts again from its first step", markup=False)
     selection.log.rewind(state.step)
-    if engine.rank == 0:
+    if ranks.rank() == 0:
         for answers in (run_dir / "benchmarks").glob("step_*"):  # of steps that will be taken again
             if int(answers.name.removeprefix("step_")) > state.step:
                 shutil.rmtree(answers)
