@@ -4,6 +4,7 @@
     python benchmarks/study.py run flipped FOLDER [METHOD ...]     arithmetic with a fifth of the labels wrong
     python benchmarks/study.py run rare FOLDER [METHOD ...]        arithmetic on problems mostly solved
     python benchmarks/study.py run words FOLDER [METHOD ...]       after scripts/make_words.py DATA FOLDER
+    python benchmarks/study.py run flipped-words FOLDER/flipped [METHOD ...]    its pairs, a fifth of them wrong
     python benchmarks/study.py list arithmetic FOLDER              the commands that are left
     python benchmarks/study.py table arithmetic FOLDER             the tables of docs/evidence.md
 
@@ -65,7 +66,8 @@ DEFAULT = ["dpo", "dpo+nll", "sage", "sage+nll", *(m for m in METHODS if m not i
 PER_TOKEN = 25  # times DPO's beta, about the length of a response: beta of the losses per token
 PER_TOKEN_METHODS = ("dpo_norm", "omni-dpo")
 TUNING_SEED = 100
-FLIPPED = 0.2  # the share of wrong labels in the task of that name
+FLIPPED = 0.2  # the share of wrong labels in the tasks of that name
+ARITHMETIC_PAIRS = "pkg://sage.assets/arithmetic/pairs_train.jsonl"
 RARE = 0.625  # the lowest pass rate in the task of that name
 
 
@@ -104,32 +106,37 @@ def arithmetic(folder: Path) -> Task:
     )
 
 
-def on_other_pairs(folder: Path, name: str, change: Callable[[list[dict]], list[dict]]) -> Task:
-    """Arithmetic on the training pairs as `change` returns them, written once to FOLDER/NAME.jsonl."""
-    file = folder / f"{name}.jsonl"
+def on_other_pairs(task: Task, pairs: str, file: Path, change: Callable[[list[dict]], list[dict]]) -> Task:
+    """The task on its training pairs as `change` returns them, written once to `file`."""
     if not file.exists():
-        pairs = Path(resolve_path("pkg://sage.assets/arithmetic/pairs_train.jsonl"))
-        rows = change([json.loads(line) for line in pairs.read_text().splitlines()])
+        rows = change([json.loads(line) for line in Path(resolve_path(pairs)).read_text().splitlines()])
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = arithmetic(folder)
-    return task._replace(common=[*task.common, f"data.path={file}"])
+    kept = [word for word in task.common if not word.startswith("data.path=")]
+    return task._replace(common=[*kept, f"data.path={file}"])
+
+
+def flip(rows: list[dict]) -> list[dict]:
+    """Exchange chosen and rejected in a seeded draw of the pairs."""
+    for i in random.Random(0).sample(range(len(rows)), round(FLIPPED * len(rows))):
+        rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
+    return rows
 
 
 def flipped(folder: Path) -> Task:
-    """Arithmetic, with chosen and rejected exchanged in a seeded draw of the training pairs."""
+    return on_other_pairs(arithmetic(folder), ARITHMETIC_PAIRS, folder / "flipped.jsonl", flip)
 
-    def change(rows: list[dict]) -> list[dict]:
-        for i in random.Random(0).sample(range(len(rows)), round(FLIPPED * len(rows))):
-            rows[i]["chosen"], rows[i]["rejected"] = rows[i]["rejected"], rows[i]["chosen"]
-        return rows
 
-    return on_other_pairs(folder, "flipped", change)
+def flipped_words(folder: Path) -> Task:
+    """Word problems with the policy, problems and pairs of the folder above."""
+    task = words(folder.parent)._replace(prepare={})
+    return on_other_pairs(task, str(folder.parent / "pairs" / "pairs.jsonl"), folder / "flipped.jsonl", flip)
 
 
 def rare(folder: Path) -> Task:
     """Arithmetic on pairs of problems that the model mostly gets right: a tenth of them are errors."""
-    return on_other_pairs(folder, "rare", lambda rows: [r for r in rows if r["pass_rate"] >= RARE])
+    mostly_right = lambda rows: [row for row in rows if row["pass_rate"] >= RARE]  # noqa: E731
+    return on_other_pairs(arithmetic(folder), ARITHMETIC_PAIRS, folder / "rare.jsonl", mostly_right)
 
 
 def words(folder: Path) -> Task:
@@ -170,7 +177,13 @@ def words(folder: Path) -> Task:
     )
 
 
-TASKS = {"arithmetic": arithmetic, "flipped": flipped, "rare": rare, "words": words}
+TASKS = {
+    "arithmetic": arithmetic,
+    "flipped": flipped,
+    "rare": rare,
+    "words": words,
+    "flipped-words": flipped_words,
+}
 
 
 def train(

@@ -130,11 +130,13 @@ def test_methods_are_compared_at_an_equal_cost(tmp_path):
     assert np.isnan(study.at_cost(run, ACCURACY, 101))
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "flipped", "rare", "words"])
+@pytest.mark.parametrize("task", ["arithmetic", "flipped", "rare", "words", "flipped-words"])
 def test_the_study_is_made_of_commands_that_compose(task, tmp_path):
     """Protects benchmarks/study.py from keys and options that were renamed: no test runs the study itself."""
     study = load_study()
-    found = study.TASKS[task](tmp_path)
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "pairs.jsonl").touch()  # flipped-words takes those of the folder above
+    found = study.TASKS[task](tmp_path / "flipped")
     lines = [("build-pairs", words[1:]) for words in found.prepare.values()]
     settings = 1e-5, 0.1, "test", 0, 10
     lines += [("train", study.train(found, tmp_path, name, *settings)[1:]) for name in study.METHODS]
