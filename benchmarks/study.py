@@ -4,7 +4,7 @@
     python benchmarks/study.py run flipped FOLDER [METHOD ...]     arithmetic with a fifth of the labels wrong
     python benchmarks/study.py run rare FOLDER [METHOD ...]        arithmetic on problems mostly solved
     python benchmarks/study.py run words FOLDER [METHOD ...]       after scripts/make_words.py DATA FOLDER
-    python benchmarks/study.py run flipped-words FOLDER/flipped [METHOD ...]    its pairs, a fifth of them wrong
+    python benchmarks/study.py run flipped-words FOLDER/flipped [METHOD ...]    its pairs, a fifth wrong
     python benchmarks/study.py list arithmetic FOLDER              the commands that are left
     python benchmarks/study.py table arithmetic FOLDER             the tables of docs/evidence.md
 
@@ -72,7 +72,8 @@ RARE = 0.625  # the lowest pass rate in the task of that name
 
 
 class Task(NamedTuple):
-    common: list[str]
+    common: list[str]  # overrides of every command that reads the pairs
+    training: list[str]  # further ones of `sage train`
     benchmark: str  # its name in the metrics
     problems: dict[str, list[str]]  # split -> overrides
     grid: list[tuple[float, float]]  # learning rate and beta
@@ -91,7 +92,8 @@ class Task(NamedTuple):
 def arithmetic(folder: Path) -> Task:
     validation = "benchmark.arithmetic.path=pkg://sage.assets/arithmetic/problems_validation.jsonl"
     return Task(
-        common=["+experiment=arithmetic", "loss.nll_weight=0", "model.dtype=float32"],
+        common=["+experiment=arithmetic", "model.dtype=float32"],
+        training=["loss.nll_weight=0"],
         benchmark="arithmetic",
         problems={
             split: ["+benchmark=arithmetic", "data.eval_limit=32", *extra]
@@ -150,13 +152,14 @@ def words(folder: Path) -> Task:
     own = [f"hydra.searchpath=[file://{folder / 'conf'}]", *sampling]
     return Task(
         common=[
-            *[*own, *policy],
+            *policy,
             *[f"data.path={folder / 'pairs' / 'pairs.jsonl'}"],
-            *["batch_size=16", "micro_batch_tokens=2048", "data.max_length=256"],
+            *["micro_batch_tokens=2048", "data.max_length=256"],
         ],
+        training=["batch_size=16"],
         benchmark="words",
         problems={
-            split: ["+benchmark=words", f"benchmark.words.path={folder / f'problems_{split}.jsonl'}"]
+            split: [*own, "+benchmark=words", f"benchmark.words.path={folder / f'problems_{split}.jsonl'}"]
             for split in ("validation", "test")
         },
         grid=[(3e-6, 0.1), (1e-5, 0.1), (3e-5, 0.1)],
@@ -170,10 +173,10 @@ def words(folder: Path) -> Task:
         },
         policy=str(folder / "policy"),
         held_out=[
-            *["data.path=null", f"data.problems.path={folder / 'problems_validation.jsonl'}"],
+            *[*sampling, "data.path=null", f"data.problems.path={folder / 'problems_validation.jsonl'}"],
             *[*asked, *pairing],
         ],
-        sampling=[*own, "model=hf", "sampling.temperature=1", "samples=4"],
+        sampling=["model=hf", "sampling.temperature=1", "samples=4"],
     )
 
 
@@ -195,7 +198,14 @@ def train(
     overrides += ["loss.nll_weight=1"] if name != method else []
     every = max(task.every, steps // 10)
     return [
-        *["train", *task.common, *task.problems[split], "benchmark_limit=null", f"steps={steps}"],
+        *[
+            "train",
+            *task.common,
+            *task.training,
+            *task.problems[split],
+            "benchmark_limit=null",
+            f"steps={steps}",
+        ],
         *[f"eval_every={every}", f"seed={seed}", *overrides],
         *[f"optimizer.lr={lr:g}", "optimizer.schedule=constant", f"loss.beta={beta * scale:g}"],
     ]
@@ -222,7 +232,10 @@ def commands(task: Task, folder: Path, args: argparse.Namespace) -> Iterator[tup
 def trained_on_held_out(task: Task, folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Train a model for a pass over held-out pairs, and measure the training pairs by it."""
     once = ["epochs=1", "steps=null", "optimizer.lr=1e-5", "optimizer.schedule=constant"]
-    yield folder / "held_out", ["train", *task.common, *task.held_out, PLAIN, "loss.beta=0.1", *once]
+    yield (
+        folder / "held_out",
+        ["train", *task.common, *task.training, *task.held_out, PLAIN, "loss.beta=0.1", *once],
+    )
     models = [f"model.path={folder / 'held_out' / 'final'}", f"reference_model={task.policy}"]
     yield folder / "held_out_scores", ["score-dataset", *task.common, *models, "loss.beta=0.1"]
 
