@@ -6,10 +6,12 @@ Responses are hostile input: every function takes linear time in its text and ev
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sage.answering.prose import first_answer
-from sage.answering.spelling import CURRENCY
+from sage.answering.spelling import CURRENCY, POWER
+from sage.answering.spoken import PARTS
 from sage.util.thoughts import CLOSE, OPEN
 
 LONGEST = 4000  # characters of an answer that are read
@@ -54,6 +56,24 @@ WORDED_SIGN = re.compile(
     r"|(?<=: )minus)\s+(?=[$(]{0,2}(?:[\d.]|\\[dt]?frac))",
     re.I,
 )
+# Operations in words between digits.
+WORDED_OPERATIONS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(pattern, re.I | re.M), sign)
+    for pattern, sign in [
+        (r"(?<=\d) (?:squared|to the second power)\b", "^2"),
+        (r"(?<=\d) (?:cubed|to the third power)\b", "^3"),
+        (r"(?<=\d) to the power (?:of )?(?=\d)", "^"),
+        (r"(?<=\d) factorial\b", "!"),
+        (r"\b(\d+) choose (\d+)\b", r"\\binom{\1}{\2}"),
+        (r"(?<=\d) plus (?=\$?\d)", " + "),
+        (r"(?<=\d) minus (?=\$?\d)", " - "),
+        (r"(?<=\d) (?:times|multiplied by) (?=\$?\d)", " * "),
+        (r"(?<=\d) divided by (?=\$?\d)", " / "),
+        (r"(?<=\d) (?:over|out of) (?=\d+[.!?]?(?:\s*$|\s+(?-i:[A-Z])))", "/"),  # not "5 out of 8 people"
+        (rf"(?<=\d)[- ](?!quarter)({'|'.join(PARTS)})s\b", lambda match: f"/{PARTS[match[1].lower()]}"),
+        (POWER.pattern, "^"),
+    ]
+]
 PHRASE_START = re.compile(r"(?:[\s:*>]|\\\[|\$\$)*")
 ABBREVIATED = "".join(
     rf"(?<!\b{word})" for word in ("Rs", "approx", "ca", "St", "Mt", "Dr", "Mr", "Mrs", "Ms")
@@ -74,9 +94,9 @@ def find_answer(response: str) -> Found:
     the last <answer>, the last \boxed{}, the first `#### N`, what "the final answer is",
     what "the answer is", the end of the response.
     """
-    text = after_thought(response)
-    if WORDED_SIGN.search(text):
-        text = WORDED_SIGN.sub(lambda match: "\\pm " if match["both"] else "-", text)
+    text = WORDED_SIGN.sub(lambda match: "\\pm " if match["both"] else "-", after_thought(response))
+    for pattern, sign in WORDED_OPERATIONS:
+        text = pattern.sub(sign, text)
     if (tagged := _tagged(text)) is not None:
         inner = _marked(tagged)
         return inner or Found("tag", (_phrase(tagged)[0] or tagged.strip())[:LONGEST])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from sage.answering.measures import BASED, same_dates, same_in_base, same_times, same_two_units
+from sage.answering.measures import BASED, same_dates, same_in_base, same_in_units, same_times
 from sage.answering.spelling import as_number, canonical, is_words, same_number
 
 MOST_PARTS = 60
@@ -17,6 +17,8 @@ DEEPEST = 40  # brackets in brackets
 
 BRACKETS = re.compile(r"\\begin\{\w+\}|\\end\{\w+\}|\\[{}]|\\.|[()\[\]{}]", re.S)
 OPENING, CLOSING = set("([{") | {r"\{"}, set(")]}") | {r"\}"}
+AND_OR = re.compile(r"\b(?:and|or)\b")
+SET_LIST = re.compile(rf"[,;]|{AND_OR.pattern}")
 LIST = re.compile(r"(?<!\d),|,(?!\d{3}(?!\d))|;|\b(?:and|or)\b")
 COMMA = re.compile("[,;]")
 CUP = re.compile(r"\\cup(?![A-Za-z])")
@@ -72,7 +74,7 @@ def _plain(a: str, b: str) -> bool | None:
         return times
     if (dates := same_dates(a, b)) is not None:
         return dates
-    if (units := same_two_units(a, b)) is not None:
+    if (units := same_in_units(a, b)) is not None:
         return units
     if BASED.fullmatch(a) or BASED.fullmatch(b):
         return same_in_base(a, b)
@@ -116,6 +118,9 @@ def _structured(a: str, b: str, formula: Compare) -> bool:
     first, second = _interval(a), _interval(b)
     if (first and not ORDER.search(b)) or (second and not ORDER.search(a)) or (first and second):
         return _same(canonical(first or a), canonical(second or b), formula)
+    joints = [{*AND_OR.findall(text)} for text in (a, b) if ORDER.search(text)]
+    if joints in ([{"and"}, {"or"}], [{"or"}, {"and"}]):
+        return False  # x > 1 and x < 2 is an interval, with "or" it is everything
     lists = [_list(a), _list(b)]
     tuples = [_tuple(a), _tuple(b)]
     if tuples[0] and tuples[1]:
@@ -237,11 +242,12 @@ def _closes_at_end(text: str) -> bool:
 
 def _list(text: str) -> list[str]:
     r"""The values of "3, 5", "3 and 5", "\{3, 5\}", "a \cup b", "1 \pm 2"; one for anything else."""
+    separator = LIST
     if text.startswith(r"\{") and text.endswith(r"\}") and _closes_at_end(text):
-        text = text[2:-2]
-    if as_number(text):
+        text, separator = text[2:-2], SET_LIST  # {100,200} has two numbers, where 100,200 is one
+    elif as_number(text):
         return [text]
-    parts = [part.strip() for part in split(text, LIST) if part.strip()]
+    parts = [part.strip() for part in split(text, separator) if part.strip()]
     parts = [piece.strip() for part in parts for piece in split(part, CUP)]
     values = []
     for part in parts:

@@ -1,17 +1,46 @@
-"""Whether two times, dates, quantities in two units, or numbers with a base are the same."""
+"""Whether two times, dates, quantities in several units, or numbers with a base are the same."""
 
 from __future__ import annotations
 
 import re
 
-from sage.answering.spelling import as_number
-from sage.answering.spoken import DATE, TWO_UNITS, read_date, two_units
+from sage.answering.spelling import RAISED_UNIT, SHORT_UNIT, WORD_UNIT, as_number
+from sage.answering.spoken import DATE, UNITS, in_units, read_date
 
 TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s?(?:([ap])\.?m\.?)?", re.I)
 BASED = re.compile(
     r"(-?[\dA-Fa-f]+)\s?_\s?\{?\s?(\d+|two|three|four|five|six|seven|eight|nine|ten|sixteen)\s?\}?"
 )
 BASES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+# After a formula, a unit is a word of four letters or more, a known one of two or three, or a single letter.
+# Shorter words may be products: "3abc".
+FORMULA_UNIT = (
+    rf"(?:sq\.? |cu\.? )?(?:(?!degrees\b)(?=[a-z]{{4}}){WORD_UNIT}|{SHORT_UNIT}"
+    rf"|(?:cups?|days?|deg|gal|mol|ohms?|rad|yds?)(?![A-Za-z])){RAISED_UNIT}"
+)
+UNIT_END = re.compile(
+    rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\s)) ?"
+    rf"(?P<unit>{FORMULA_UNIT}(?: {FORMULA_UNIT})*(?: ?/ ?{FORMULA_UNIT})?(?: per {FORMULA_UNIT})?)$"
+)
+VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
+
+
+def without_unit(formula: str, truth: str | None = None) -> str:
+    r"""A formula without the unit at its end: 4\pi for 4\pi cm. `truth` is the true answer if it is another.
+
+    One or two letters are a unit only after a product of plain numbers: those of x^2 t and 5 + 3m are
+    variables. They stand apart in a true answer ("6 m"). In another one ("6m"), the true one has no letter.
+    """
+    match = UNIT_END.search(formula)
+    if not match:
+        return formula
+    rest = formula[: match.start()].strip()
+    if max(map(len, re.findall("[A-Za-z]+", match["unit"]))) <= 2:
+        apart = formula[match.start("unit") - 1] == " " if truth is None else not VARIABLE.search(truth)
+        if VARIABLE.search(rest) or re.search(r"\S ?[-+=<>]", rest) or not apart:
+            return formula
+    return rest or formula
 
 
 def same_times(a: str, b: str) -> bool | None:
@@ -42,16 +71,15 @@ def same_dates(a: str, b: str) -> bool | None:
     return len(dates) == 2 and dates[0][1:] == dates[1][1:] and len({date[0] for date in dates} - {None}) < 2
 
 
-def same_two_units(a: str, b: str) -> bool | None:
-    """2 hours and 30 minutes are 2.5 and 150. None where neither is such a quantity."""
-    values = [(match and two_units(match)) for match in map(TWO_UNITS.fullmatch, (a, b))]
-    if not any(values):
+def same_in_units(a: str, b: str) -> bool | None:
+    """2 hours and 30 minutes are 2.5 and 150. None where neither is a quantity in several units."""
+    first, second = (match and in_units(match) for match in map(UNITS.fullmatch, (a, b)))
+    if first and second:
+        return any(first[unit] == second[unit] for unit in {*first} & {*second})
+    if not first and not second:
         return None
-    mine, theirs = (
-        {*value} if value else {number.value} if number else set()
-        for value, number in zip(values, (as_number(a), as_number(b)), strict=True)
-    )
-    return mine == theirs if all(values) else bool(mine & theirs)
+    number = as_number(b if first else a)
+    return number is not None and number.value in (first or second or {}).values()
 
 
 def same_in_base(a: str, b: str) -> bool:

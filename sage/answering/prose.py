@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from sage.answering.spelling import CURRENCY
-from sage.answering.spoken import DATE, SCALES, TWO_UNITS, read_spoken, two_units
+from sage.answering.spoken import DATE, NUMBER_WORD, SCALES, UNITS, in_units, read_spoken
 
 # "$35 + $22" holds amounts, not a formula: a formula has a space inside both of its dollars or neither.
 FORMULA = re.compile(
@@ -23,7 +23,8 @@ TIME = r"\d{1,2}(?::\d\d){0,2}\s?[ap]\.?m\b\.?|\d{1,2}:\d\d(?::\d\d)?(?!\d)"
 MIXED = rf"\d+ (?:and )?\d+/\d+(?![\d,])|(?:\d+ ?)?[{VULGAR}]"
 PLAIN = rf"(?:{TIME}|{MIXED}|(?:{THOUSANDS}|\d+)(?:\.\d+(?:\.\.\.|…)?)?(?:\s*/\s*\d+)?|\.\d+)"
 SCALED = re.compile(
-    rf"(?:\s*\\?%|\s+(?:{'|'.join(SCALES)}|percent|degrees)\b|\s*[ap]\.?m\b\.?|\s+and\s+a\s+half\b)*", re.I
+    rf"(?:\s*\\?%|\s+(?:{'|'.join(SCALES)}|percent|degrees)\b|\s?(?:mn|mil|bn)\b|\s*[ap]\.?m\b\.?|\s+and\s+a\s+half\b)*",
+    re.I,
 )
 
 # A formula may stand in prose without dollars: a run of numbers, signs, single letters and bracketed groups.
@@ -64,9 +65,18 @@ FILLER = re.compile(
 NO = r"\bnot|n['’]t|\bnever|\bneither|\bnor|\bcannot|\bno longer"
 NEGATION = re.compile(rf"(?:{NO})\b", re.I)
 COMPARED = r"(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower) than"
+# What makes a number part of a larger value: "half of 10", "one in twelve", "4 remainder 2".
+OPERATED = (
+    r"\b(?:half|double|twice|triple|(?:half|third|quarter|fifth|root|square|cube|logarithm|factorial) of)"
+)
+GOES_ON = re.compile(
+    r"\s+(?:point|plus|minus|times|over|choose|remainder|r|in|out of|(?:divided|multiplied) by)"
+    rf"\s+(?:{NUMBER_WORD}|\d+)(?![\w,]|\s+[a-z])",
+    re.I,
+)
 RULED_OUT = re.compile(  # just before a number
     rf"(?:(?:{NO})(?:\s+(?:be|equal|equal to|just|only|exactly|the))*"
-    rf"|\b(?:instead of|rather than|other than|{COMPARED}|between|unlike|over|under|above|below"
+    rf"|{OPERATED}|\b(?:instead of|rather than|other than|{COMPARED}|between|unlike|over|under|above|below"
     r"|at least|at most|up to))\s*[$(*\s]*$",
     re.I,
 )
@@ -116,10 +126,10 @@ def first_answer(sentence: str) -> str | None:
 
 
 def _whole(text: str, start: int) -> str | None:
-    """A date, a quantity in two units, or yes or no: an answer that is more than its first number."""
+    """A date, a quantity in several units, or yes or no: an answer that is more than its first number."""
     if match := DATE.match(text, start):
         return match[0]
-    if (match := TWO_UNITS.match(text, start)) and two_units(match):
+    if (match := UNITS.match(text, start)) and in_units(match):
         return match[0]
     match = YES_OR_NO.match(text, start)
     return match[0] if match else None
@@ -153,7 +163,8 @@ def _value(text: str, start: int) -> tuple[str, int] | None:
         assert scale
         return (f"{match[0].strip('$')}{scale[0]}" if scale[0] else match[0]), scale.end()
     if spoken := read_spoken(text, start):
-        return text[start : spoken[1]], spoken[1]
+        end = more.end() if (more := GOES_ON.match(text, spoken[1])) else spoken[1]
+        return text[start:end], end
     match = RUN.match(text, start)
     if not match or ARTICLE.match(text, start) or not MATHS.search(match[0]):
         return None
@@ -166,6 +177,8 @@ def _value(text: str, start: int) -> tuple[str, int] | None:
     run = half(run + scale[0])
     if "=" in run and re.search(rf"\d\s*[-+*/×÷]\s*{CURRENCY}?\d", run.split("=")[0]):
         run = run.rsplit("=", 1)[1].strip()  # 9 * 2 = 18
+    if run and (more := GOES_ON.match(text, scale.end())):
+        return run + more[0], more.end()
     return (run, scale.end()) if run else None
 
 
@@ -186,7 +199,7 @@ def last_number(text: str) -> str | None:
         in_latex = IN_LATEX & {*text[:start][-1:], *after[:1]}
         if RATIO.search(text, max(start - 10, 0), start):
             return None
-        if parts := next((m for m in TWO_UNITS.finditer(text) if m.start() < start < m.end()), None):
-            return parts[0] if two_units(parts) else half(match[0])
+        if parts := next((m for m in UNITS.finditer(text) if m.start() < start < m.end()), None):
+            return parts[0] if in_units(parts) else half(match[0])
         return None if in_latex or OR.search(text, max(start - 80, 0), start) else half(match[0])
     return None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from sage.answering.spoken import SCALES, read_spoken
+from sage.answering.spoken import SCALES, SPOKEN, read_spoken
 
 LONGEST_NUMBER = 1000  # characters
 MIN_DIGITS = 6  # a decimal with this many significant digits may stand for a number that rounds to it
@@ -90,12 +90,31 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
+CURRENCY = (
+    r"(?:(?:(?:US|CA|AU|NZ|HK|SG|[ACRS])?\$|[€£¥₹₩₱₽₺₫₦]"
+    r"|(?<![A-Za-z])(?:Rs\b\.?|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|JPY)\b)) ?)"
+)
+MAGNITUDES = {
+    "k": "thousand",
+    "m": "million",
+    "mn": "million",
+    "mil": "million",
+    "b": "billion",
+    "bn": "billion",
+}
+
+
+def _magnitude(match: re.Match[str]) -> str:
+    return f"{match[1] or ''} {MAGNITUDES[match[match.lastindex or 0].lower()]}"
+
+
 SET_TYPE = "text|mbox|mathrm|mathbf|textbf|textrm|textit|mathit|mathsf|boldsymbol|bm|operatorname|emph"
 FRAMES = "underline|boxed|fbox|framebox|ensuremath|displaystyle"
 NO_UNIT = (
     r"and\b|or\b|[ap]\.?m\b|thousand|million|billion|trillion|dozen|hundred|percent"
     r"|[^{}]*[\d!+*=]|(?:plus|minus|times|to|over|squared|cubed)\b|[kKMie]\s*\}"
 )
+POWER = re.compile(r"(?:(?<=[\d)])|(?<=\b[A-Za-z]))\*\*(?=-?[\d(])")  # Python's; elsewhere ** is Markdown
 # Spelling only: none of these changes what an expression says. The order matters.
 SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
@@ -125,10 +144,11 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         ),
         (r"\\(?:text|mbox|mathrm|textrm)\s*\{\s*([ie])\s*\}", r" \1 "),
         (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
-        (rf"\\(?:{SET_TYPE})\s*\{{([^{{}}]*)\}}", r"\1"),
+        (rf"\\(?:{SET_TYPE})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r"\1"),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", " degrees "),
         (r"\\%", "%"),
         (r"\\\$", "$"),
+        (POWER.pattern, "^"),
         (r"(?<!\\)\\[()\[\]]|\*\*", ""),
         (r"\\(?:leq|leqslant|le)(?![A-Za-z])|<=", r"\\le "),
         (r"\\(?:geq|geqslant|ge)(?![A-Za-z])|>=", r"\\ge "),
@@ -152,6 +172,9 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"(?<![\d.])(?P<whole>\d*)\.(?P<digits>\d*)\((?P<block>\d+)\)", _repeating),
         (r"(?<![\d.])(?P<whole>\d*)\.(?P<digits>\d{3,40})(?P<block>(?!))?(?:\.\.\.|\\ldots)", _repeating),
         (r"\\infty(?![A-Za-z])", r"\\infty "),
+        # 3/4 x is three quarters of x.
+        (r"(?<![\w.^_/{])(\d+)/(\d+) ?(?=[A-Za-z](?![A-Za-z]))", r"\\frac{\1}{\2} "),
+        (rf"^(-?{CURRENCY}-?\d[\d,.]*) ?((?i:k|m|mn|mil|bn?))\.?$|(?<=\d) ?((?i:mn|mil|bn))\.?$", _magnitude),
     ]
 ]
 
@@ -181,24 +204,24 @@ def _undollar(answer: str) -> str:
 
 # --- plain numbers
 
-CURRENCY = (
-    r"(?:(?:(?:US|CA|AU|NZ|HK|SG|[ACRS])?\$|[€£¥₹₩₱₽₺₫₦]"
-    r"|(?<![A-Za-z])(?:Rs\b\.?|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|JPY)\b)) ?)"
-)
 DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 FRACTION = re.compile(
     rf"^(?P<before>[-+]?{CURRENCY}?(?P<whole>\d*) ?)"
     r"\\frac ?(?:\{ ?(?P<a>-?\d+) ?\} ?\{ ?(?P<b>-?\d+) ?\}|(?P<c>\d) ?(?P<d>\d)|(?P<e>\d) ?\{(?P<f>\d+)\})"
 )
-NO_WORD_UNIT = "sqrt|sin|cos|tan|cot|sec|csc|log|exp|mod|and|or|than|not|if|" + "|".join(SCALES)
+NO_WORD_UNIT = (
+    "sqrt|sin|cos|tan|cot|sec|csc|log|exp|mod|and|or|than|not|if|squared|cubed|factorial|"
+    + "|".join([*SCALES, *SPOKEN])
+)
 WORD_UNIT = rf"(?!(?:{NO_WORD_UNIT})\b)[A-Za-z][A-Za-z.'-]{{2,}}"
 SHORT_UNIT = (
     r"(?:[mcdk]m|mi|ft|in|yd|[mk]?g|lbs?|oz|[mc]l|mL|hr?s?|min|sec|ms|mph|kmh|kph|[kM]?Hz|k?Pa|[kM]?J|[kM]?W|kWh|kN|eV|(?-i:°?[CF])"
     r"|(?-i:[mgslLhNJWVK]))(?![A-Za-z])"
 )
-UNIT = rf"(?:sq\.? |cu\.? )?(?:{WORD_UNIT}|{SHORT_UNIT})(?: ?\^ ?\{{? ?-?\d ?\}}?)?"
-TOUCHING_UNIT = r"(?: ?(?:[mck]m|kg|ft|mph|lbs?)(?![A-Za-z])(?: ?\^ ?\{? ?-?\d ?\}?)?)?"
-UNITS = rf"(?! (?:squared|cubed)\b){TOUCHING_UNIT}(?: {UNIT})*(?: ?/ ?{UNIT})?(?: per {UNIT})?"
+RAISED_UNIT = r"(?: ?\^ ?\{? ?-?\d ?\}?| squared\b| cubed\b)?"
+UNIT = rf"(?:sq\.? |cu\.? )?(?:{WORD_UNIT}|{SHORT_UNIT}){RAISED_UNIT}"
+TOUCHING_UNIT = rf"(?: ?(?:[mck]m|kg|ft|mph|lbs?)(?![A-Za-z]){RAISED_UNIT})?"
+UNITS = rf"{TOUCHING_UNIT}(?: {UNIT})*(?: ?/ ?{UNIT})?(?: per {UNIT})?"
 NUMBER = re.compile(
     rf"{CURRENCY}?(?P<sign>[-+]?) ?{CURRENCY}?"
     rf"(?:(?P<whole>\d+) (?:and )?(?P<over>\d+) ?/ ?(?P<by>\d+)|(?P<number>{DIGITS})"

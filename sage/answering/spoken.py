@@ -1,9 +1,10 @@
-"""Numbers in words, quantities in two units, and dates. Linear in the text; nothing is evaluated."""
+"""Numbers in words, quantities in several units, and dates. Linear in the text; nothing is evaluated."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 SCALES = {
     "dozen": 12,
@@ -18,12 +19,16 @@ SMALL += ["twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 SPOKEN = {word: n for n, word in enumerate(SMALL)} | {word: 20 + 10 * n for n, word in enumerate(TENS)}
 PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
-PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10, "hundredth": 100}
+PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "twentieth": 20}
+PARTS |= {f"{word}th": SPOKEN[word] for word in SMALL[11:] if word != "twelve"} | {
+    f"{word}th": n for word, n in SCALES.items() if n > 99
+}
 NUMBER_WORD = rf"(?:{'|'.join([*SPOKEN, *SCALES])})\b"
 WORD = re.compile(rf"(?P<join>[- ]|,? and )?(?P<word>{NUMBER_WORD})", re.I)
 SIGN = re.compile(r"(?:minus|negative) ", re.I)
 ARTICLE = re.compile(rf"an? (?=(?:{'|'.join([*SCALES, *PARTS])})\b)", re.I)
 PART = re.compile(rf"[- ]?({'|'.join(PARTS)})s?\b", re.I)
+POINT = re.compile(rf" point((?: (?:{'|'.join(SMALL[:10])})\b)+)", re.I)
 AND_PART = re.compile(rf" and (an?|{'|'.join(SMALL[1:10])})[- ]({'|'.join(PARTS)})s?\b", re.I)
 
 
@@ -61,6 +66,11 @@ def read_spoken(text: str, start: int = 0) -> tuple[str, int] | None:
     if not spoken:
         return None
     number, mark = str(total + current), "-" if sign else ""
+    if point := POINT.match(text, at):
+        return (
+            f"{mark}{number}.{''.join(str(SPOKEN[word]) for word in point[1].lower().split())}",
+            point.end(),
+        )
     if (part := PART.match(text, at)) and (at > first or article) and total + current < 100:
         return f"{mark}{number}/{PARTS[part[1].lower()]}", part.end()
     if article and at == first:
@@ -71,7 +81,7 @@ def read_spoken(text: str, start: int = 0) -> tuple[str, int] | None:
     return mark + number, at
 
 
-# --- two units: "2 hours and 30 minutes", "5 feet 7 inches"
+# --- several units: "2 hours and 30 minutes", "5 feet 7 inches", "1 day, 2 hours and 3 minutes"
 
 SPELLINGS = {
     "hours": "hour",
@@ -81,7 +91,6 @@ SPELLINGS = {
     "minutes": "minute",
     "min": "minute",
     "mins": "minute",
-    "m": "minute",
     "seconds": "second",
     "sec": "second",
     "secs": "second",
@@ -90,45 +99,69 @@ SPELLINGS = {
     "ft": "foot",
     "inches": "inch",
     "in": "inch",
-    "yards": "yard",
-    "pounds": "pound",
     "lb": "pound",
     "lbs": "pound",
-    "ounces": "ounce",
     "oz": "ounce",
     "pence": "penny",
     "pennies": "penny",
-    **{f"{unit}s": unit for unit in ("day", "week", "month", "year", "dollar", "euro", "cent")},
+    "km": "kilometer",
+    "kg": "kilogram",
+    "g": "gram",
+    "cm": "centimeter",
+    "mm": "millimeter",
+    "l": "liter",
+    "ml": "milliliter",
 }
 SMALLER = {
     ("week", "day"): 7,
     ("day", "hour"): 24,
     ("hour", "minute"): 60,
+    ("hour", "m"): 60,
     ("minute", "second"): 60,
+    ("m", "second"): 60,
     ("year", "month"): 12,
+    ("mile", "yard"): 1760,
+    ("mile", "foot"): 5280,
     ("yard", "foot"): 3,
     ("foot", "inch"): 12,
     ("pound", "ounce"): 16,
+    ("gallon", "quart"): 4,
+    ("quart", "pint"): 2,
     ("dollar", "cent"): 100,
     ("euro", "cent"): 100,
     ("pound", "penny"): 100,
+    ("kilometer", "meter"): 1000,
+    ("kilometer", "m"): 1000,
+    ("meter", "centimeter"): 100,
+    ("m", "centimeter"): 100,
+    ("centimeter", "millimeter"): 10,
+    ("kilogram", "gram"): 1000,
+    ("liter", "milliliter"): 1000,
+}
+SPELLINGS |= {
+    f"{unit}s": unit for pair in SMALLER for unit in pair if unit not in ("m", "foot", "inch", "penny")
 }
 UNIT = "|".join(sorted({*SPELLINGS, *(unit for pair in SMALLER for unit in pair)}, key=len, reverse=True))
-TWO_UNITS = re.compile(
-    rf"(?P<sign>-?)(?P<large>\d{{1,9}}) ?(?P<one>{UNIT})\b\.?(?:,? and |,? )"
-    rf"(?P<small>\d{{1,9}}(?:\.\d{{1,9}})?) ?(?P<other>{UNIT})\b\.?",
+QUANTITY = re.compile(rf"(\d{{1,9}}(?:\.\d{{1,9}})?) ?({UNIT})\b\.?", re.I)
+UNITS = re.compile(
+    rf"(?P<sign>-?)\d{{1,9}} ?(?:{UNIT})\b\.?(?:(?:,? and |,? )\d{{1,9}}(?:\.\d{{1,9}})? ?(?:{UNIT})\b\.?)+",
     re.I,
 )
 
 
-def two_units(match: re.Match[str]) -> tuple[Fraction, Fraction] | None:
-    """A match of TWO_UNITS in its larger and in its smaller unit; None where they do not belong together."""
-    one, other = (match[name].lower() for name in ("one", "other"))
-    factor = SMALLER.get((SPELLINGS.get(one, one), SPELLINGS.get(other, other)))
-    if factor is None:
-        return None
-    value = (int(match["large"]) * factor + Fraction(match["small"])) * (-1 if match["sign"] else 1)
-    return value / factor, value
+def in_units(match: re.Match[str]) -> dict[str, Fraction] | None:
+    """A match of UNITS, as a whole in each of its units; None where they do not belong together."""
+    parts = [(Fraction(number), unit.lower()) for number, unit in QUANTITY.findall(match[0])]
+    units = [SPELLINGS[unit] if unit in SPELLINGS else unit for _, unit in parts]
+    value, factors = parts[0][0], [SMALLER.get(pair) for pair in pairwise(units)]
+    for factor, (number, _) in zip(factors, parts[1:], strict=True):
+        if factor is None:
+            return None
+        value = value * factor + number
+    whole = {units[-1]: -value if match["sign"] else value}
+    for unit, smaller, factor in reversed(list(zip(units, units[1:], factors, strict=False))):
+        whole[unit] = whole[smaller] / (factor or 1)
+    return whole
 
 
 # --- dates

@@ -13,9 +13,11 @@ from typing import Any
 
 import mpmath
 import sympy
+from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
 from sage.answering.equality import EQUALS, ORDER, split
+from sage.answering.measures import without_unit
 from sage.answering.spelling import PlainNumber, as_number
 
 DIGITS = 60  # of the precision at which values are compared
@@ -29,6 +31,10 @@ DOTS = re.compile(r"\\(?:ldots|cdots|dots)(?![A-Za-z])")
 PRIMES = re.compile(r"(?<=[A-Za-z)])'+")
 TOKEN = re.compile(r"\\[A-Za-z]+|(?<!_)(?<!_\{)[A-Za-z]")  # not an index
 SPARE = "abcghjkmnpqrstuvwxyz"  # letters that mean nothing of their own
+# math-verify would take the variables of "x^2 t" and "2x + 3c" for units.
+READING = LatexExtractionConfig(
+    normalization_config=NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True)
+)
 DECIMAL = re.compile(r"(?<![\d.,_])(\d*)\.(\d+)(?![\d.])")
 
 
@@ -36,7 +42,7 @@ def same_formula(a: str, b: str) -> bool:
     """Whether two canonical values or relations are equal. A long decimal equals what rounds to it."""
     if sorted(map(len, PRIMES.findall(a))) != sorted(map(len, PRIMES.findall(b))):
         return False
-    a, b = _cases_apart(a, b)
+    a, b = _cases_apart(without_unit(a, b), without_unit(b))
     signs = [[match[0] for match in ORDER.finditer(text)] for text in (a, b)]
     if signs[0] or signs[1]:
         return _same_order(a, b)
@@ -74,7 +80,7 @@ def read(latex: str) -> Any:
     exact = DEGREES.sub(r"(\\frac{\1 \\pi}{180})" if TRIGONOMETRY.search(exact) else r"\1 ", exact)
     found = parse(
         f"${exact}$",
-        [LatexExtractionConfig()],
+        [READING],
         "no_fallback",
         "first_match",
         parsing_timeout=0,  # pyright: ignore
