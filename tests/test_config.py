@@ -113,7 +113,6 @@ UNKNOWN = {
     "+loss._partial_=true": ["loss._partial_"],
     "+generation.batchsize=1": ["'generation.batch_size'"],
     "+benchmark.gsm8k.lmit=1": ["benchmark.gsm8k.lmit", "'benchmark.gsm8k.limit'"],
-    "+packing=padded": ["packing was renamed: write data.packing="],
 }
 
 

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.utils import get_class
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +29,6 @@ from sage.baseline_scorers import (
     Rho,
     SmallestGap,
 )
-from sage.config.frozen import up_to_date
 from sage.curriculum import Curriculum, SageCurriculum, Setting, allot
 from sage.data.tokens import TokenizedPairs
 from sage.losses import DPO
@@ -660,18 +658,6 @@ def test_margins_follow_the_texts_not_the_ids(tmp_path):
     pq.write_table(earlier, file)
     with pytest.raises(UserError, match="without the pairs' texts"):
         read_margins(str(file), pairs_named("1", "2"))
-
-
-def test_frozen_configs_find_classes_that_moved():
-    """Protects runs of earlier versions: their scorers and curricula lie elsewhere now."""
-    written = {
-        "scorer": {"_target_": "sage.scorers.LargestLoss"},
-        "scorers": {"other": {"_target_": "sage.scorers.BetaDPO"}},
-        "curriculum": {"_target_": "sage.curriculum.StaticFilter"},
-    }
-    current = up_to_date(written)
-    nodes = (current["scorer"], current["scorers"]["other"], current["curriculum"])
-    assert [get_class(node["_target_"]) for node in nodes] == [LargestLoss, BetaDPO, StaticFilter]
 
 
 @pytest.mark.parametrize("group", ["scorer", "curriculum"])

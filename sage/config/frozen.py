@@ -16,13 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 from sage.config.checks import check
 from sage.config.command import CommandConfig
 from sage.config.keys import (
-    RENAMED,
     known_keys,
     refusal,
     refuse_altered,
     refuse_ignored,
     refuse_overruled,
-    schema_keys,
     unknown_keys,
 )
 from sage.config.registry import SCHEMAS
@@ -39,26 +37,6 @@ PATHS = {"path", "eval_path", "adapter_path", "scores", "cache_dir", "margins_fr
 PATHS |= {"rejected_from", "continue_from"}
 
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that no backslash escapes
-
-# Classes that earlier versions kept elsewhere; a frozen config may name the old place.
-MOVED = {
-    "sage.curriculum.EasyToHard": "sage.static_curricula.EasyToHard",
-    "sage.curriculum.StaticFilter": "sage.static_curricula.StaticFilter",
-    "sage.generation.HF": "sage.answering.generation.HF",
-    "sage.generation.VLLM": "sage.answering.vllm.VLLM",
-    **{
-        f"sage.scorers.{name}": f"sage.baseline_scorers.{name}"
-        for name in (
-            "BetaDPO",
-            "Easiest",
-            "LargestGradient",
-            "LargestLoss",
-            "MarginGap",
-            "RandomFromPool",
-            "Rho",
-        )
-    },
-}
 
 
 def load(
@@ -98,35 +76,11 @@ def read_frozen(run_dir: Path) -> DictConfig:
         if found := next((text for text in texts_in(written) if INTERPOLATION.search(text)), None):
             raise ValueError(f"{found!r} would be replaced, for example by a secret of the environment")
         schema = OmegaConf.structured(SCHEMAS[written["command"]])
-        return OmegaConf.merge(schema, up_to_date(written))  # pyright: ignore
+        return OmegaConf.merge(schema, written)  # pyright: ignore
     except OSError:
         raise
     except Exception as e:  # a text that is no config fails in YAML, in OmegaConf or here, in many ways
         raise UserError(f"{file} is not a config that sage wrote: {first_line(e)}") from e
-
-
-def up_to_date(written: dict[str, Any]) -> dict[str, Any]:
-    """The content of a frozen config, with the keys and classes that an earlier version named otherwise."""
-    known = set(schema_keys(SCHEMAS[written["command"]])) if "command" in written else ()
-    for old, new in RENAMED.items():
-        if old in known:  # `limit` is a key of `sage verify`
-            continue
-        *groups, name = old.split(".")
-        node = written
-        for group in groups:
-            node = node.get(group, {})
-        if name in node:
-            *groups, renamed = new.split(".")
-            value, target = node.pop(name), written
-            for group in groups:
-                target = target.setdefault(group, {})
-            target[renamed] = value
-    for node in [*written.values(), *written.get("scorers", {}).values()]:
-        if isinstance(node, dict) and node.get("_target_") in MOVED:
-            node["_target_"] = MOVED[node["_target_"]]
-    if "data" in written and written["data"].get("problems", {}) is None:
-        del written["data"]["problems"]  # no problems is problems.path=null now
-    return written
 
 
 def freeze(cfg: CommandConfig, run_dir: Path) -> None:

@@ -17,17 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from sage.util.errors import UserError
 
-# Keys that earlier versions of sage had, and where they are now. A frozen config may hold the old key; on the
-# command line it is refused with the new one.
-RENAMED = {
-    "chat_template": "data.chat_template",
-    "limit": "benchmark_limit",
-    "packing": "data.packing",
-    "snr_every": "tracking.snr_every",
-    "tracking.samples": "tracking.sample_rows",
-}
-
-
 ESCAPE = re.compile(r"\\[nt](?![a-z])")  # and not \nu or \text
 
 
@@ -90,9 +79,7 @@ def unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def refusal(key: str, known: Iterable[str], command: str) -> UserError:
-    """The error for an unknown key: it names the new name of a renamed key, or the nearest known key."""
-    if key in RENAMED:
-        return UserError(f"{key} was renamed: write {RENAMED[key]}=...")
+    """The error for an unknown key: it names the nearest known key."""
     return UserError(
         f"unknown config key {key!r}{suggestion(key, known)}; `sage {command} --help` lists all keys"
     )
