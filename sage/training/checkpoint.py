@@ -38,11 +38,10 @@ class TrainState:
 
     data_fingerprint: str
     world_size: int
-    # Older versions left these four empty.
-    model: str = ""  # fingerprint of the initial model's files
-    optimizer: str = ""  # class of the optimizer, whose state the engine keeps
-    computation: str = ""  # layout and head that the self-check chose
-    inputs: dict[str, str] = field(default_factory=dict)  # key -> fingerprint of the file that it names
+    model: str  # fingerprint of the initial model's files
+    optimizer: str  # class of the optimizer, whose state the engine keeps
+    computation: str  # layout and head that the self-check chose
+    inputs: dict[str, str]  # key -> fingerprint of the file that it names
     step: int = 0
     selection: dict[str, Any] = field(default_factory=dict)  # with the curriculum's and the scorer's
     costs: dict[str, float] = field(default_factory=dict)
@@ -166,7 +165,7 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
             f"{folder}: data.path or data.sources no longer holds the pairs that this run began with, or "
             "this version of sage reads them in another way"
         )
-    if saved.model and saved.model != state.model:
+    if saved.model != state.model:
         raise UserError(
             f"{folder}: the files of model.path, model.adapter_path or reference_model have changed since "
             "this run began, so its reference would change: put the old files back, or start a new run"
@@ -177,12 +176,12 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
                 f"{folder} belongs to a run that began with another content of {key}, and its results would "
                 "mix the two: put the old file back, or start a new run"
             )
-    if saved.optimizer and saved.optimizer != state.optimizer:
+    if saved.optimizer != state.optimizer:
         raise UserError(
             f"{folder} holds the state of {saved.optimizer}, and this run's optimizer is {state.optimizer}: "
             "resume where the same optimizer builds, or start a new run"
         )
-    if saved.computation and saved.computation != state.computation:
+    if saved.computation != state.computation:
         raise UserError(
             f"{folder} was computed with {saved.computation}, and here the self-check chooses "
             f"{state.computation}, so the run would not go on as it began: resume it on a machine like the "
