@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_module
 from whole_runs import files, kill_after, sage
 
 from sage import config, launch
-from sage.answering.attempts import Attempt, read_attempts, write_lines
+from sage.answering.attempts import Attempt, write_lines
 from sage.answering.problems import Problem
 from sage.commands.build_pairs import build_pairs, check_finished, other_attempts, recipe_key
 from sage.commands.pairing import BuiltPair, gold_response, make_pairs
@@ -43,6 +43,7 @@ def attempt(
         None,
         [1, 2],
         [*map(ord, response), *([0] if finish == "end" else [])],
+        False,
     )
 
 
@@ -151,14 +152,6 @@ def test_rejected_responses_of_other_policies(words, tmp_path):
     Path(weak, "manifest.json").unlink()
     with pytest.raises(UserError, match=r"rejected_from: .*b holds no finished"):
         check_finished([weakest, weak])
-
-
-def test_attempts_of_earlier_versions_are_read(tmp_path):
-    """They have no ids, and so do their pairs."""
-    old = {k: v for k, v in dataclasses.asdict(MIXED[0]).items() if not k.endswith("_ids")}
-    (tmp_path / "generations.jsonl").write_text(json.dumps(old) + "\n")
-    (read,) = read_attempts(tmp_path / "generations.jsonl")
-    assert read == dataclasses.replace(MIXED[0], prompt_ids=None, response_ids=None)
 
 
 def test_a_truncated_response_is_never_chosen():

@@ -127,7 +127,7 @@ def test_majority():
     assert majority([None], [False]) is False
 
 
-def attempt(problem: int, sample: int, correct: bool, **more) -> Attempt:
+def attempt(problem: int, sample: int, correct: bool) -> Attempt:
     extracted = "7" if correct else f"wrong {sample}"
     return Attempt(
         str(problem),
@@ -141,7 +141,9 @@ def attempt(problem: int, sample: int, correct: bool, **more) -> Attempt:
         correct,
         "last/number",
         None,
-        **more,
+        [1, 2],
+        [3],
+        False,
     )
 
 

@@ -160,8 +160,9 @@ class Parts:
             for n in range(p.samples or samples):
                 right = random.Random(f"{seed}/{p.problem_id}/{n}").random() < (skill - int(p.answer) + 4) / 5
                 text = p.answer if right else f"wrong {n} {seed}"
+                verdict = p.answer, text, right, self.rule, None
                 found.append(
-                    Attempt(p.problem_id, n, p.prompt, text, 3, "end", p.answer, text, right, self.rule, None)
+                    Attempt(p.problem_id, n, p.prompt, text, 3, "end", *verdict, [1, 2], [3, 4, 5], False)
                 )
         return found
 
@@ -753,7 +754,8 @@ def test_an_adapter_goes_on_as_it_is(optimizer, kept, tmp_path):
 def test_a_verifier_that_times_out_on_everything(capsys):
     def attempts(*rules: str) -> list[Attempt]:
         return [
-            Attempt("0", i, "Q", "x", 1, "end", "7", "x", False, rule, None) for i, rule in enumerate(rules)
+            Attempt("0", i, "Q", "x", 1, "end", "7", "x", False, rule, None, [1], [2], False)
+            for i, rule in enumerate(rules)
         ]
 
     check_attempts(1, attempts("boxed/timeout", "boxed/math"), Path("file"))

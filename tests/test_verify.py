@@ -383,7 +383,7 @@ def test_verify_a_finished_evaluation_again(tmp_path):
     said = ["The answer is 12 apples for 4 children.", "So it is 5."]
     # What an earlier version thought: the last number counts.
     attempts = [
-        Attempt(str(i), 0, "?", text, 9, "end", "12", text[-2:], False, "last/number", None)
+        Attempt(str(i), 0, "?", text, 9, "end", "12", text[-2:], False, "last/number", None, [1], [2], False)
         for i, text in enumerate(said)
     ]
     write_lines(old / "toy" / "generations.jsonl", attempts)

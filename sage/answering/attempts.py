@@ -46,8 +46,8 @@ class Attempt:
     """One response to one problem, verified: a line of generations.jsonl.
 
     `prompt` is the text before the chat template, `prompt_ids` what the model read. `response_ids` are all
-    sampled tokens, with the end token if there is one. `in_thought` says that the prompt opens a thought, in
-    which the response begins. Files of earlier versions have no ids, and do not say it.
+    sampled tokens, with the end token if there is one; None once they are known to be another tokenizer's.
+    `in_thought` says that the prompt opens a thought, in which the response begins.
     """
 
     problem_id: str
@@ -61,9 +61,9 @@ class Attempt:
     correct: bool
     rule: str  # the rule that decided, see sage.answering.verify.Verdict
     group: str | None
-    prompt_ids: list[int] | None = None
-    response_ids: list[int] | None = None
-    in_thought: bool = False
+    prompt_ids: list[int]
+    response_ids: list[int] | None
+    in_thought: bool
 
     @property
     def whole(self) -> str:
@@ -258,7 +258,7 @@ def minutes(seconds: float) -> str:
 
 
 def read_attempts(file: Path) -> list[Attempt]:
-    """The attempts in a generations.jsonl, with or without ids."""
+    """The attempts in a generations.jsonl."""
     with file.open(encoding="utf-8") as lines:
         return [Attempt(**json.loads(line)) for line in lines]
 

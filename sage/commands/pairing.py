@@ -31,7 +31,7 @@ class BuiltPair:
     pass_rate: float
     answer: str
     source: str
-    prompt_ids: list[int] | None
+    prompt_ids: list[int]
     chosen_ids: list[int] | None
     rejected_ids: list[int] | None
     tokenizer: str
