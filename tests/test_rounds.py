@@ -25,7 +25,7 @@ from whole_runs import files, in_this_process, kill_often
 
 from sage import config
 from sage.answering.asking import Outcome, choose, samples_of
-from sage.answering.attempts import Attempt, read_attempts, write_lines
+from sage.answering.attempts import BEGUN_FILE, PROBLEMS, Attempt, read_attempts, write_lines
 from sage.answering.problems import load_problems, read_problems
 from sage.commands.build_pairs import other_attempts
 from sage.commands.more import give_rounds
@@ -216,6 +216,7 @@ class Parts:
     def evaluate(self, cfg, folder: Path, skill: int) -> None:
         attempts = self.attempts(read_problems(cfg.benchmark["arithmetic"]), 1, 0, skill)
         write_lines(folder / "arithmetic" / "generations.jsonl", attempts)
+        (folder / "arithmetic" / BEGUN_FILE).write_text(json.dumps({PROBLEMS: "these"}))
         measured = {
             "accuracy": sum(a.correct for a in attempts) / len(attempts),
             "interval": [0, 1],

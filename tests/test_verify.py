@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -367,7 +368,7 @@ def test_verify_answers_inside_solutions_and_keeps_other_files(tmp_path):
 
 def test_verify_a_finished_evaluation_again(tmp_path):
     """Verdicts and numbers are made anew in a folder that --compare takes; the old folder stays."""
-    from sage.answering.attempts import Attempt, read_attempts, write_lines
+    from sage.answering.attempts import BEGUN_FILE, PROBLEMS, Attempt, read_attempts, write_lines
     from sage.commands.evaluate import compare
     from sage.commands.verify import verify
 
@@ -381,12 +382,13 @@ def test_verify_a_finished_evaluation_again(tmp_path):
     with pytest.raises(UserError, match="limit has no effect on"):
         verify(VerifyConfig(path=str(old), limit=1), tmp_path / "early")
     said = ["The answer is 12 apples for 4 children.", "So it is 5."]
-    # What an earlier version thought: the last number counts.
+    # Other verdicts than ours: the last number counts.
     attempts = [
         Attempt(str(i), 0, "?", text, 9, "end", "12", text[-2:], False, "last/number", None, [1], [2], False)
         for i, text in enumerate(said)
     ]
     write_lines(old / "toy" / "generations.jsonl", attempts)
+    (old / "toy" / BEGUN_FILE).write_text(json.dumps({PROBLEMS: "these"}))
     (old / "summary.json").write_text(json.dumps({"model": "toy", "benchmarks": {"toy": {"accuracy": 0.0}}}))
     before = {file: file.read_bytes() for file in old.rglob("*") if file.is_file()}
 
@@ -398,6 +400,12 @@ def test_verify_a_finished_evaluation_again(tmp_path):
     assert (summary["mean_accuracy"], summary["benchmarks"]["toy"]["accuracy"]) == (0.5, 0.5)
     assert summary["model"] == "toy" and summary["verified_again_from"] == str(old)
     assert compare(old, tmp_path / "new")["toy"]["gained"] == ["0"]
+    other = shutil.copytree(old, tmp_path / "other")
+    (other / "toy" / BEGUN_FILE).write_text(json.dumps({PROBLEMS: "others"}))
+    verify(VerifyConfig(path=str(other), workers=1), tmp_path / "other_new")
+    for a, b in ((other, tmp_path / "new"), (old, tmp_path / "other_new")):
+        with pytest.raises(UserError, match="answer different problems"):
+            compare(a, b)
 
 
 def test_verify_needs_no_torch():

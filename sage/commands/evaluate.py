@@ -86,7 +86,7 @@ def compare_attempts(a: Path, b: Path) -> dict[str, Any]:
         for folder in (a, b)
     )
     same = [(i, r[0].answer) for i, r in first.items()] == [(i, r[0].answer) for i, r in second.items()]
-    if not same or len({*map(problems_of, (a, b))} - {None}) == 2:
+    if not same or problems_of(a) != problems_of(b):
         raise UserError(
             f"{a} and {b} answer different problems: compare runs with the same benchmark and limit"
         )
@@ -107,10 +107,9 @@ def compare_attempts(a: Path, b: Path) -> dict[str, Any]:
     }
 
 
-def problems_of(folder: Path) -> str | None:
-    """The fingerprint of the problems, without the prompt around them; None if an early version answered."""
-    begun = folder / BEGUN_FILE
-    return json.loads(begun.read_text()).get(PROBLEMS) if begun.is_file() else None
+def problems_of(folder: Path) -> str:
+    """The fingerprint of the problems, without the prompt around them."""
+    return json.loads((folder / BEGUN_FILE).read_text())[PROBLEMS]
 
 
 def print_comparison(a: Path, b: Path) -> None:

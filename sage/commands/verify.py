@@ -9,6 +9,7 @@ Given the folder of a finished `sage eval`, RUN_DIR becomes a copy of that evalu
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -146,7 +147,7 @@ def verify_evaluation(cfg: VerifyConfig, source: Path, run_dir: Path) -> None:
     """Copy a finished evaluation to `run_dir`, with new verdicts and the numbers that follow from them."""
     # Here, because it loads torch.
     from sage.answering.accuracy import measure, table
-    from sage.answering.attempts import GENERATIONS_FILE, read_attempts, write_lines
+    from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE, read_attempts, write_lines
 
     unread = ("split", "columns", "answer_from", "output", "limit")
     if given := [key for key in unread if getattr(cfg, key) != getattr(VerifyConfig(), key)]:
@@ -167,6 +168,7 @@ def verify_evaluation(cfg: VerifyConfig, source: Path, run_dir: Path) -> None:
         verdicts = judge_all(cfg, [a.whole for a in old], [a.answer for a in old], name)
         new = [replace(a, **v._asdict()) for a, v in zip(old, verdicts, strict=True)]
         write_lines(run_dir / name / GENERATIONS_FILE, new)
+        shutil.copy(source / name / BEGUN_FILE, run_dir / name)  # --compare looks at its problems
         results[name] = measure(new)
         gained = sum(b.correct > a.correct for a, b in zip(old, new, strict=True))
         lost = sum(b.correct < a.correct for a, b in zip(old, new, strict=True))
