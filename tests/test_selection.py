@@ -33,7 +33,6 @@ from sage.curriculum import Curriculum, SageCurriculum, Setting, allot
 from sage.data.tokens import TokenizedPairs
 from sage.losses import DPO
 from sage.model.logps import LogitStats, PairLogps
-from sage.model.reference import METADATA_KEY
 from sage.order import Shuffled, order_by_difficulty, strata_by_difficulty
 from sage.scorers import PairStats, Sage, SageLogit, curvature, select, signal
 from sage.static_curricula import EasyToHard, StaticFilter
@@ -654,10 +653,6 @@ def test_margins_follow_the_texts_not_the_ids(tmp_path):
     assert read_margins(str(file), pairs_named("1", "2", hashes=[7, large])).tolist() == [2.0, 1.0]
     with pytest.raises(UserError, match="1 of 2 training pairs are not in it, for example '1'"):
         read_margins(str(file), pairs_named("1", "2", hashes=[8, large]))
-    earlier = pa.table({"pair_id": ["1", "2"], "margin": [1.0, 2.0]}, metadata={METADATA_KEY: "{}"})
-    pq.write_table(earlier, file)
-    with pytest.raises(UserError, match="without the pairs' texts"):
-        read_margins(str(file), pairs_named("1", "2"))
 
 
 @pytest.mark.parametrize("group", ["scorer", "curriculum"])

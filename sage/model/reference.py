@@ -248,7 +248,7 @@ def read_scores(
         raise UserError(
             f"data.scores={run_dir} holds scores of other pairs: {dataset['count']} of {dataset['path']} "
             f"there, {len(pairs)} here. Tokenizer, data and limits must be those of the scored set, in "
-            "the same order, and an earlier version of sage may have read them in another way"
+            "the same order"
         )
     table = pa.concat_tables(shards)
     if table["pair_id"].to_pylist() != pairs.pair_ids().tolist():

@@ -20,7 +20,7 @@ from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
 from sage.model.forward import PairForward
 from sage.model.logps import LogitStats
-from sage.model.reference import METADATA_KEY, Reference, known_policy, reference_logps
+from sage.model.reference import Reference, known_policy, reference_logps
 from sage.scorers import PairStats, Scorer, curvature, select, signal
 from sage.training.metrics import PER_PAIR
 from sage.training.pair_log import PairLog
@@ -227,18 +227,12 @@ def read_margins(file: str, pairs: TokenizedPairs) -> Tensor:
     neither another order nor other ids matter. Elsewhere it is found by its pair_id.
 
     Raises:
-        UserError: it is no such file, `sage score-dataset` wrote it without hashes, a margin is no number,
-            an id occurs twice, or a pair is not in it.
+        UserError: it is no such file, a margin is no number, an id occurs twice, or a pair is not in it.
     """
     title = f"scorer.margins_from={file}"
     try:
         table = pq.read_table(file)
         by_text = "text_hash" in table.column_names
-        if not by_text and METADATA_KEY.encode() in (table.schema.metadata or {}):
-            raise UserError(
-                f"{title}: an earlier version of `sage score-dataset` wrote it, without the pairs' texts "
-                "(text_hash), and ids may be row numbers of other data: run `sage score-dataset` again"
-            )
         key = "text_hash" if by_text else "pair_id"
         names, margins = table[key].to_pylist(), table["margin"].to_pylist()
     except (OSError, pa.ArrowInvalid, KeyError) as e:
