@@ -203,11 +203,7 @@ def finish(
     """
     parts = sorted((run_dir / FORWARD_FOLDER).glob("*.parquet"))
     forward = pa.concat_tables([pq.read_table(part) for part in parts]).take(np.argsort(pairs.by_prompt()))
-    if forward["pair_id"].to_pylist() != pairs.pair_ids().tolist():
-        raise UserError(
-            f"{run_dir / FORWARD_FOLDER} was begun by another version of sage, with its pairs in another "
-            "order: choose another hydra.run.dir"
-        )
+    assert forward["pair_id"].to_pylist() == pairs.pair_ids().tolist()  # `claim` saw to that
     stats = PairStats.of(loss, logps_of(forward, "policy"), logps_of(forward, "reference"), logit_of(forward))
     forward = forward.append_column("text_hash", pa.array(pairs.text_hashes()))
     table = derive(forward, stats, pairs, scorers, cfg.strata, cfg.seed)
