@@ -861,6 +861,7 @@ def test_held_out_pairs_and_a_reference_must_not_change_either(begin, monkeypatc
         ("round_1/train/summary.json", "round_1/train"),
         ("round_1/pairs/generations.jsonl", "round_1/pairs"),
         ("round_1/eval/arithmetic/generations.jsonl", "round_1/eval"),
+        ("round_1/eval/arithmetic/.begun.json", "round_1/eval"),
         ("round_2/eval/summary.json", "round_2/eval"),
         ("round_1/train/best/skill", "round_1/train"),
         ("times.jsonl", "times.jsonl"),

@@ -13,9 +13,9 @@ from typing import Any
 from rich.table import Table
 
 from sage.answering.asking import Outcome
-from sage.answering.attempts import GENERATIONS_FILE, Attempt, read_attempts
+from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE, Attempt, read_attempts
 from sage.commands.build_pairs import MANIFEST_FILE
-from sage.commands.evaluate import compare_attempts
+from sage.commands.evaluate import compare_attempts, problems_of
 from sage.config import SUMMARY_FILE, RoundsConfig, load
 from sage.model.masters import MASTERS_FOLDER
 from sage.reporting.rounds import RoundsRun
@@ -61,6 +61,8 @@ def results(run_dir: Path, number: int, names: Sequence[str]) -> dict[str, Any]:
             before, after = (folder_of(run_dir, n) / "eval" / name for n in (number - 1, number))
             for answers in (before, after):  # which of them is damaged, if one is
                 attempts_in(answers, measured["problems"])
+                with whole(answers / BEGUN_FILE):
+                    problems_of(answers)
             changes = compare_attempts(before, after)
             benchmarks[name] |= {k: changes[k] for k in ("difference", "gained", "lost")}
             benchmarks[name]["difference_interval"] = changes["interval"]
