@@ -58,6 +58,7 @@ def write_run(folder: Path, pairs: Path, *overrides: str, steps: int = STEPS, fi
                 "rewards/margins": 0.1 * step * rng.random(),
                 "cost/forward_pairs": 3.0 * BATCH * step if scored else 0.0,
                 "cost/backward_pairs": float(BATCH * step),
+                "time/seconds": 0.5 * step,
                 "time/step_seconds": 0.5,
             }
         )
@@ -92,9 +93,11 @@ def write_samples(folder: Path, rng: np.random.Generator, steps: int, content: s
                     "pair_id": f"p{pair}",
                     "stratum": pair % 4,
                     "margin": margins[i],
+                    "policy_mean": margins[i],
                     "signal": 0.1,
                     "curvature": 0.1,
                     "score": -margins[i],
+                    "ranked_by": "policy_mean",
                     "selected": bool(i in best),
                 }
             )

@@ -48,7 +48,7 @@ class Often(NamedTuple):
 def scored(run: Run) -> pa.Table | None:
     """The rows of the log in which candidates competed, or None where the run never scored any."""
     table = run.samples
-    if table is None or "score" not in table.column_names:
+    if table is None:
         return None
     table = table.filter(table["score"].is_valid())
     return table if len(table) else None
@@ -57,8 +57,6 @@ def scored(run: Run) -> pa.Table | None:
 def ranking_margin(table: pa.Table) -> np.ndarray:
     """The margin that the scorer ranked by; that of the implicit reward if it ranked by none."""
     margin = table["margin"].to_numpy().astype(np.float64)
-    if "ranked_by" not in table.column_names:
-        return margin
     ranked_by = np.array(table["ranked_by"].to_pylist(), dtype=object)
     mean = table["policy_mean"].to_numpy().astype(np.float64)
     margin = np.where(ranked_by == "policy_mean", mean, margin)

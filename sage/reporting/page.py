@@ -141,8 +141,6 @@ def notes(groups: Sequence[Group], metric: str | None) -> list[str]:
     )
     if broken:
         found.append(f"not finite in places, and left out there: {', '.join(broken[:8])}")
-    if not any("time/seconds" in run.metrics for run in runs if run.metrics):
-        found.append("seconds are added up from the logged steps")
     return found
 
 

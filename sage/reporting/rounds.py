@@ -68,7 +68,7 @@ def problems(runs: Sequence[RoundsRun]) -> Table:
                     sum(not old.right and new.right > 0 for old, new in again),
                     sum(old.right > 0 and not new.right for old, new in again),
                     result["pairs"],
-                    result.get("kept_pairs"),
+                    result["kept_pairs"],
                     *(kinds[kind] for kind in ("hopeless", "frontier", "mastered")),
                 ]
             )

@@ -84,13 +84,8 @@ class Run:
             return factor * np.interp(steps, [0, *series.steps], [0.0, *series.values])
 
         pairs = total("cost/backward_pairs")
-        seconds = total("time/seconds")
-        if "time/seconds" not in self.metrics and "time/step_seconds" in self.metrics:
-            # Only logged steps say how long they took. Steps in between count like the next logged one.
-            timed, per_step = self.metrics["time/step_seconds"].finite
-            so_far = np.cumsum(per_step * np.diff(timed, prepend=0))
-            seconds = np.interp(steps, [0, *timed], [0.0, *so_far])
         costs = total("cost/forward_pairs") + BACKWARD * pairs
+        seconds = total("time/seconds")
         axes = {"step": steps.astype(float), "pairs": pairs, "cost": costs, "seconds": seconds}
         return {name: Series(steps, values) for name, values in axes.items()}
 
