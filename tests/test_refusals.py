@@ -248,7 +248,7 @@ def test_a_damaged_conversion_is_noticed(tiny_model, tmp_path):
     """A converted model is trained on as it is, so a changed byte in it would change the run."""
     folder = tmp_path / "converted"
     shutil.copytree(tiny_model, folder)
-    assert not gguf.intact(folder)  # an earlier version wrote no checksums
+    assert not gguf.intact(folder)  # there are no checksums
     (folder / gguf.CHECKSUMS).write_text(json.dumps(gguf.checksums(folder)))
     assert gguf.intact(folder)
     content = bytearray((folder / "model.safetensors").read_bytes())

@@ -261,7 +261,7 @@ def _cache_key(content: str, renderer: Renderer, max_length: int, limits: Limits
     """A hash of all that decides the ids."""
     parts = [*_state(renderer), max_length, limits, transformers.__version__, tokenizers.__version__]
     digest = _digest(parts)
-    # An earlier version of sage may have had other rules.
+    # Another version of sage may have other rules.
     digest.update(Path(str(thoughts.__file__)).read_bytes())
     digest.update(f"{source_digest('data')} {content}".encode())
     return digest.hexdigest()[:32]
