@@ -19,6 +19,7 @@ from sage.training.best import Criterion
 from sage.training.checkpoint import SIDECAR
 from sage.training.evaluation import check_select
 from sage.training.hooks import Hook
+from sage.util import ranks
 from sage.util.errors import UserError
 
 STEPS = 6
@@ -34,7 +35,7 @@ class Scripted(Hook):
     values: list[float] = field(default_factory=list)
 
     def evaluate(self, run) -> dict[str, float]:
-        if run.engine.rank:
+        if ranks.rank():
             return {}
         value = self.values[run.state.step]
         return {"extra/score": value if value >= 0 else math.nan, "eval/pairs": run.state.step}

@@ -108,8 +108,6 @@ def test_numbers_of_a_whole_set_are_on_the_cpu_whatever_the_device(monkeypatch):
     engine = SimpleNamespace(
         device=torch.device("cuda"),
         policy=SimpleNamespace(group=SimpleNamespace(size=1, rank=0)),
-        world_size=1,
-        sum_over_ranks=lambda values: values,
     )
     monkeypatch.setattr(PairForward, "micro_batches", lambda *_: [])
     with FakeTensorMode():

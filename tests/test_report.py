@@ -239,16 +239,16 @@ def test_a_run_that_died_before_its_first_evaluation_has_no_end(tmp_path, pairs)
     assert math.isnan(value_at_end(found, metric))
 
 
-def test_hooks_and_warnings_are_on_the_page(tmp_path, pairs):
+def test_hooks_and_warnings_are_on_the_page(tmp_path, monkeypatch, pairs):
     """A hook's own numbers and tables are shown, and what makes a number less than a test is said."""
     overrides = ["+benchmark=gsm8k", "eval_every=5", "select=benchmark/gsm8k/accuracy", "patience=1"]
     folder = write_run(tmp_path / "run", pairs, "seed=0", *overrides, steps=15)
     with (folder / "metrics.jsonl").open("a") as f:
         ours = '"rewards/chosen": 1, "sources/a/share": 1'
         f.writelines(f'{{"step": {step}, "mine/heads": {step}, {ours}}}\n' for step in range(15))
-    run = SimpleNamespace(run_dir=folder, engine=SimpleNamespace(rank=0))
+    run = SimpleNamespace(run_dir=folder)
     Hook().write_table(run, "heads", ["layer", "share"], [[0, 0.25], ["<b>, last", 0.5]])  # pyright: ignore
-    run.engine.rank = 1
+    monkeypatch.setenv("RANK", "1")
     Hook().write_table(run, "others", ["layer"], [])  # pyright: ignore
     report.report([str(folder)])
     html = (folder / "report.html").read_text()

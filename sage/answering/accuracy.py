@@ -33,7 +33,7 @@ def run_benchmarks(
     for name, benchmark in benchmarks.items():
         problems = ranks.main_only(lambda benchmark=benchmark: read_problems(benchmark)[:limit])
         attempts = sampler.attempts(problems, samples, benchmark.prompt, folder / name, name, weights)
-        if sampler.rank == 0:
+        if ranks.rank() == 0:
             results[name] = measure(attempts)
     return results
 

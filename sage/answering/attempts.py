@@ -98,8 +98,7 @@ class Sampler:
         chat: ChatFormat,
         cache_dir: str,
     ):
-        self.rank, self.world_size = ranks.rank(), ranks.world_size()
-        if self.world_size > 1:
+        if ranks.world_size() > 1:
             ranks.join("gloo")
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", ranks.local_rank()) if on_gpu else torch.device("cpu")
@@ -153,9 +152,9 @@ class Sampler:
             counts = [problem.samples or samples for problem in problems]
             chunks = self.chunks(ids, counts)
             missing = [
-                (finished / f"chunk_{number}.jsonl", chunk)
-                for number, chunk in enumerate(chunks)
-                if number % self.world_size == self.rank and not intact(finished / f"chunk_{number}.jsonl")
+                (file, chunk)
+                for number, chunk in list(enumerate(chunks))[ranks.rank() :: ranks.world_size()]
+                if not intact(file := finished / f"chunk_{number}.jsonl")
             ]
             if missing:
                 if self.generator is None:
@@ -173,11 +172,11 @@ class Sampler:
                     seal_file(file)
             if any(ranks.gather(stopping.asked())):
                 raise stopping.Stopped(f"while it answered {name}, at step")
-            if self.rank == 0:
+            if ranks.rank() == 0:
                 found = [a for n in range(len(chunks)) for a in read_attempts(finished / f"chunk_{n}.jsonl")]
                 order = {problem.problem_id: place for place, problem in enumerate(problems)}
                 write_lines(final, sorted(found, key=lambda a: (order[a.problem_id], a.sample)))
-        if self.rank != 0:
+        if ranks.rank() != 0:
             return []
         shutil.rmtree(finished, ignore_errors=True)
         return read_attempts(final)

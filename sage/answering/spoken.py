@@ -83,7 +83,7 @@ def read_spoken(text: str, start: int = 0) -> tuple[str, int] | None:
 
 # --- several units: "2 hours and 30 minutes", "5 feet 7 inches", "1 day, 2 hours and 3 minutes"
 
-SPELLINGS = {
+SPELLINGS: dict[str, str] = {
     "hours": "hour",
     "hr": "hour",
     "hrs": "hour",
@@ -151,8 +151,8 @@ UNITS = re.compile(
 
 def in_units(match: re.Match[str]) -> dict[str, Fraction] | None:
     """A match of UNITS, as a whole in each of its units; None where they do not belong together."""
-    parts = [(Fraction(number), unit.lower()) for number, unit in QUANTITY.findall(match[0])]
-    units = [SPELLINGS[unit] if unit in SPELLINGS else unit for _, unit in parts]
+    parts = [(Fraction(part[1]), part[2].lower()) for part in QUANTITY.finditer(match[0])]
+    units = [SPELLINGS.get(unit, unit) for _, unit in parts]
     value, factors = parts[0][0], [SMALLER.get(pair) for pair in pairwise(units)]
     for factor, (number, _) in zip(factors, parts[1:], strict=True):
         if factor is None:

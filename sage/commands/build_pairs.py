@@ -52,7 +52,7 @@ def build_pairs(run_dir: Path) -> None:
         attempts = sampler.attempts(
             problems, cfg.pairing.samples, cfg.data.problems.prompt, run_dir, "responses", weights
         )
-        if sampler.rank != 0:
+        if ranks.rank() != 0:
             return
         golds = [gold_response(problem) for problem in problems]
         verdicts = sampler.verifier.verify([gold or "" for gold in golds], [p.answer for p in problems])

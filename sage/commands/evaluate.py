@@ -20,6 +20,7 @@ from sage.answering.statistics import difference_interval, majority, mcnemar
 from sage.config import SUMMARY_FILE, EvalConfig, build, load
 from sage.data.chat import ChatFormat
 from sage.model import loading
+from sage.util import ranks
 from sage.util.errors import UserError
 from sage.util.files import write_json
 from sage.util.progress import console
@@ -42,7 +43,7 @@ def evaluate(run_dir: Path) -> None:
     weights = loading.weights_of(sampler.source.folder, cfg.model)
     with sampler:
         results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, cfg.samples, run_dir, weights)
-    if sampler.rank != 0:
+    if ranks.rank() != 0:
         return
     summary = {
         "model": cfg.model.path,

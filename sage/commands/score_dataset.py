@@ -39,7 +39,7 @@ from sage.training.base import load_frozen, open_model, open_reference
 from sage.training.estimate import settle_budget, this_machine
 from sage.training.selection import read_margins
 from sage.training.setup import read_pairs
-from sage.util import stopping
+from sage.util import ranks, stopping
 from sage.util.checksums import claim, intact, seal_file
 from sage.util.errors import UserError
 from sage.util.files import write_json, write_whole
@@ -83,7 +83,7 @@ def score_dataset(run_dir: Path) -> None:
         forwards.append(PairForward(engine, budget, layout))
     started = time.perf_counter()
     done = run_models(run_dir / FORWARD_FOLDER, pairs, cfg.shard_pairs, *forwards)
-    if engine.rank == 0:
+    if ranks.rank() == 0:
         speed = done / (time.perf_counter() - started)
         finish(cfg, run_dir, manifest, content, pairs, loss, scorers, speed)
 
@@ -151,7 +151,7 @@ def run_models(
         logps, logit = forward.all_stats(pairs, indices, logit=True)
         other = reference.all_logps(pairs, indices) if reference else logps
         assert logit
-        if forward.engine.rank == 0:
+        if ranks.rank() == 0:
             prompt_tokens, chosen_tokens, rejected_tokens = lengths[indices].T
             columns = {
                 "pair_id": pairs.pair_ids(indices),

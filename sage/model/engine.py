@@ -24,7 +24,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if __import__("torch").cuda.is_av
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -169,38 +168,11 @@ def tiles_gathered_once(policy: nn.Module) -> Iterator[None]:
         set_z3_leaf_module(module, True)
 
 
-class Ranks:
-    """This rank's place among the others, and what they exchange."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    @property
-    def rank(self) -> int:
-        return ranks.rank()
-
-    @property
-    def world_size(self) -> int:
-        return ranks.world_size()
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        values = values.to(self.device)
-        dist.all_reduce(values)
-        return values
-
-    def gather(self, value: Any) -> list[Any]:
-        """One small Python object from every rank, in order, on every rank."""
-        return ranks.gather(value)
-
-    def barrier(self) -> None:
-        ranks.barrier()
-
-
-class Frozen(Ranks):
+class Frozen:
     """A model for forward passes only; `sharded` splits its weights over the ranks, as ZeRO stage 3 does."""
 
     def __init__(self, policy: nn.Module, sharded: bool, dtype: torch.dtype, device: torch.device):
-        super().__init__(device)
+        self.device = device
         check_weights(policy)
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
@@ -224,7 +196,7 @@ class Frozen(Ranks):
             torch.cuda.empty_cache()
 
 
-class Engine(Ranks):
+class Engine:
     """A policy under ZeRO, with the calls that the loop needs."""
 
     def __init__(
@@ -235,7 +207,7 @@ class Engine(Ranks):
         dtype: torch.dtype,
         device: torch.device,
     ):
-        super().__init__(device)
+        self.device = device
         check_weights(policy)
         self.dtype = dtype
         self.policy = policy.to(device)
@@ -273,7 +245,7 @@ class Engine(Ranks):
         we want their sum.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        self.deepspeed.backward(loss * self.world_size)
+        self.deepspeed.backward(loss * ranks.world_size())
 
     def step(self, lr: float) -> float:
         """Clip, update and zero the gradients. Returns the global gradient norm before clipping.
@@ -312,22 +284,22 @@ class Engine(Ranks):
 
     def load(self, folder: Path, world_size: int) -> None:
         """Read what `save` wrote, on `world_size` ranks."""
-        if world_size == self.world_size or self.unwrapped:  # else nothing is sharded
+        if world_size == ranks.world_size() or self.unwrapped:  # else nothing is sharded
             return self._load(folder)
         shards = [self._shard(folder, rank) for rank in range(world_size)]
         if self.deepspeed.zero_optimization_partition_weights():
             numels = [n for group in self.numels for n in group]
             now = self.optimizer.state_dict()
-            shard = reshard_parameters(shards, numels, now, self.rank, self.world_size)
+            shard = reshard_parameters(shards, numels, now, ranks.rank(), ranks.world_size())
             self.optimizer.checkpoint_event_prologue()  # as load_checkpoint does
-            self.optimizer.load_state_dict([shard] * self.world_size)
+            self.optimizer.load_state_dict([shard] * ranks.world_size())
             self.optimizer.checkpoint_event_epilogue()
             return
         self._load(folder, load_optimizer_states=False)  # the weights, which each rank holds whole
         sizes = [group["params"][0].numel() for group in self.optimizer.param_groups]
-        shard = reshard_groups(shards, [sum(group) for group in self.numels], sizes, self.rank)
+        shard = reshard_groups(shards, [sum(group) for group in self.numels], sizes, ranks.rank())
         with redirect_stdout(io.StringIO()):
-            self.optimizer.load_state_dict([shard] * self.world_size, load_from_fp32_weights=True)
+            self.optimizer.load_state_dict([shard] * ranks.world_size(), load_from_fp32_weights=True)
 
     def _load(self, folder: Path, **options: bool) -> None:
         with redirect_stdout(io.StringIO()), without_wildcards(folder) as plain:
@@ -347,4 +319,4 @@ class Engine(Ranks):
         """All weights of the policy on the CPU, gathered from shards; None on ranks other than 0."""
         if self.deepspeed.zero_optimization_partition_weights():
             return self.deepspeed._zero3_consolidated_16bit_state_dict()
-        return {k: v.cpu() for k, v in self.policy.state_dict().items()} if self.rank == 0 else None
+        return {k: v.cpu() for k, v in self.policy.state_dict().items()} if ranks.rank() == 0 else None

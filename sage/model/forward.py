@@ -13,6 +13,7 @@ from sage.data.packing import MicroBatch, collate, micro_tokens, plan
 from sage.data.tokens import TokenizedPairs
 from sage.model.engine import Engine, Frozen
 from sage.model.logps import LogitStats, PairLogps
+from sage.util import ranks
 from sage.util.progress import track
 
 COSTS: tuple[str, ...] = (
@@ -49,7 +50,7 @@ class PairForward:
     def __init__(self, engine: Engine | Frozen, budget: int, layout: str):
         policy: Any = engine.policy
         self.engine, self.budget, self.layout, self.group = engine, budget, layout, policy.group
-        self.groups = engine.world_size // self.group.size
+        self.groups = ranks.world_size() // self.group.size
         self.reset_costs()
 
     def reset_costs(self) -> None:
@@ -70,7 +71,7 @@ class PairForward:
         micro_batches = [members for rank in plans for members in rank if members]
         tokens = [micro_tokens(lengths[m], keys[m], self.layout, prefix) for m in micro_batches]
         self.count(len(indices), tokens, backward)
-        mine = plans[self.engine.rank // self.group.size]
+        mine = plans[ranks.rank() // self.group.size]
         for i, members in enumerate(mine):
             positions = np.array(members or [0])
             batch = collate([pairs[int(j)] for j in indices[positions]], self.layout, prefix)
@@ -148,4 +149,4 @@ class PairForward:
             values = torch.stack(list(forward(work)))
             if work.reports:
                 out[:, work.positions] = values
-        return self.engine.sum_over_ranks(out).cpu()
+        return ranks.total(out).cpu()

@@ -137,13 +137,13 @@ def compute(forward: PairForward, pairs: TokenizedPairs, folder: Path, title: st
     parts = ranks.main_only(lambda: read_parts(folder))
     done = sum(len(part.chosen) for part in parts)
     tokens = float(pairs.lengths().sum()) / len(pairs)
-    size = max(int(PART * forward.budget * forward.engine.world_size / tokens), 1)  # pairs of a part
+    size = max(int(PART * forward.budget * ranks.world_size() / tokens), 1)  # pairs of a part
     with activity(title, len(pairs), done) as shown:
         for start in range(done, len(pairs), size):
             end = min(start + size, len(pairs))
             part = forward.all_logps(pairs, order[start:end])
             parts.append(PairLogps(*(values.contiguous() for values in part)))
-            if forward.engine.rank == 0 and end < len(pairs):
+            if ranks.rank() == 0 and end < len(pairs):
                 with suppress(FileNotFoundError):  # a run with the same pass has ended, and removed `folder`
                     write_logps(folder / f"{start:010}-{end:010}.safetensors", parts[-1])
             shown.advance(end - start)

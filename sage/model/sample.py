@@ -19,6 +19,7 @@ from sage.model.kernels import TokenStats, token_stats
 from sage.model.policy import Policy
 from sage.model.sequence import ALONE
 from sage.model.sharding import is_sharded, own_part
+from sage.util import ranks
 from sage.util.errors import first_line
 
 # A few short texts suffice: whatever is wrong is wrong in most tokens. Their lengths differ, so that rows
@@ -157,7 +158,7 @@ class Sample:
             reason = self.compare(engine, layout)
         except Exception as e:  # a model's code fails in many ways on what it does not know
             reason = f"it fails ({type(e).__name__}: {first_line(e)})"
-        return engine.gather(reason)[0]
+        return ranks.gather(reason)[0]
 
     def fault_in_backward(self, whole: Engine | Frozen | Whole, layout: str) -> str | None:
         """How the gradients of the short pairs fail; None if they are finite.
@@ -235,7 +236,7 @@ class Sample:
             reason = f"it fails ({type(e).__name__}: {first_line(e)})"
         finally:
             hook.remove()
-        return next((r for r in engine.gather(reason) if r), None)
+        return next((r for r in ranks.gather(reason) if r), None)
 
 
 def gradient_fault(ours: Tensor, right: Tensor, size: float, dtype: torch.dtype) -> str | None:

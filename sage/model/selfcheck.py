@@ -307,10 +307,10 @@ def read_sample(engine: Engine | Frozen, pairs: Sequence[TokenizedPairs], name: 
         policy: Any = engine.policy
         code = "its own code" if policy.causal is policy.model else "its own code with peft's adapter"
         fault = f"{code} fails on a plain text ({type(e).__name__}: {first_line(e)})"
-    fault = engine.gather(fault)[0]
+    fault = ranks.gather(fault)[0]
     if fault or sample is None:
         raise UserError(f"model.path={name}: {fault}")
-    refuse_encoder(engine.gather(sample.looks_ahead)[0], name)
+    refuse_encoder(ranks.gather(sample.looks_ahead)[0], name)
     return sample
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sage.model.engine import Engine
+from sage.util import ranks
 from sage.util.checksums import damaged, seal
 from sage.util.errors import UserError, first_line, named
 from sage.util.files import fsync, link_folder
@@ -83,20 +84,20 @@ def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:
     if main_only(final.exists):  # a signal came right after it was written
         return
     temporary = final.with_name(f".{final.name}.tmp")
-    if engine.rank == 0:
+    if ranks.rank() == 0:
         for left in final.parent.glob(".step_*"):  # by a kill
             shutil.rmtree(left)
-    engine.barrier()
+    ranks.barrier()
     temporary.mkdir(parents=True, exist_ok=True)
-    state.rng = engine.gather(rng_state())
+    state.rng = ranks.gather(rng_state())
     engine.save(temporary)
-    engine.barrier()
-    if engine.rank == 0:
+    ranks.barrier()
+    if ranks.rank() == 0:
         torch.save(asdict(state), temporary / SIDECAR)
         if state.best is not None:  # a later evaluation may replace it, and then be undone by a resume
             link_folder(run_dir / BEST_FOLDER, temporary / BEST_FOLDER)
     seal(temporary)
-    if engine.rank == 0:
+    if ranks.rank() == 0:
         for file in [*temporary.rglob("*"), temporary]:
             fsync(file)
         temporary.rename(final)
@@ -105,7 +106,7 @@ def save(engine: Engine, state: TrainState, run_dir: Path, keep: int) -> None:
             doomed = old.with_name(f".{old.name}.old")
             old.rename(doomed)  # a kill must not leave half of it under its name
             shutil.rmtree(doomed)
-    engine.barrier()
+    ranks.barrier()
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -188,7 +189,7 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
             "first one, or start a new run"
         )
     engine.load(folder, saved.world_size)
-    set_rng_state(saved.rng[engine.rank % len(saved.rng)])
+    set_rng_state(saved.rng[ranks.rank() % len(saved.rng)])
     ours = ("world_size", "model", "optimizer", "computation", "inputs")
     return replace(saved, **{name: getattr(state, name) for name in ours})
 

@@ -104,7 +104,7 @@ class Benchmarks(Hook):
         ):
             results = run_benchmarks(sampler, cfg.benchmark, cfg.benchmark_limit, 1, folder, run.state.model)
         ranks.barrier()
-        if exported and engine.rank == 0:
+        if exported and ranks.rank() == 0:
             shutil.rmtree(exported)
         metrics: dict[str, float] = {}
         for name, result in results.items():

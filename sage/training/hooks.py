@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sage.util import ranks
 from sage.util.files import write_text
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Hook:
     Name the class by `hooks.NAME._target_` in the config, or pass an object to `sage.train.train`. Every rank
     calls every method, in the same order, so a method may use collectives. It must return the same numbers on
     every rank. It must not disturb training: no gradients left behind, and no draws from torch's global
-    generator. Files belong in `run.run_dir`, and only rank 0 (`run.engine.rank`) writes them. A checkpoint
+    generator. Files belong in `run.run_dir`, and only rank 0 (`sage.util.ranks`) writes them. A checkpoint
     does not hold a hook's own fields: what must survive a resume belongs in a file.
     """
 
@@ -38,7 +39,7 @@ class Hook:
         self, run: Run, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]
     ) -> None:
         """Write RUN_DIR/report/NAME.csv, which `sage report` shows. It replaces the last one of this name."""
-        if run.engine.rank == 0:
+        if ranks.rank() == 0:
             text = io.StringIO()
             csv.writer(text).writerows([header, *rows])
             write_text(run.run_dir / "report" / f"{name}.csv", text.getvalue())

@@ -35,7 +35,7 @@ def write_optimizer(engine: Engine, cfg: OptimizerConfig, folder: Path) -> None:
     if ranks.rank() == 0:
         for script in temporary.glob("*.py"):  # DeepSpeed's. They would count as code of the model.
             script.unlink()
-        write_json(temporary / ABOUT_FILE, {**kind(engine, cfg), "world_size": engine.world_size})
+        write_json(temporary / ABOUT_FILE, {**kind(engine, cfg), "world_size": ranks.world_size()})
     ranks.barrier()
     checksums.seal(temporary)
     if ranks.rank() == 0:

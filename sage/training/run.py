@@ -129,9 +129,9 @@ class Run:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum over ranks. Along with it, they agree whether to stop or to save after this step."""
-        overdue = self.engine.rank == 0 and time.monotonic() - self.saved > 60 * self.cfg.save_minutes
+        overdue = ranks.rank() == 0 and time.monotonic() - self.saved > 60 * self.cfg.save_minutes
         asked = values.new_tensor([stopping.asked(), overdue])
-        total = self.engine.sum_over_ranks(torch.cat([values.flatten(), asked]))
+        total = ranks.total(torch.cat([values.flatten(), asked]))
         self.stop_asked, self.save_due = (total[-2:] > 0).tolist()
         return total[:-2].view_as(values)
 
@@ -173,13 +173,13 @@ class Run:
         self.selection.log.flush()
         final = self.run_dir / "final"
         self.export(final, to_go_on=self.criterion is None)
-        if self.engine.rank != 0:
+        if ranks.rank() != 0:
             return
         memory, kind = peak_memory_gb(self.engine.device)
         summary: dict[str, Any] = {
             "name": self.cfg.name,
             "steps": self.state.step,
-            "world_size": self.engine.world_size,
+            "world_size": ranks.world_size(),
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "train_pairs": len(self.pairs),
             **({"sources": count_by_source(self.pairs)} if self.cfg.data.sources else {}),

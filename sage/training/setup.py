@@ -102,13 +102,13 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     forward.reset_costs()  # what a warm cache would have saved is not a cost of training
 
     rows = data.steps * scorer.draws(cfg.batch_size)[0] // scorer.score_every
-    log = PairLog(run_dir, rows, cfg.tracking.sample_rows, engine.rank == 0, data.content)
+    log = PairLog(run_dir, rows, cfg.tracking.sample_rows, ranks.rank() == 0, data.content)
     selection = Selection(
         scorer, curriculum, loss, data.pairs, forward, reference, log, cfg.batch_size, cfg.seed
     )
     fresh = TrainState(
         data.pairs.fingerprint,
-        engine.world_size,
+        ranks.world_size(),
         ", reference ".join(found["weights"] for found in identities),
         engine.optimizer_class,
         f"{forward.layout} rows and the {engine.policy.backend} head",
@@ -118,7 +118,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
     if state is fresh:
         read_masters(engine, cfg.model, base.folder)
         read_optimizer(engine, cfg.optimizer)
-    if cfg.select and engine.rank == 0:
+    if cfg.select and ranks.rank() == 0:
         checkpoint.restore_best(state, run_dir)
     built_in: list[Hook] = []
     if data.held_out is not None:
@@ -143,7 +143,7 @@ def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
         state,
         [*built_in, *hooks],
         Criterion.of(cfg.select) if cfg.select else None,
-        Tracker(cfg, run_dir, state.step, engine.rank == 0),
+        Tracker(cfg, run_dir, state.step, ranks.rank() == 0),
     )
     ranks.barrier()  # DeepSpeed's own groups do not wait for rank 0 as long as ours does
     return run

@@ -27,6 +27,7 @@ from sage.losses import Loss
 from sage.training.hooks import Hook
 from sage.training.run import Run
 from sage.training.selection import Choice
+from sage.util import ranks
 
 MIN_GROUPS = 8  # the standard error of tr Cov from k groups can reach sqrt(2 / (k - 1)) of its value
 
@@ -130,16 +131,16 @@ def batch_moments(run: Run, objective: Loss, indices: np.ndarray, rng: np.random
     parameters = [p for p in engine.policy.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     sum_of_squares = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for group in groups[engine.rank :: engine.world_size]:
+    for group in groups[ranks.rank() :: ranks.world_size()]:
         batch = collate([run.pairs[int(i)] for i in group], forward.layout, prefix).to(engine.device)
         losses = objective(engine.policy(batch), run.reference(group, batch))
         gradients = torch.autograd.grad(losses.mean(), parameters, materialize_grads=True)
         sum_of_squares += len(group) * squared_norm(gradients)
         for sum_, gradient in zip(total, gradients, strict=True):
             sum_.add_(gradient, alpha=len(group))
-    total = [engine.sum_over_ranks(sum_) for sum_ in total]
+    total = [ranks.total(sum_) for sum_ in total]
     squared_mean = float(squared_norm(total)) / len(indices) ** 2
-    return estimate(len(indices), len(groups), float(engine.sum_over_ranks(sum_of_squares)), squared_mean)
+    return estimate(len(indices), len(groups), float(ranks.total(sum_of_squares)), squared_mean)
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> Tensor:

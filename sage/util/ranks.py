@@ -123,6 +123,13 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def total(values: Any) -> Any:
+    """The sum over the ranks of a tensor on the group's device, in place."""
+    if dist := _group():
+        dist.all_reduce(values)
+    return values
+
+
 def broadcast(value: T) -> T:
     """Rank 0's value, on every rank. The other ranks' own values are ignored."""
     if not (dist := _group()) or dist.get_world_size() == 1:
