@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sage import config, sweeps
 from sage.config import nearest
+from sage.config.keys import key_of
 from sage.util import stopping
 from sage.util.errors import UserError, refusal, report
 from sage.util.output import outlive_reader
@@ -57,6 +59,7 @@ commands
 sage COMMAND --help             every config group and key
 sage COMMAND --cfg job ...      the composed config, without running it
 sage train --shell-completion install=bash      how to install completion: docs/cli.md
+sage --version                  the version of sage
 """
 
 
@@ -167,6 +170,8 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    if sys.argv[1] == "--version":
+        return print(version("sage-align"))
     if sys.argv[1] == "-sc":
         return complete()
     word = sys.argv.pop(1)
@@ -312,10 +317,6 @@ ADVICE: dict[str, Callable[[str, str, str], str]] = {
         "a config group takes the name of one of its options, such as loss=dpo, not a number"
     ),
 }
-
-
-def key_of(argument: str) -> str:
-    return re.split("[=@]", argument.lstrip("+~"))[0]
 
 
 def unreadable(argument: str) -> str | None:

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from sage import config
 from sage.util import stopping
-from sage.util.errors import UserError, first_line, refusal, report
+from sage.util.errors import UserError, describe, first_line, refusal, report
 from sage.util.files import write_json
 from sage.util.locks import reserved
 from sage.util.progress import console
@@ -133,7 +133,7 @@ def job_of(hydra: Any, run_dir: Path) -> Iterator[Outcome]:
             status, outcome.error = 2, str(refused)
             report(UserError(f"job {outcome.job}: {refused}"))
         else:
-            status, outcome.error = 1, f"{type(e).__name__}: {first_line(e)}"
+            status, outcome.error = 1, describe(e)
             traceback.print_exception(e)
     finally:
         write_json(Path(hydra.sweep.dir) / JOBS_FOLDER / f"{outcome.job}.json", asdict(outcome))

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from sage.config import OptimizerConfig
 from sage.training.finite import not_finite
-from sage.training.hooks import Hook
 from sage.training.metrics import LOSS, PER_PAIR, means, per_pair
 from sage.training.setup import build_run
 from sage.util import stopping
 from sage.util.progress import steps
 
 
-def train(run_dir: Path, hooks: Sequence[Hook] = ()) -> None:
-    """Start or resume the run whose frozen config is in `run_dir`. Every rank calls this.
-
-    `hooks` measure what the config does not name.
-    """
-    run = build_run(run_dir, hooks)
+def train(run_dir: Path) -> None:
+    """Start or resume the run whose frozen config is in `run_dir`. Every rank calls this."""
+    run = build_run(run_dir)
     cfg, engine, forward, state = run.cfg, run.engine, run.forward, run.state
     if state.step == 0:
         state.baseline = run.evaluate()

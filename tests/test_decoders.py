@@ -212,7 +212,7 @@ class Raises(RefilledBatch):
         ("llama4", IgnoresWindows, "differ"),
         ("llama", IgnoresPadding, "differ"),
         ("llama", CountsFromOne, "differ"),
-        ("llama", Raises, r"it fails \(IndexError: no message\)"),
+        ("llama", Raises, r"it fails \(IndexError\)"),
         ("phi3_longrope", RefilledBatch, "differ"),
         ("llama", RefilledBatch, None),
         ("llama", IgnoresWindows, None),  # a model without windows: the mask is right

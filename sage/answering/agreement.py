@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sage.answering.decoders import PlainGenerate, RefilledBatch
 from sage.answering.responses import Decoder, Row
-from sage.util.errors import UserError
+from sage.model.float32 import free_memory, in_float32
+from sage.util.errors import UserError, describe
 
 STEPS = 8  # tokens compared of each prompt
 LIKELIEST = 10  # tokens compared at each step
@@ -48,32 +49,11 @@ def find_decoder(
     Raises:
         UserError: transformers' own `generate` fails on this model, or it is no causal language model.
     """
-    with in_float32(model):
+    tensors = [*model.parameters(), *model.buffers()]
+    size = sum(t.numel() * t.element_size() for t in tensors if t.dtype == torch.bfloat16)
+    copied = model.device.type != "cuda" or free_memory(model.device) > 2.5 * size  # a part for the pass
+    with in_float32(model) if copied else nullcontext():
         return first_that_agrees(model, prompts, max_new_tokens, batch_size, prefill_tokens)
-
-
-@contextmanager
-def in_float32(model: Any) -> Iterator[None]:
-    """Casts 16-bit weights to float32, if there is room for both, and puts the same tensors back.
-
-    The weights may be views of an engine's own memory, so a copy of them would not do.
-    """
-    tensors = [
-        t for t in [*model.parameters(), *model.buffers()] if t.dtype in (torch.float16, torch.bfloat16)
-    ]
-    if tensors and tensors[0].is_cuda:
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        torch.cuda.empty_cache()  # what torch keeps for later is free, too
-        if torch.cuda.mem_get_info(tensors[0].device)[0] < 2.5 * size:  # a part for the forward pass
-            tensors = []
-    own = [t.data for t in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, data in zip(tensors, own, strict=True):
-            tensor.data = data
 
 
 def first_that_agrees(
@@ -212,7 +192,3 @@ class Expected:
         if not largest <= (TOLERANCE if dtypes <= {torch.float32, torch.float64} else TOLERANCE_16_BIT):
             return f"its log-probabilities differ from those of model.generate by up to {largest:.2g} nats"
         return None
-
-
-def describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

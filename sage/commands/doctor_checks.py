@@ -35,7 +35,7 @@ from sage.train import train
 from sage.training.base import BaseModel, open_model
 from sage.training.tracking import METRICS_FILE
 from sage.util import ranks, stopping
-from sage.util.errors import first_line
+from sage.util.errors import describe
 from sage.util.files import write_json
 
 LIMIT = 300.0  # seconds that one check may take; the first one on a GPU may compile for a minute
@@ -236,7 +236,7 @@ def main() -> None:
             detail = CHECKS[name](folder, device)
         except Exception as e:  # whatever fails here would fail in a run
             traceback.print_exc()
-            detail = error = str(e) if isinstance(e, Wrong) else f"{type(e).__name__}: {first_line(e)}"
+            detail = error = str(e) if isinstance(e, Wrong) else describe(e)
         seconds = time.monotonic() - started
         write_json(
             folder / f"{name}.{rank}.json", {"ok": error is None, "detail": detail, "seconds": seconds}

@@ -17,7 +17,7 @@ from sage.reporting.groups import differing, group, label
 from sage.reporting.rounds import RoundsRun
 from sage.reporting.runs import Rounds, find
 from sage.util.errors import UserError
-from sage.util.files import write_whole
+from sage.util.files import write_text, write_whole
 from sage.util.progress import console
 
 PAGE, FOLDER = "report.html", "report_tables"
@@ -59,7 +59,7 @@ def report(words: list[str]) -> None:
                 f"--metric {args.metric}: no run logged it; there are: {', '.join(sorted(known))}"
             )
         html, found, notes = page.report(runs, evaluations, rounds, args.metric, args.target)
-        page.write(html, output / PAGE)
+        write_text(output / PAGE, html)
         for table in found:
             tables.write_csv(table, output / FOLDER)
         if runs:

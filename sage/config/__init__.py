@@ -1,6 +1,6 @@
 """The schema of every command, its checks, and the frozen config of a run."""
 
-from sage.config.checks import build, check, check_target, walk
+from sage.config.checks import build, check
 from sage.config.command import CommandConfig, RunConfig
 from sage.config.data import ChatConfig, DataConfig, PairColumns, ProblemsConfig, SourceConfig
 from sage.config.frozen import (
@@ -25,7 +25,7 @@ from sage.config.groups import (
 )
 from sage.config.keys import flatten, groups, known_keys, nearest, refusal, refuse_hidden, unknown_keys
 from sage.config.registry import SCHEMAS
-from sage.config.rounds import RoundConfig, RoundsConfig
+from sage.config.rounds import RoundsConfig
 from sage.config.schema import (
     BuildPairsConfig,
     DoctorConfig,
@@ -56,7 +56,6 @@ __all__ = [
     "PairingConfig",
     "PlanConfig",
     "ProblemsConfig",
-    "RoundConfig",
     "RoundsConfig",
     "RunConfig",
     "SamplingConfig",
@@ -67,7 +66,6 @@ __all__ = [
     "VerifyConfig",
     "build",
     "check",
-    "check_target",
     "differences",
     "flatten",
     "freeze",
@@ -81,6 +79,5 @@ __all__ = [
     "refusal",
     "refuse_hidden",
     "unknown_keys",
-    "walk",
     "write",
 ]

@@ -43,7 +43,8 @@ class RunConfig(CommandConfig):
         choices=("never", "auto"),
     )
     cache_dir: str = key(
-        "~/.cache/sage", "folder for converted models, tokenised pairs and reference log-probabilities"
+        "~/.cache/sage",
+        "folder for converted models, read and tokenised pairs, and reference log-probabilities",
     )
     generation: dict[str, Any] = key(
         {}, "the backend that samples responses: a class of sage.answering, or yours, by _target_"

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sage.config.checks import check
 from sage.config.command import CommandConfig
 from sage.config.keys import (
+    flatten,
     known_keys,
     refusal,
     refuse_altered,
@@ -137,14 +138,8 @@ def keep_budget(cfg: CommandConfig, run_dir: Path) -> None:
 
 def differences(ours: CommandConfig, theirs: CommandConfig) -> list[str]:
     """Keys whose values differ, as a frozen config would hold them."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict) or not value:
-            return {prefix: value}
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}").items()}
-
-    a, b = (flat(absolute(asdict(cfg))) for cfg in (ours, theirs))
-    return [key.lstrip(".") for key in {**a, **b} if a.get(key) != b.get(key)]
+    a, b = (dict(flatten(absolute(asdict(cfg)))) for cfg in (ours, theirs))
+    return [key for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
 def texts_in(value: Any) -> Iterator[str]:

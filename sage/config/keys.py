@@ -114,6 +114,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def key_of(override: str) -> str:
+    return re.split("[=@]", override.lstrip("+~"))[0]
+
+
 def because(reason: str, *keys: str) -> dict[str, str]:
     """Keys without effect, each with the reason."""
     return dict.fromkeys(keys, reason)
@@ -128,7 +132,7 @@ def refuse_ignored(ignored: dict[str, str], typed: Iterable[str], command: str) 
         UserError: names the key and says why it has no effect.
     """
     for override in typed:
-        key = re.split("[=@]", override.lstrip("+~"))[0].replace("/", ".")
+        key = key_of(override).replace("/", ".")
         for prefix, reason in ignored.items():
             if f"{key}.".startswith(f"{prefix}."):
                 raise UserError(

@@ -32,10 +32,10 @@ class TrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     loss: dict[str, Any] = key({}, "the objective: a class of sage.losses, or yours, by _target_")
     scorer: dict[str, Any] = key(
-        {}, "which candidates get a gradient: a class of sage.scorers, or yours, by _target_"
+        {}, "which candidates get a gradient: a class of sage.scorers, or another, by _target_"
     )
     curriculum: dict[str, Any] = key(
-        {}, "which pairs are candidates: a class of sage.curriculum, or yours, by _target_"
+        {}, "which pairs are candidates: a class of sage.curriculum, or another, by _target_"
     )
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -263,7 +263,7 @@ class InspectConfig(TrainConfig):
     """`sage inspect` takes all keys of `sage train`, so that an experiment means the same pairs in both."""
 
     command: str = key("inspect", "the command that this config is for", choices=("inspect",))
-    name: str = key("inspect", "unused: no folder is made")
+    name: str = key("inspect", "names the plan in its title: no folder is made")
     show: int = key(3, "print this many pairs", low=0)
     json: str | None = key(None, "write every pair and every dropped row to this file, as JSON lines")
 
@@ -281,7 +281,7 @@ class PlanConfig(TrainConfig):
     """`sage plan` takes all keys of `sage train`, so that an experiment means the same run in both."""
 
     command: str = key("plan", "the command that this config is for", choices=("plan",))
-    name: str = key("plan", "unused: no folder is made")
+    name: str = key("plan", "names the plan in its title: no folder is made")
     gpu_gb: float | None = key(
         None, "plan for GPUs of this many GB (10^9 bytes) each, instead of this machine", above=0
     )
@@ -345,6 +345,6 @@ class VerifyConfig(CommandConfig):
 @dataclass
 class DoctorConfig(CommandConfig):
     command: str = key("doctor", "the command that this config is for", choices=("doctor",))
-    name: str = key("doctor", "unused: no folder is made")
+    name: str = key("doctor", "names the plan in its title: no folder is made")
     cache_dir: str = key("~/.cache/sage", "the cache_dir of your runs, whose disk is looked at")
     json: str | None = key(None, "also write the table to this file")

@@ -38,7 +38,7 @@ from sage.model.sharding import check_weights, is_split, shape_of, size_of
 from sage.model.tiles import tiled
 from sage.model.zero import deepspeed_config
 from sage.util import ranks
-from sage.util.errors import UserError, first_line
+from sage.util.errors import UserError, describe
 from sage.util.files import without_wildcards
 from sage.util.progress import console
 
@@ -104,7 +104,7 @@ def build_optimizer(
         try:
             optimizer = _deepspeed_adam(groups, offload, options)
         except CANNOT_BUILD as e:
-            reason = f"{type(e).__name__}: {first_line(e)}"
+            reason = describe(e)
         if not (failed := [r for r in ranks.gather(reason) if r]) and optimizer is not None:
             return optimizer
         console.print(

@@ -25,10 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sage.config import ModelConfig
 from sage.data.packing import MicroBatch
 from sage.data.tokens import TokenizedPairs
-from sage.model import loading
 from sage.model.forward import PairForward
 from sage.model.logps import LogitStats, PairLogps
 from sage.util import ranks
@@ -66,12 +64,6 @@ def reference_logps(
     found = forward.all_logps(pairs, indices, model=reference)
     forward.costs.update(costs)
     return found
-
-
-def identity(folder: str, model: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
-    """What a model's log-probabilities depend on, besides the pairs. Every rank calls this."""
-    weights = loading.weights_of(folder, model)
-    return {"weights": weights, "dtype": str(dtype), "attention": model.attention, "head": model.head}
 
 
 class Cached:

@@ -20,7 +20,7 @@ from sage.model.policy import Policy
 from sage.model.sequence import ALONE
 from sage.model.sharding import is_sharded, own_part
 from sage.util import ranks
-from sage.util.errors import first_line
+from sage.util.errors import describe
 
 # A few short texts suffice: whatever is wrong is wrong in most tokens. Their lengths differ, so that rows
 # pad.
@@ -157,7 +157,7 @@ class Sample:
         try:
             reason = self.compare(engine, layout)
         except Exception as e:  # a model's code fails in many ways on what it does not know
-            reason = f"it fails ({type(e).__name__}: {first_line(e)})"
+            reason = f"it fails ({describe(e)})"
         return ranks.gather(reason)[0]
 
     def fault_in_backward(self, whole: Engine | Frozen | Whole, layout: str) -> str | None:
@@ -180,7 +180,7 @@ class Sample:
             known = [gradient for gradient in gradients if gradient is not None]
             finite = all(bool(gradient.isfinite().all()) for gradient in known)
         except Exception as e:
-            return f"its backward pass fails ({type(e).__name__}: {first_line(e)})"
+            return f"its backward pass fails ({describe(e)})"
         return None if known and finite else f"its gradients are {'not finite' if known else 'missing'}"
 
     def fault_in_parts(self, whole: Engine | Frozen | Whole, layout: str) -> str | None:
@@ -196,7 +196,7 @@ class Sample:
             policy.group = ALONE
             _, (right,) = self.gradients(whole, layout)
         except Exception as e:
-            return f"its backward pass fails ({type(e).__name__}: {first_line(e)})"
+            return f"its backward pass fails ({describe(e)})"
         finally:
             policy.group = group
         own = right[:, group.rank * part.shape[1] :][:, : part.shape[1]]
@@ -233,7 +233,7 @@ class Sample:
             engine(batch.to(engine.device))
             (reason,) = found
         except Exception as e:  # a kernel may not compile, or may need too much memory
-            reason = f"it fails ({type(e).__name__}: {first_line(e)})"
+            reason = f"it fails ({describe(e)})"
         finally:
             hook.remove()
         return next((r for r in ranks.gather(reason) if r), None)

@@ -9,24 +9,24 @@ float32 first.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from sage.data.tokens import TokenizedPairs
 from sage.model.dropout import as_in_training
 from sage.model.engine import Engine, Frozen
+from sage.model.float32 import free_memory, in_float32
 from sage.model.kernels import BACKENDS, choose_backend
 from sage.model.policy import OWN, Policy
 from sage.model.rope import TextRopes
 from sage.model.sample import Sample, Whole, changed_by_asking, lengths_of
 from sage.model.sharding import is_sharded, size_of
 from sage.model.tilecheck import check_tiles
-from sage.util import processes, ranks
-from sage.util.errors import UserError, first_line, named
+from sage.util import ranks
+from sage.util.errors import UserError, describe, named
 from sage.util.progress import console
 from sage.util.ranks import main_only
 
@@ -177,27 +177,6 @@ def refuse_encoder(looks_ahead: float, name: str) -> None:
         )
 
 
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """A model's weights in float32 for a while; afterwards it has the very tensors that it had before."""
-    before = [(x, x.data) for x in (*model.parameters(), *model.buffers()) if x.dtype == torch.bfloat16]
-    try:
-        for holder, data in before:
-            holder.data = data.float()
-        yield
-    finally:
-        for holder, data in before:
-            holder.data = data
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device has left, those that torch only keeps for later included."""
-    if device.type != "cuda":
-        return processes.free_memory()
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
-
-
 def local_ranks(device: torch.device) -> int:
     """Ranks that share a device's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
@@ -306,7 +285,7 @@ def read_sample(engine: Engine | Frozen, pairs: Sequence[TokenizedPairs], name: 
     except Exception as e:
         policy: Any = engine.policy
         code = "its own code" if policy.causal is policy.model else "its own code with peft's adapter"
-        fault = f"{code} fails on a plain text ({type(e).__name__}: {first_line(e)})"
+        fault = f"{code} fails on a plain text ({describe(e)})"
     fault = ranks.gather(fault)[0]
     if fault or sample is None:
         raise UserError(f"model.path={name}: {fault}")

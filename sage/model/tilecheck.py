@@ -9,7 +9,7 @@ from sage.model.sample import Sample, Whole, gradient_fault
 from sage.model.sharding import is_sharded
 from sage.model.tiles import TILE, described, in_tiles_of
 from sage.util import ranks
-from sage.util.errors import UserError, first_line
+from sage.util.errors import UserError, describe
 from sage.util.progress import console
 
 SMALL = 32  # tokens of a tile, so that a few short texts fill several
@@ -50,7 +50,7 @@ def fault(engine: Engine | Frozen, sample: Sample, layout: str) -> str | None:
         with in_tiles_of(SMALL, policy.tiles):
             logps, gradients = sample.gradients(whole, layout, weights)
     except Exception as e:
-        return f"it fails ({type(e).__name__}: {first_line(e)})"
+        return f"it fails ({describe(e)})"
     off = (logps - right).abs()
     if len(off) and not (off.mean() <= sample.limits.mean and off.max() <= sample.limits.most):
         return f"it changes a token's log-probability by {float(off.max()):.2g} nats"

@@ -7,7 +7,6 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -244,9 +243,3 @@ def strata(run: Run, what: str) -> str | None:
         x, y = run.metrics[name].finite
         found.append(pictures.Curve(color, x, y, y, y))
     return pictures.lines(f"{what} by stratum, easiest first in blue", found, AXES["step"]) if found else None
-
-
-def write(html: str, file: Path) -> None:
-    from sage.util.files import write_text
-
-    write_text(file, html)

@@ -15,7 +15,6 @@ from sage.model import loading
 from sage.model.adapters import needs_whole_model
 from sage.model.engine import Frozen, split_weights
 from sage.model.policy import Policy
-from sage.model.reference import identity
 from sage.model.selfcheck import Reasons, check_sharded, check_unwrapped, settle
 from sage.model.sequence import sequence_group
 from sage.model.sharding import load_sharded
@@ -55,8 +54,10 @@ class BaseModel(NamedTuple):
         return Policy(model, self.cfg.head, coefficient, sequence_group(together), self.cfg.tiled_mlp)
 
     def identity(self) -> dict[str, str]:
-        """What the model's log-probabilities depend on. Reads all weights."""
-        return identity(self.folder, self.cfg, self.dtype)
+        """What the model's log-probabilities depend on. Reads all weights, and every rank calls this."""
+        weights = loading.weights_of(self.folder, self.cfg)
+        how = {"dtype": str(self.dtype), "attention": self.cfg.attention, "head": self.cfg.head}
+        return {"weights": weights, **how}
 
 
 def check_policy(

@@ -24,7 +24,7 @@ from torch import Tensor
 from sage.model.engine import Engine
 from sage.util import ranks
 from sage.util.checksums import damaged, seal
-from sage.util.errors import UserError, first_line, named
+from sage.util.errors import UserError, describe, named
 from sage.util.files import fsync, link_folder
 from sage.util.progress import console
 from sage.util.ranks import main_only
@@ -150,7 +150,7 @@ def readable(folder: Path, remedy: str) -> Iterator[None]:
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise UserError(
             f"{folder} was written by another version of sage, and this version cannot read it "
-            f"({type(e).__name__}: {first_line(e)}): {remedy}"
+            f"({describe(e)}): {remedy}"
         ) from e
 
 

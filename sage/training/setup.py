@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -57,13 +56,13 @@ from sage.util.progress import activity, console
 FIRST_PAIR_WIDTH = 240  # characters shown of each part of the first pair
 
 
-def build_run(run_dir: Path, hooks: Sequence[Hook] = ()) -> Run:
+def build_run(run_dir: Path) -> Run:
     """The run in `run_dir`, where it begins or where its last checkpoint stopped. Every rank calls this."""
     cfg = load(run_dir)
     assert isinstance(cfg, TrainConfig)
     loss: Loss = build("loss", cfg.loss)
     scorer: Scorer = build("scorer", cfg.scorer)
-    hooks = [*(build(f"hooks.{name}", node, "hooks") for name, node in cfg.hooks.items()), *hooks]
+    hooks = [build(f"hooks.{name}", node, "hooks") for name, node in cfg.hooks.items()]
     if cfg.data.scores and loss.reference_free:
         raise UserError(
             f"data.scores={cfg.data.scores} is a reference cache, and this loss needs no reference"

@@ -32,6 +32,12 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def describe(error: BaseException) -> str:
+    """An unexpected exception in a message: its type and the first line of its text, if it has one."""
+    name = type(error).__name__
+    return f"{name}: {first_line(error)}" if str(error).strip() else name
+
+
 def named(names: Sequence[str], shown: int = 5) -> str:
     """The first few of many names, for a message."""
     more = len(names) - shown
