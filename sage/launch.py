@@ -255,11 +255,15 @@ def work(cfg: RunConfig, run_dir: Path, here: bool) -> None:
     """
     if not here:
         return print(start_lines(cfg.world_size, run_dir))
-    if not isinstance(cfg, RoundsConfig):
-        return start(cfg.world_size, run_dir)
-    from sage.commands.rounds import rounds  # here, because it loads torch and transformers
+    if isinstance(cfg, RoundsConfig):
+        from sage.commands.rounds import rounds  # here, because it loads torch and transformers
 
-    rounds(run_dir, partial(start, go_on=stopping.go_on(run_dir)))
+        return rounds(run_dir, partial(start, go_on=stopping.go_on(run_dir)))
+    start(cfg.world_size, run_dir)
+    if isinstance(cfg, BuildPairsConfig):
+        from sage.commands.build_pairs import check_built  # here, for the same reason
+
+        check_built(cfg, run_dir)
 
 
 def built_pairs(cfg: TrainConfig) -> Path:

@@ -131,7 +131,7 @@ BAD_VALUES = {
     "optimizer.betas=[0.9,1]": "optimizer.betas=1.0: must be less than 1",
     "optimizer.lr=nan": "optimizer.lr=nan: must be a finite number",
     "optimizer.lr=inf": "optimizer.lr=inf: must be a finite number",
-    "sampling.top_p=0": "sampling.top_p=0.0: must be greater than 0",
+    "sampling.max_new_tokens=0": "sampling.max_new_tokens=0: must be at least 1",
     "generation.batch_size=0": "generation.batch_size=0: must be at least 1",
     "benchmark.gsm8k.limit=0": "benchmark.gsm8k.limit=0: must be at least 1",
     "benchmark.gsm8k.path=null": "benchmark.gsm8k.path",
@@ -205,6 +205,13 @@ IGNORED = [
     ("eval", "model.head=tiled"),
     ("train", "pairing.samples=2"),
     ("train", "sampling.top_p=0.5"),
+    ("train", "model.revision=main"),
+    ("train", "data.split=test"),
+    ("train", "data.eval_split=train"),
+    ("train", "benchmark_limit=3"),
+    ("train", "tracking.project=mine"),
+    ("eval", "sampling.top_p=0.5"),
+    ("score-dataset", "scorer.candidates_per_pair=4"),
 ]
 
 

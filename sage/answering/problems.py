@@ -76,6 +76,8 @@ def load_problems(
             bad.append(f"{place}: {error}")
     if len(bad) > MAX_BAD * len(rows):
         refuse_bad_rows(path, bad, len(rows))
+    if answer_from == "plain":
+        refuse_solutions(path, [problem.answer for problem in problems])
     if not problems:
         raise UserError(f"{path}: no row has an answer in {columns.get('answer', 'answer')!r}")
     if unanswered:
@@ -87,6 +89,17 @@ def load_problems(
         head = f"{path}: {len(bad)} of {len(rows)} rows are bad and are left out"
         console.print(first_five(head, bad), markup=False)
     return problems
+
+
+def refuse_solutions(path: str, answers: Sequence[str]) -> None:
+    """Refuse answers that are whole solutions: no response would be equal to one."""
+    for mark, answer_from in (("\n#### ", "hash"), ("\\boxed", "boxed")):
+        solutions = sum(mark in answer.strip("$ ").removeprefix(mark) for answer in answers)
+        if 2 * solutions > len(answers):
+            raise UserError(
+                f"{path}: {solutions} of {len(answers)} answers are whole solutions, with {mark.strip()!r} in"
+                f" them: set answer_from={answer_from}, or name the column of the bare answers"
+            )
 
 
 def _problem(row: int, record: Any, columns: Mapping[str, str], answer_from: str) -> Problem | None:

@@ -47,6 +47,11 @@ def build_pairs(run_dir: Path) -> None:
         cache_dir=cfg.cache_dir,
     )
     problems = ranks.main_only(lambda: read_problems(cfg.data.problems))
+    if cfg.pairing.chosen != "own" and not any(problem.solution for problem in problems):
+        raise UserError(
+            f"pairing.chosen={cfg.pairing.chosen}: no problem of {cfg.data.problems.path} has a solution: "
+            "name their column with data.problems.columns.solution=COLUMN, or set pairing.chosen=own"
+        )
     weights = loading.weights_of(sampler.source.folder, cfg.model)
     with sampler:
         attempts = sampler.attempts(

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sage.answering.problems import ANSWERS
+from sage.answering.problems import ANSWERS, refuse_solutions
 from sage.answering.statistics import wilson
 from sage.answering.verify import UNDECIDED, Verdict, Verifier
 from sage.config import CONFIG_FILE, SUMMARY_FILE, EvalConfig, VerifyConfig, freeze, load
@@ -107,6 +107,8 @@ def read_responses(cfg: VerifyConfig) -> tuple[list[dict[str, Any]], list[str], 
         except UserError as error:
             bad.append(f"{row.place}: {error}")
     refuse_bad_rows(cfg.path, bad, len(rows))
+    if cfg.answer_from == "plain":
+        refuse_solutions(cfg.path, answers)
     return records, responses, answers
 
 

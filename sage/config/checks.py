@@ -227,6 +227,11 @@ def check_prompt(name: str, problems: ProblemsConfig) -> None:
 
 def check_building(cfg: TrainConfig) -> None:
     """Check what builds pairs from problems."""
+    if cfg.data.problems.path is None:
+        raise UserError(
+            "data.problems is not set: choose data=gsm8k, or give your own problems with "
+            "data.problems.path=FILE"
+        )
     check_prompt("data.problems", cfg.data.problems)
     own = cfg.pairing.chosen == "own" and not cfg.pairing.rejected_from
     if own and cfg.sampling.temperature == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -55,9 +56,18 @@ class RunConfig(CommandConfig):
         """Raise UserError if values that are valid alone cannot run together."""
         if self.model.lora is None and self.model.adapter_path is not None:
             raise UserError("model.adapter_path needs an adapter: add +model/lora=default")
+        if "" in self.sampling.stop:
+            raise UserError(
+                "sampling.stop has an empty text, before which every response would end: leave it out"
+            )
 
     def ignored(self) -> dict[str, str]:
-        if self.model.adapter_path is None:
-            return {}
-        keys = (f"model.lora.{f.name}" for f in fields(LoraConfig))
-        return because("since the adapter at model.adapter_path has its own", *keys)
+        ignored = {}
+        if self.model.adapter_path is not None:
+            keys = (f"model.lora.{f.name}" for f in fields(LoraConfig))
+            ignored |= because("since the adapter at model.adapter_path has its own", *keys)
+        if self.model.path.startswith("pkg://") or Path(self.model.path).expanduser().exists():
+            ignored |= because("since model.path is on this disk", "model.revision")
+        if self.sampling.temperature == 0:
+            ignored |= because("since sampling.temperature=0 takes the likeliest token", "sampling.top_p")
+        return ignored

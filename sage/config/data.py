@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from sage.config.groups import key
+from sage.config.keys import because
 
 
 @dataclass
@@ -170,6 +172,23 @@ class DataConfig(ChatConfig):
     @property
     def has_held_out(self) -> bool:
         return self.eval_path is not None or self.eval_share is not None
+
+    def ignored(self) -> dict[str, str]:
+        """Keys without effect beside the others of this group, each with the reason."""
+        ignored = {}
+        if self.eval_path is not None:
+            ignored |= because("since data.eval_path gives the held-out pairs", "data.eval_share")
+        if not self.has_held_out:
+            ignored |= because("since there are no held-out pairs", "data.eval_limit")
+        if self.eval_path is None:
+            ignored |= because("since there is no data.eval_path", "data.eval_split")
+        for name, split in (("path", "split"), ("eval_path", "eval_split")):
+            if Path(getattr(self, name) or "").expanduser().is_file():
+                ignored |= because(f"since data.{name} is one file", f"data.{split}")
+        if self.sources:
+            unread = (f"data.{name}" for name in self.unread())
+            ignored |= because("since data.sources has its own", *unread)
+        return ignored
 
     def unread(self) -> list[str]:
         """Keys that are set for the training pairs, where data.sources has its own."""

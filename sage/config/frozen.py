@@ -61,8 +61,8 @@ def load(
         cfg: CommandConfig = OmegaConf.to_object(source)  # pyright: ignore
     except OmegaConfBaseException as e:
         raise UserError(str(e).splitlines()[0] + (f" (key {e.full_key})" if e.full_key else "")) from e
-    refuse_ignored(cfg.ignored(), typed, schema.command)
     refuse_altered(cfg, typed)
+    refuse_ignored(cfg.ignored(), typed, schema.command)
     refuse_overruled(cfg, typed, own)
     check(cfg)
     return cfg

@@ -74,11 +74,6 @@ class RoundsConfig(TrainConfig):
     )
 
     def check(self) -> None:
-        if self.data.problems.path is None:
-            raise UserError(
-                "data.problems is not set: choose data=gsm8k, or give your own problems with "
-                "data.problems.path=FILE"
-            )
         temperature = min(self.round.temperatures, default=self.sampling.temperature)
         # Patience counts rounds here, not evaluations.
         checked = replace(self, patience=None, sampling=replace(self.sampling, temperature=temperature))

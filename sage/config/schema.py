@@ -170,12 +170,15 @@ class TrainConfig(RunConfig):
         return -(-2 * self.data.max_length // self.engine.sequence_parallel)
 
     def ignored(self) -> dict[str, str]:
-        ignored = super().ignored()
-        if self.data.eval_path is not None:
-            ignored |= because("since data.eval_path gives the held-out pairs", "data.eval_share")
-        if self.data.sources:
-            unread = (f"data.{name}" for name in self.data.unread())
-            ignored |= because("since data.sources has its own", *unread)
+        ignored = {**super().ignored(), **self.data.ignored()}
+        if not (self.data.has_held_out or self.benchmark or self.hooks):
+            ignored |= because("since there are no held-out pairs, benchmarks or hooks", "eval_every")
+        if not self.benchmark:
+            ignored |= because("since there is no benchmark", "benchmark_limit")
+        if self.optimizer.schedule == "constant":
+            ignored |= because("since optimizer.schedule=constant", "optimizer.min_lr_ratio")
+        if not self.tracking.wandb:
+            ignored |= because("since tracking.wandb=false", "tracking.mode", "tracking.project")
         if not self.data.has_pairs:
             return ignored
         given = f"since data.{'sources' if self.data.sources else 'path'} gives the pairs"
@@ -183,7 +186,8 @@ class TrainConfig(RunConfig):
         if not self.benchmark:
             reason = f"{given}, and there is no benchmark"
             ignored |= because(reason, "generation", "sampling")
-        return ignored
+        greedy = "since benchmarks are answered greedily in training"
+        return ignored | because(greedy, "sampling.temperature", "sampling.top_p")
 
 
 @dataclass
@@ -196,11 +200,6 @@ class BuildPairsConfig(TrainConfig):
     def check(self) -> None:
         RunConfig.check(self)
         check_target("generation", self.generation)
-        if self.data.problems.path is None:
-            raise UserError(
-                "data.problems is not set: choose data=gsm8k, or give your own problems with "
-                "data.problems.path=FILE"
-            )
         check_building(self)
 
     def ignored(self) -> dict[str, str]:
@@ -251,7 +250,8 @@ class ScoreConfig(TrainConfig):
             "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark "
             "benchmark_limit select patience export_float32 export_optimizer save_minutes save_every "
             "keep_checkpoints log_every hooks model.gradient_checkpointing engine.offload data.eval_split "
-            "data.eval_limit"
+            "data.eval_limit scorer.candidates_per_pair scorer.score_every scorer.reuse scorer.warmup_steps "
+            "scorer.temperature"
         )
         if self.data.eval_path is not None:  # null makes way for data.eval_share, which leaves pairs out
             training += " data.eval_path"
@@ -263,7 +263,7 @@ class InspectConfig(TrainConfig):
     """`sage inspect` takes all keys of `sage train`, so that an experiment means the same pairs in both."""
 
     command: str = key("inspect", "the command that this config is for", choices=("inspect",))
-    name: str = key("inspect", "names the plan in its title: no folder is made")
+    name: str = key("inspect", "unused: no folder is made")
     show: int = key(3, "print this many pairs", low=0)
     json: str | None = key(None, "write every pair and every dropped row to this file, as JSON lines")
 
@@ -345,6 +345,6 @@ class VerifyConfig(CommandConfig):
 @dataclass
 class DoctorConfig(CommandConfig):
     command: str = key("doctor", "the command that this config is for", choices=("doctor",))
-    name: str = key("doctor", "names the plan in its title: no folder is made")
+    name: str = key("doctor", "unused: no folder is made")
     cache_dir: str = key("~/.cache/sage", "the cache_dir of your runs, whose disk is looked at")
     json: str | None = key(None, "also write the table to this file")
