@@ -223,7 +223,9 @@ def resume(
     cfg.world_size = world_size or before
     longer = steps is not None or rounds is not None
     if not longer and (run_dir / config.SUMMARY_FILE).exists():
-        hint = {"train": "; steps=N gives it more", "rounds": "; rounds=N gives it more"}.get(cfg.command, "")
+        hint = "; rounds=N gives it more" if isinstance(cfg, RoundsConfig) else ""
+        if any(run_dir.glob("checkpoints/step_*")):  # the last one, from which it could go on
+            hint = "; steps=N gives it more"
         raise UserError(f"{run_dir}: this run is finished; its summary.json holds the results{hint}")
     if steps is not None:
         more.give_steps(cfg, run_dir, steps)

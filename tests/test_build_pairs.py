@@ -12,18 +12,20 @@ import signal
 from pathlib import Path
 
 import pytest
+from conftest import write_jsonl
 from hydra import compose, initialize_config_module
-from whole_runs import files, kill_after, sage
+from whole_runs import files, kill_after
+from whole_runs import sage as run_sage
 
 from sage import config, launch
-from sage.answering.attempts import Attempt, write_lines
+from sage.answering.attempts import Attempt, Sampler, write_lines
 from sage.answering.problems import Problem
 from sage.commands.build_pairs import build_pairs, check_finished, other_attempts, recipe_key
 from sage.commands.pairing import BuiltPair, gold_response, make_pairs
 from sage.config import PairingConfig
 from sage.data.pairs import read_pair_set
 from sage.util.errors import UserError
-from sage.util.files import sha256
+from sage.util.files import sha256, write_json
 
 
 def attempt(
@@ -254,6 +256,29 @@ def words(tiny_model, problem_file, tmp_path):
     ]
 
 
+def test_gold_solutions_that_are_not_there_are_noticed_before_sampling(words, tmp_path, monkeypatch):
+    rows = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
+    file = write_jsonl(tmp_path / "bare.jsonl", rows)
+    words = [*words, f"data.problems.path={file}", "data.problems.answer_from=plain"]
+    with initialize_config_module("sage.conf", version_base="1.3"):
+        config.freeze(config.load(compose("build_pairs", words)), tmp_path / "run")
+    monkeypatch.setattr(Sampler, "attempts", lambda *_: pytest.fail("responses were sampled"))
+    with pytest.raises(UserError, match=r"pairing\.chosen=own_then_gold: no problem of .*columns\.solution"):
+        build_pairs(tmp_path / "run")
+
+
+def test_no_pair_is_no_success(sage, words, tmp_path, monkeypatch):
+    """A pipeline must not go on with an empty file."""
+
+    def built(world_size, run_dir):
+        (run_dir / "pairs.jsonl").touch()
+        write_json(run_dir / "manifest.json", {"counts": {"problems": 3, "right": 0, "responses": 6}})
+
+    monkeypatch.setattr("sage.launch.start", built)
+    status, _, err = sage("build-pairs", *words, f"hydra.run.dir={tmp_path / 'run'}")
+    assert status == 2 and "made no pair from 3 problems (0 of 6 responses were right)" in err
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path, capsys):
     """SIGKILL, then `sage resume`: every file equal, and `sage train` reads the pairs."""
@@ -269,7 +294,7 @@ def test_a_killed_run_ends_with_the_files_of_an_undisturbed_one(words, tmp_path,
     assert 0 < len(made) < 6 and not (run_dir / "manifest.json").exists()
     text = made[0].read_text()
     made[0].write_text(text.replace("How", "Now", 1))  # damage that is still JSON
-    assert f"{made[0]} is damaged, so it is made again" in sage("resume", str(run_dir))
+    assert f"{made[0]} is damaged, so it is made again" in run_sage("resume", str(run_dir))
     assert files(run_dir) == whole
 
     manifest = json.loads(whole["manifest.json"])
@@ -297,7 +322,7 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
     err = kill_after(tmp_path / "cache" / "built", [*train, "world_size=2"], 1, signal.SIGTERM)
     assert "SIGTERM ended the run: run the same command again" in err and "sage resume" not in err
     assert list((tmp_path / "cache" / "built").glob("*/progress/chunk_*.jsonl"))
-    out = sage(*train)
+    out = run_sage(*train)
     assert "building the pairs" in out
     cfg = config.load(tmp_path / "a")
     assert isinstance(cfg, config.TrainConfig) and cfg.data.path is not None
@@ -305,7 +330,7 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
     assert built.is_relative_to(tmp_path / "cache") and (tmp_path / "a" / "final").is_dir()
     assert launch.built_pairs(plan) == built
 
-    sage("build-pairs", *words, "world_size=2", f"hydra.run.dir={tmp_path / 'two'}")
+    run_sage("build-pairs", *words, "world_size=2", f"hydra.run.dir={tmp_path / 'two'}")
     assert files(tmp_path / "two") == files(built.parent)
 
 

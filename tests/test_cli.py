@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -115,6 +116,16 @@ def test_values_of_hydras_options_are_not_taken_for_overrides(sage, train, tmp_p
     refused(train("loss=dpoo", flags=("-cd", str(tmp_path))), "no loss 'dpoo'", "dpo")
 
 
+def test_flags_may_stand_between_overrides(train, tmp_path):
+    status, out, err = train("--cfg", "job", "loss=ipo")
+    assert status == 0 and "_target_: sage.losses.IPO" in out, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_version(sage):
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", sage("--version")[1])
+
+
 def test_resume_usage(sage, tmp_path):
     status, out, _ = sage("resume")
     assert status == 2 and "usage: sage resume RUN_DIR" in out
@@ -163,6 +174,9 @@ def test_resume_auto_needs_the_folder_of_its_mode(sage, tmp_path, monkeypatch):
 BAD_OVERRIDES = {
     "unknown key": (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean 'optimizer.lr'"]),
     "unknown top-level key": (["step=1"], ["'step'", "did you mean 'steps'"]),
+    "key of another scorer": (["scorer=uniform", "scorer.damping=3"], ["another option of scorer"]),
+    "several files in one path": (["data.path=a.jsonl,b.jsonl"], ["data.path", "data.sources"]),
+    "an empty stop text": (["+benchmark=gsm8k", "sampling.stop=['']"], ["sampling.stop", "empty text"]),
     "unknown key of the loss": (["loss.bta=1"], ["loss.bta", "did you mean 'loss.beta'"]),
     "added key of the loss": (["+loss.bta=1"], ["loss.bta"]),
     "wrong type": (["batch_size=many"], ["batch_size", "many"]),

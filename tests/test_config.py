@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from sage import cli, config
+from sage import config
+from sage.advice import quoted
 from sage.config import LoraConfig, ModelConfig, TrainConfig
 from sage.util.errors import UserError
 
@@ -206,13 +207,17 @@ IGNORED = [
     ("train", "pairing.samples=2"),
     ("train", "sampling.top_p=0.5"),
     ("train", "model.revision=main"),
-    ("train", "data.split=test"),
-    ("train", "data.eval_split=train"),
     ("train", "benchmark_limit=3"),
     ("train", "tracking.project=mine"),
     ("eval", "sampling.top_p=0.5"),
     ("score-dataset", "scorer.candidates_per_pair=4"),
 ]
+
+
+def test_a_file_has_no_splits(tmp_path):
+    (tmp_path / "pairs.jsonl").touch()
+    with pytest.raises(UserError, match=r"data\.split has no effect .* since data\.path is one file"):
+        load(f"data.path={tmp_path / 'pairs.jsonl'}", "steps=1", "data.split=test")
 
 
 @pytest.mark.parametrize("command, override", IGNORED)
@@ -355,7 +360,7 @@ def test_advice_that_an_option_must_have():
 @given(st.text(alphabet="ab/.=()é~ ,{}[]&;#'\"\\", min_size=1, max_size=12))
 def test_the_quoted_form_is_read_as_the_value_that_was_typed(value):
     """Shell and Hydra both: what `sage` says to write has to mean what the user typed."""
-    form = cli.quoted(f"data.path={value}")
+    form = quoted(f"data.path={value}")
     if form is None:
         return
     (argument,) = shlex.split(form)

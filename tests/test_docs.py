@@ -19,6 +19,7 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 LAYERS = (
     "__main__",
     "cli",
+    "advice",
     "sweeps launch worker",
     "commands",
     "reporting",

@@ -238,7 +238,13 @@ def test_two_benchmarks_and_their_comparison(tiny_model, problem_file, tmp_path,
     assert len({r.response for r in rows}) > 8
 
     print_comparison(tmp_path / "seed_0", run_dir)
-    assert "McNemar" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "McNemar" in out and "differ too" not in out
+    sampled = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(sampled.replace("max_new_tokens: 20", "max_new_tokens: 10"))
+    print_comparison(tmp_path / "seed_0", run_dir)
+    assert "warning: their sampling.max_new_tokens differ too" in capsys.readouterr().out
+    (run_dir / "config.yaml").write_text(sampled)
     result = json.loads((run_dir / "compared_to_seed_0.json").read_text())
     assert set(result) == {"gsm8k", "gaokao2023en"} and result["gsm8k"]["problems"] == 8
     with pytest.raises(UserError, match="not a finished evaluation"):

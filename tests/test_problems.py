@@ -144,6 +144,17 @@ def test_answer_without_its_mark_is_refused(tmp_path):
         load_problems(str(file), answer_from="hash")
 
 
+def test_whole_solutions_are_no_plain_answers(tmp_path):
+    """No response equals a solution, so every accuracy would be zero. A box alone is an answer."""
+    for solution, answer_from in (("2 + 3 = 5\n#### 5", "hash"), (r"It is \boxed{5}.", "boxed")):
+        file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "?", "answer": solution}] * 3)
+        with pytest.raises(UserError, match=f"3 of 3 answers are whole solutions.*answer_from={answer_from}"):
+            load_problems(str(file))
+        assert load_problems(str(file), answer_from=answer_from)[0].answer == "5"
+    file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "?", "answer": r"$\boxed{5}$"}] * 3)
+    assert len(load_problems(str(file))) == 3
+
+
 def test_empty_answers_are_left_out_aloud(tmp_path, capsys):
     """A row that nothing can be verified against is dropped and named; a file of such rows is refused."""
     rows = [

@@ -338,6 +338,16 @@ def test_verify_refuses_bad_rows(tmp_path, row, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_verify_refuses_whole_solutions_as_answers(tmp_path):
+    from sage.commands.verify import verify
+
+    row = {"response": "So\n#### 5", "answer": "So\n#### 5"}
+    file = str(write_jsonl(tmp_path / "v.jsonl", [row]))
+    with pytest.raises(UserError, match="answer_from=hash"):
+        verify(VerifyConfig(path=file), tmp_path / "run")
+    verify(VerifyConfig(path=file, answer_from="hash"), tmp_path / "run")
+
+
 def test_columns_of_the_file_that_verdicts_replace_are_said(tmp_path, capsys):
     """Protects a file's own verdicts, perhaps by hand, from vanishing without a word."""
     from sage.commands.verify import verify

@@ -17,15 +17,16 @@ from rich.table import Table
 from sage.answering.accuracy import by_problem, run_benchmarks, table
 from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE, PROBLEMS, Sampler, read_attempts
 from sage.answering.statistics import difference_interval, majority, mcnemar
-from sage.config import SUMMARY_FILE, EvalConfig, build, load
+from sage.config import SUMMARY_FILE, EvalConfig, build, differences, load
 from sage.data.chat import ChatFormat
 from sage.model import loading
 from sage.util import ranks
-from sage.util.errors import UserError
+from sage.util.errors import UserError, named
 from sage.util.files import write_json
 from sage.util.progress import console
 
 SHOWN = 10  # flipped problems of each kind that are printed
+SETTINGS = ("sampling.", "samples", "data.")  # keys that change what a model answers
 
 
 def evaluate(run_dir: Path) -> None:
@@ -130,6 +131,9 @@ def print_comparison(a: Path, b: Path) -> None:
             f"{r['mcnemar_p']:.3g}",
         )
     console.print(shown)
+    prompts = tuple(f"benchmark.{name}.prompt" for name in result)
+    if keys := [key for key in differences(load(a), load(b)) if key.startswith(SETTINGS + prompts)]:
+        console.print(f"warning: their {named(keys)} differ too", markup=False)
     for name, r in result.items():
         for kind in ("gained", "lost"):
             if r[kind]:

@@ -80,6 +80,9 @@ def unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def refusal(key: str, known: Iterable[str], command: str) -> UserError:
     """The error for an unknown key: it names the nearest known key."""
+    known, group = list(known), key.rpartition(".")[0]
+    if key in known:
+        return UserError(f"{key} is a key of another option of {group} than the one that is chosen")
     return UserError(
         f"unknown config key {key!r}{suggestion(key, known)}; `sage {command} --help` lists all keys"
     )

@@ -55,6 +55,8 @@ def check_weights_files(folder: str, key: str) -> None:
             )
     if not files:
         other = sorted(p.name for p in Path(folder).iterdir() if p.suffix in OTHER_WEIGHTS)
+        if Path(folder, "final").is_dir():
+            raise UserError(f"{key}: this is a run's folder: its model is in {folder}/final")
         if not other:
             raise UserError(f"{key}: the folder has no weights (*.safetensors): download the whole model")
         convert = "; ".join(
