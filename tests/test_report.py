@@ -223,7 +223,8 @@ def test_odd_runs_give_a_report(tmp_path, pairs):
     for folder in (one, torn, bare, nans, tmp_path):
         report.report([str(folder), "--output", str(tmp_path / "out")])
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "interrupted" in html and "1 lines of metrics could not be read" in html
+    assert "1 of 4 runs have no values yet: " in html and "1 of 4 runs: interrupted" in html
+    assert "1 lines of metrics could not be read" in html
     assert "not finite in places" in html
 
 

@@ -34,12 +34,12 @@ from sage.data.tokens import TokenizedPairs
 from sage.losses import DPO
 from sage.model.logps import LogitStats, PairLogps
 from sage.order import Shuffled, order_by_difficulty, strata_by_difficulty
-from sage.scorers import PairStats, Sage, SageLogit, curvature, select, signal
+from sage.scorers import PairStats, Sage, SageLogit, Uniform, curvature, select, signal
 from sage.static_curricula import EasyToHard, StaticFilter
 from sage.training.metrics import PER_PAIR
 from sage.training.pair_log import PairLog
 from sage.training.selection import Selection, read_margins
-from sage.training.setup import build
+from sage.training.setup import build, build_curriculum
 from sage.util.errors import UserError
 
 U = torch.linspace(-10, 10, 201)
@@ -669,3 +669,13 @@ def test_every_yaml_composes_and_builds(group):
         if group == "scorer":
             ranked = torch.linspace(-1, 1, 8)
             assert built(dataclasses.replace(stats_of(ranked), other_margin=ranked)).shape == (8,)
+
+
+def test_a_batch_with_more_pairs_than_there_are_is_said(capsys):
+    """The same pair would count several times in one step, without a word."""
+    pairs = SimpleNamespace(lengths=lambda: np.ones((3, 3), int), pass_rates=lambda: np.full(3, np.nan))
+    plain = {"_target_": "sage.curriculum.Curriculum"}
+    for size, said in ((3, False), (4, True)):
+        cfg = SimpleNamespace(batch_size=size, seed=0, curriculum=plain)
+        build_curriculum(cfg, Uniform(), SimpleNamespace(pairs=pairs, steps=2))  # pyright: ignore
+        assert ("several times in each batch" in capsys.readouterr().out) == said

@@ -112,11 +112,13 @@ def notes(groups: Sequence[Group], metric: str | None) -> list[str]:
                 f"and wins leave them out: {', '.join(lost[:5])}"
             )
     for status in ("interrupted", "running"):
-        if names := [str(run.path) for run in runs if run.status == status]:
+        if names := [str(run.path) for run in runs if run.status == status and run.metrics]:
             found.append(
                 f"{len(names)} of {len(runs)} runs: {status}, and their last values stand for their ends: "
                 f"{', '.join(names[:5])}"
             )
+    if names := [str(run.path) for run in runs if not run.metrics]:
+        found.append(f"{len(names)} of {len(runs)} runs have no values yet: {', '.join(names[:5])}")
     if names := sorted({text for run in runs if (text := chosen_by_test(run.config))}):
         found.append(
             f"policies were selected by test problems ({', '.join(names)}): the accuracy of best/ on them is "

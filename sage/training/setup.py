@@ -260,6 +260,11 @@ def build_curriculum(cfg: TrainConfig, scorer: Scorer, data: Data) -> tuple[Scor
             f"{len(tokens)} training pairs are too few to choose {setting.trained} of them at a time: "
             "the run trains on all of them, as +baseline=dpo does"
         )
+    if cfg.batch_size > len(tokens):
+        console.print(
+            f"warning: batch_size={cfg.batch_size}, and there are {len(tokens)} training pairs: some are "
+            "several times in each batch"
+        )
     return Uniform(), Curriculum(setting)
 
 
