@@ -300,9 +300,6 @@ class Asked:
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.policy(*args, **options)
 
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
 
 def adapted(model: Any) -> Any:
     """The model with an adapter on every linear layer, which is not the identity."""

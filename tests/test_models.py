@@ -353,19 +353,18 @@ def test_the_models_dropout_stays_off_after_the_check(packing):
         assert torch.allclose(first.chosen, policy(batch).chosen, atol=1e-4)
 
 
-def test_rank_0_decides():
+def test_rank_0_decides(monkeypatch):
     """Protects the other ranks from a layout of their own, which would hang all."""
-
-    class Second(table.Asked):
-        def gather(self, value):
-            return ["rank 0 has seen something" if value is None and layout() else value, value]
-
     policy = policy_of("llama")
 
     def layout() -> bool:
         return policy.model.config._attn_implementation == "sage_packed"
 
-    assert settle(Second(policy), [table.some_pairs()], "auto", "x") == "padded"
+    def gather(value):
+        return ["rank 0 has seen something" if value is None and layout() else value, value]
+
+    monkeypatch.setattr("sage.util.ranks.gather", gather)
+    assert settle(table.Asked(policy), [table.some_pairs()], "auto", "x") == "padded"
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-3), (torch.bfloat16, 1.0)], ids=str)
