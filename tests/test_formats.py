@@ -63,7 +63,7 @@ PARTS = [{"type": "text", "text": "2 "}, {"type": "text", "text": "+ 2?"}]
 # name -> (option, row, what it means)
 FORMATS = {
     "LLaMA-Factory, ShareGPT": (
-        "llamafactory",
+        "pairs",
         {
             "conversations": [
                 {"from": "human", "value": "Hi"},
@@ -78,7 +78,7 @@ FORMATS = {
         ([system("Be brief."), *CONVERSATION], *SPLIT[1:]),
     ),
     "LLaMA-Factory, ShareGPT with tools": (
-        "llamafactory",
+        "pairs",
         {
             "conversations": [
                 {"from": "system", "value": "s"},
@@ -106,7 +106,7 @@ FORMATS = {
         ),
     ),
     "Alpaca": (
-        "llamafactory",
+        "pairs",
         {
             "instruction": "2 +",
             "input": "2?",
@@ -122,19 +122,19 @@ FORMATS = {
         {"instruction": "2 + 2?", "input": "", "chosen": "4", "rejected": "5", "system": None, "history": []},
         ("2 + 2?", "4", "5"),
     ),
-    "ms-swift": ("ms_swift", {"messages": [*CONVERSATION, says("4")], "rejected_response": "5"}, SPLIT),
+    "ms-swift": ("pairs", {"messages": [*CONVERSATION, says("4")], "rejected_response": "5"}, SPLIT),
     "ms-swift with rejected messages": (
-        "ms_swift",
+        "pairs",
         {"messages": [*CONVERSATION, says("4")], "rejected_messages": [*CONVERSATION, says("5")]},
         SPLIT,
     ),
     "ms-swift 2": (
-        "ms_swift",
+        "pairs",
         {"query": "2 + 2?", "response": "4", "rejected_response": "5", "history": [["Hi", "Hello"]]},
         SPLIT,
     ),
     "OpenAI preferences": (
-        "openai",
+        "pairs",
         {
             "input": {"messages": CONVERSATION, "tools": TOOLS, "parallel_tool_calls": True},
             "preferred_output": [says("4")],

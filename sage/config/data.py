@@ -160,9 +160,6 @@ class DataConfig(ChatConfig):
         "padded: one row per response; auto = shared if the model's attention allows it, else padded",
         choices=("auto", "shared", "unshared", "padded"),
     )
-    list_dropped: bool = key(
-        True, "write every dropped row and pair, with its reason, to RUN_DIR/dropped.jsonl"
-    )
 
     @property
     def has_pairs(self) -> bool:

@@ -23,7 +23,6 @@ IGNORED = (
     "world_size",
     "log_every",
     "data.num_proc",
-    "data.list_dropped",
     "save_every",
     "resume",
     "save_minutes",

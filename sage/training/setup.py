@@ -236,8 +236,7 @@ def read_pairs(
     if not held_out:
         ends = response_ends(tokenizer, ChatFormat.of(data))
         console.print(shown(pairs[0], tokenizer, ends, width=FIRST_PAIR_WIDTH), end="\n\n")
-    if data.list_dropped:
-        list_rows(run_dir / "dropped.jsonl", title, dropped, held_out)
+    list_rows(run_dir / "dropped.jsonl", title, dropped, held_out)
     return pairs, content
 
 
