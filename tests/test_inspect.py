@@ -66,6 +66,17 @@ def test_shows_pairs_dropped_rows_and_warnings(folder, capsys):
     assert "markup of a chat template in it: markup" in out
 
 
+def test_pairs_that_others_repeat_or_contradict(folder, capsys):
+    """Training on a pair and its opposite teaches nothing, and no other number shows it."""
+    first = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
+    opposite = {"prompt": "What is 2 + 2?", "chosen": "5", "rejected": "4"}
+    other = {"prompt": "What is 2 + 3?", "chosen": "5", "rejected": "4"}
+    rows = [{**row, "pair_id": f"p{i}"} for i, row in enumerate((first, opposite, first, other))]
+    out = run(folder, capsys, rows=rows)
+    assert "2 pairs: another pair has the same prompt and the same responses: p0, p2" in out
+    assert "3 pairs: another pair has chosen and rejected exchanged: p0, p1, p2" in out
+
+
 def test_wrong_labels_are_listed_or_dropped_as_in_training(folder, capsys):
     """Protects `exactly as they will be trained`: data.answers=drop leaves pairs out of training."""
     rows = [

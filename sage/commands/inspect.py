@@ -110,6 +110,7 @@ def examine(
     foreign = foreign_markup(renderer.end_tokens)
     found: dict[str, list[str]] = {name: [] for name in WARNINGS}
     found["template_in_prompt"] = template_in_prompts(source, renderer)
+    found |= repeated_pairs(source)
 
     def rows() -> Iterator[dict[str, Any]]:
         for start in range(0, len(pairs), BATCH):
@@ -144,6 +145,20 @@ def template_in_prompts(source: PairSet, renderer: Renderer) -> list[str]:
     table = source.table("pair_id", "prompt")
     where = pc.match_substring_regex(table["prompt"], "|".join(map(re.escape, sorted(marks))))  # pyright: ignore
     return table["pair_id"].filter(where).to_pylist()
+
+
+def repeated_pairs(source: PairSet) -> dict[str, list[str]]:
+    """The pairs that are there twice, and those that another pair contradicts."""
+    table = source.table("pair_id", "prompt", "chosen", "rejected")
+    ids, *texts = (column.to_pylist() for column in table.columns)
+    count = Counter(map(hash, zip(*texts, strict=True)))
+    found: dict[str, list[str]] = {"same_as_another": [], "contradicted": []}
+    for pair_id, prompt, chosen, rejected in zip(ids, *texts, strict=True):
+        if count[hash((prompt, chosen, rejected))] > 1:
+            found["same_as_another"].append(pair_id)
+        if hash((prompt, rejected, chosen)) in count:
+            found["contradicted"].append(pair_id)
+    return found
 
 
 def dropped_rows(pairs: TokenizedPairs, source: PairSet) -> Iterator[dict[str, Any]]:

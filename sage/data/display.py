@@ -107,6 +107,8 @@ WARNINGS = {
     "template_in_response": "a response has the markup of a chat template in it",
     "thought_opened_twice": "a thought is opened twice",
     "only_the_end_differs": "chosen and rejected differ only at the end token",
+    "same_as_another": "another pair has the same prompt and the same responses",
+    "contradicted": "another pair has chosen and rejected exchanged",
     "begin_alike": f"chosen and rejected begin with the same {ALIKE} tokens or more, half of the shorter one",
     "one_much_longer": f"one response has more than {LONGER:g} times the tokens of the other",
     "wrong_chosen": "the chosen response's answer is wrong",
