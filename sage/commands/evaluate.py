@@ -137,8 +137,7 @@ def print_comparison(a: Path, b: Path) -> None:
     for name, r in result.items():
         for kind in ("gained", "lost"):
             if r[kind]:
-                more = f" and {len(r[kind]) - SHOWN} more" if len(r[kind]) > SHOWN else ""
-                console.print(f"{name}, {kind}: {', '.join(r[kind][:SHOWN])}{more}")
+                console.print(f"{name}, {kind}: {named(r[kind], SHOWN)}")
     file = b / f"compared_to_{a.resolve().name}.json"
     write_json(file, result)
     console.print(f"the whole comparison: {file}")

@@ -119,12 +119,8 @@ def map_columns(
     An entry of `columns` goes before what the format says. "" in it says that the source has no such column.
 
     Raises:
-        UserError: `columns` names something that does not exist, or there are no responses.
+        UserError: a column of the source that `columns` names does not exist, or there are no responses.
     """
-    if unknown := [name for name in columns if name not in MAPPABLE]:
-        raise UserError(
-            f"data.columns: unknown name {unknown[0]!r}; it maps {', '.join(MAPPABLE)} to the source's"
-        )
     present = [*present]
     form = recognise(present, columns)
     names = {name: name for name in COLUMNS if name not in MAPPED_ONLY}

@@ -20,7 +20,7 @@ from sage.model.gguf import convert_gguf
 from sage.model.kernels import has_triton
 from sage.model.kernels.recompute import bfloat16_in_hardware
 from sage.util import ranks
-from sage.util.errors import UserError, first_line
+from sage.util.errors import UserError, first_line, named
 from sage.util.files import sha256
 from sage.util.hub import reach_hub
 from sage.util.progress import console
@@ -251,8 +251,7 @@ def check_weights(cfg: ModelConfig, info: dict[str, Any]) -> None:
     ):
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in info[kind])
         if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            faults.append(f"{len(names)} weights are {text} ({', '.join(names[:SHOWN])}{more})")
+            faults.append(f"{len(names)} weights are {text} ({named(names, SHOWN)})")
     if faults:
         raise UserError(
             f"model.path={cfg.path}: {'; '.join(faults)}; get the whole model, or set "
