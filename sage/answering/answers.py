@@ -64,13 +64,12 @@ WORDED_OPERATIONS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], s
         (r"(?<=\d) (?:cubed|to the third power)\b", "^3"),
         (r"(?<=\d) to the power (?:of )?(?=\d)", "^"),
         (r"(?<=\d) factorial\b", "!"),
-        (r"\b(\d+) choose (\d+)\b", r"\\binom{\1}{\2}"),
         (r"(?<=\d) plus (?=\$?\d)", " + "),
         (r"(?<=\d) minus (?=\$?\d)", " - "),
         (r"(?<=\d) (?:times|multiplied by) (?=\$?\d)", " * "),
         (r"(?<=\d) divided by (?=\$?\d)", " / "),
         (r"(?<=\d) (?:over|out of) (?=\d+[.!?]?(?:\s*$|\s+(?-i:[A-Z])))", "/"),  # not "5 out of 8 people"
-        (rf"(?<=\d)[- ](?!quarter)({'|'.join(PARTS)})s\b", lambda match: f"/{PARTS[match[1].lower()]}"),
+        (rf"(?<=\d)[- ](?!quarter|hal)({'|'.join(PARTS)})s\b", lambda match: f"/{PARTS[match[1].lower()]}"),
         (POWER.pattern, "^"),
     ]
 ]

@@ -133,7 +133,15 @@ def _structured(a: str, b: str, formula: Compare) -> bool:
                 return _pairwise(mine, other[0], formula)
             return _pairwise(other[0], mine, formula)
     if any(len(parts) > 1 for parts in lists):
-        return _unordered(lists[0], lists[1], r"\{" in (a[:2], b[:2]), formula)
+        sets = [text.startswith(r"\{") for text in (a, b)]
+        if _unordered(lists[0], lists[1], any(sets), formula):
+            return True
+        if sets[0] == sets[1]:
+            return False
+        lists = [
+            _list(text if is_set else rf"\{{{text}\}}") for text, is_set in zip((a, b), sets, strict=True)
+        ]
+        return _unordered(lists[0], lists[1], True, formula)
     (a,), (b,) = lists if all(lists) else ([a], [b])
     if " ".join(a.split()) == " ".join(b.split()):
         return True

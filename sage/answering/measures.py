@@ -13,32 +13,38 @@ BASED = re.compile(
 )
 BASES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
-# After a formula, a unit is a word of four letters or more, a known one of two or three, or a single letter.
-# Shorter words may be products: "3abc".
+# A unit after a formula is a word of four letters or more that stands apart, or a known shorter one.
 FORMULA_UNIT = (
-    rf"(?:sq\.? |cu\.? )?(?:(?!degrees\b)(?=[a-z]{{4}}){WORD_UNIT}|{SHORT_UNIT}"
+    rf"(?:sq\.? |cu\.? )?(?:(?<=[ /])(?!degrees\b)(?=[a-z]{{4}}){WORD_UNIT}|{SHORT_UNIT}"
     rf"|(?:cups?|days?|deg|gal|mol|ohms?|rad|yds?)(?![A-Za-z])){RAISED_UNIT}"
 )
 UNIT_END = re.compile(
     rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\s)) ?"
     rf"(?P<unit>{FORMULA_UNIT}(?: {FORMULA_UNIT})*(?: ?/ ?{FORMULA_UNIT})?(?: per {FORMULA_UNIT})?)$"
 )
+TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
+BRACKETED = re.compile(r"-?[\d.]*\([^()]*\)")
 
 
 def without_unit(formula: str, truth: str | None = None) -> str:
     r"""A formula without the unit at its end: 4\pi for 4\pi cm. `truth` is the true answer if it is another.
 
     One or two letters are a unit only after a product of plain numbers: those of x^2 t and 5 + 3m are
-    variables. They stand apart in a true answer ("6 m"). In another one ("6m"), the true one has no letter.
+    variables. In a true answer they are two that stand apart (4\pi cm). In another, the true one has no letter.
     """
+    if formula.endswith(" degrees") and not TRIGONOMETRY.search(formula):
+        return formula.removesuffix(" degrees").strip()
     match = UNIT_END.search(formula)
     if not match:
         return formula
     rest = formula[: match.start()].strip()
-    if max(map(len, re.findall("[A-Za-z]+", match["unit"]))) <= 2:
-        apart = formula[match.start("unit") - 1] == " " if truth is None else not VARIABLE.search(truth)
-        if VARIABLE.search(rest) or re.search(r"\S ?[-+=<>]", rest) or not apart:
+    longest = max(map(len, re.findall("[A-Za-z]+", match["unit"])))
+    if longest <= 2:
+        sure = longest == 2 and formula[match.start("unit") - 1] == " "
+        variable = not sure if truth is None else VARIABLE.search(truth)
+        a_sum = re.search(r"\S ?[-+=<>]", rest) and not BRACKETED.fullmatch(rest)
+        if variable or a_sum or VARIABLE.search(rest):
             return formula
     return rest or formula
 

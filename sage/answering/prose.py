@@ -66,11 +66,10 @@ NO = r"\bnot|n['’]t|\bnever|\bneither|\bnor|\bcannot|\bno longer"
 NEGATION = re.compile(rf"(?:{NO})\b", re.I)
 COMPARED = r"(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower) than"
 # What makes a number part of a larger value: "half of 10", "one in twelve", "4 remainder 2".
-OPERATED = (
-    r"\b(?:half|double|twice|triple|(?:half|third|quarter|fifth|root|square|cube|logarithm|factorial) of)"
-)
+OPERATED = r"\b(?:double|twice|triple|(?:half|third|quarter|fifth|root|square|cube|logarithm|factorial) of)"
 GOES_ON = re.compile(
-    r"\s+(?:point|plus|minus|times|over|choose|remainder|r|in|out of|(?:divided|multiplied) by)"
+    r"(?:\s+(?:point|plus|minus|times|over|choose|remainder|r|out of|(?:divided|multiplied) by)"
+    r"|(?:(?<=\b1)|(?<=\bone))\s+in)"
     rf"\s+(?:{NUMBER_WORD}|\d+)(?![\w,]|\s+[a-z])",
     re.I,
 )
@@ -95,9 +94,14 @@ TEXT_END = re.compile(
     r"|not)\b|,\s(?:and|for)\b"
 )
 
-NUMBER = re.compile(rf"(?<![\w.])(?:[-−+]{CURRENCY}?|{CURRENCY}[-−+]?)?{PLAIN}{SCALED.pattern}", re.I)
+NUMBER = re.compile(
+    rf"(?<![\w.])(?:[-−+]?{CURRENCY}[-−+]?{PLAIN}\s?(?:k|mn?|mil|bn?)\b"
+    rf"|(?:[-−+]{CURRENCY}?|{CURRENCY}[-−+]?)?{PLAIN}{SCALED.pattern})",
+    re.I,
+)
 IN_LATEX = set("{}^_\\/*")  # beside a number: it belongs to an expression
-RATIO = re.compile(r"\d(?::|\s(?:in|out of)\s)$")  # just before a number: 3:4, 3 in 8
+RATIO = re.compile(r"\d(?::|\s(?:in|out of)\s| [-+*] )$")  # just before a number: 3:4, 3 in 8, 3 + 4
+YEAR = re.compile(r"(?:1[5-9]|20)\d\d")
 OR = re.compile(rf"{PLAIN}\$?(?:\s+[a-z]+)?,?\s+or\s+(?:perhaps |maybe |even )?[$(*]*$", re.I)
 
 
@@ -198,6 +202,8 @@ def last_number(text: str) -> str | None:
         after = re.sub(r"^/(?=[A-Za-z])", "", text[match.end() : match.end() + 2])  # 60/hour is 60
         in_latex = IN_LATEX & {*text[:start][-1:], *after[:1]}
         if RATIO.search(text, max(start - 10, 0), start):
+            if YEAR.fullmatch(match[0]):
+                continue  # 24200 in 2010
             return None
         if parts := next((m for m in UNITS.finditer(text) if m.start() < start < m.end()), None):
             return parts[0] if in_units(parts) else half(match[0])

@@ -112,9 +112,9 @@ SET_TYPE = "text|mbox|mathrm|mathbf|textbf|textrm|textit|mathit|mathsf|boldsymbo
 FRAMES = "underline|boxed|fbox|framebox|ensuremath|displaystyle"
 NO_UNIT = (
     r"and\b|or\b|[ap]\.?m\b|thousand|million|billion|trillion|dozen|hundred|percent"
-    r"|[^{}]*[\d!+*=]|(?:plus|minus|times|to|over|squared|cubed)\b|[kKMie]\s*\}"
+    r"|[^{}]*[\d!+*=]|(?:plus|minus|times|to|over|squared|cubed)\b|[kKMBie]\s*\}"
 )
-POWER = re.compile(r"(?:(?<=[\d)])|(?<=\b[A-Za-z]))\*\*(?=-?[\d(])")  # Python's; elsewhere ** is Markdown
+POWER = re.compile(r"(?:(?<=[\d)])|(?<=\b[A-Za-z]))\*\*(?=-?\d+(?!\d|\*\*))")  # Python's, not Markdown
 # Spelling only: none of these changes what an expression says. The order matters.
 SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
@@ -210,8 +210,8 @@ FRACTION = re.compile(
     r"\\frac ?(?:\{ ?(?P<a>-?\d+) ?\} ?\{ ?(?P<b>-?\d+) ?\}|(?P<c>\d) ?(?P<d>\d)|(?P<e>\d) ?\{(?P<f>\d+)\})"
 )
 NO_WORD_UNIT = (
-    "sqrt|sin|cos|tan|cot|sec|csc|log|exp|mod|and|or|than|not|if|squared|cubed|factorial|"
-    + "|".join([*SCALES, *SPOKEN])
+    "sqrt|(?:sin|cos|tan|cot|csc)[hxy]?|sec|log|exp|mod|and|or|than|not|if|squared|cubed|factorial|plus|minus"
+    "|halved|doubled|tripled|alpha|beta|gamma|delta|theta|lambda|omega|sigma|" + "|".join([*SCALES, *SPOKEN])
 )
 WORD_UNIT = rf"(?!(?:{NO_WORD_UNIT})\b)[A-Za-z][A-Za-z.'-]{{2,}}"
 SHORT_UNIT = (

@@ -142,9 +142,11 @@ SPELLINGS |= {
     f"{unit}s": unit for pair in SMALLER for unit in pair if unit not in ("m", "foot", "inch", "penny")
 }
 UNIT = "|".join(sorted({*SPELLINGS, *(unit for pair in SMALLER for unit in pair)}, key=len, reverse=True))
-QUANTITY = re.compile(rf"(\d{{1,9}}(?:\.\d{{1,9}})?) ?({UNIT})\b\.?", re.I)
+QUANTITY = re.compile(rf"(\d{{1,9}}(?:\.\d{{1,9}})?) ?({UNIT})\b", re.I)
+DOT = r"\b(?:(?:(?<=hr|ft|in|lb|oz)|(?<=min|sec|hrs|lbs))\.)?"  # that of an abbreviation ends no sentence
 UNITS = re.compile(
-    rf"(?P<sign>-?)\d{{1,9}} ?(?:{UNIT})\b\.?(?:(?:,? and |,? )\d{{1,9}}(?:\.\d{{1,9}})? ?(?:{UNIT})\b\.?)+",
+    rf"(?P<sign>-?)\d{{1,9}} ?(?:{UNIT}){DOT}"
+    rf"(?:(?:,? and |,? )\d{{1,9}}(?:\.\d{{1,9}})? ?(?:{UNIT}){DOT})+(?![\w])",
     re.I,
 )
 

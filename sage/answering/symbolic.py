@@ -17,7 +17,7 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
 from sage.answering.equality import EQUALS, ORDER, split
-from sage.answering.measures import without_unit
+from sage.answering.measures import TRIGONOMETRY, without_unit
 from sage.answering.spelling import PlainNumber, as_number
 
 DIGITS = 60  # of the precision at which values are compared
@@ -26,7 +26,6 @@ POINTS = 8  # where functions of variables are compared
 ENOUGH = 3  # of these must give finite values
 
 DEGREES = re.compile(r"(\d+(?:\.\d+)?) ?degrees\b")
-TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 DOTS = re.compile(r"\\(?:ldots|cdots|dots)(?![A-Za-z])")
 PRIMES = re.compile(r"(?<=[A-Za-z)])'+")
 TOKEN = re.compile(r"\\[A-Za-z]+|(?<!_)(?<!_\{)[A-Za-z]")  # not an index
@@ -42,7 +41,12 @@ def same_formula(a: str, b: str) -> bool:
     """Whether two canonical values or relations are equal. A long decimal equals what rounds to it."""
     if sorted(map(len, PRIMES.findall(a))) != sorted(map(len, PRIMES.findall(b))):
         return False
-    a, b = _cases_apart(without_unit(a, b), without_unit(b))
+    bare = without_unit(b)
+    return any(_same(*pair) for pair in dict.fromkeys([(a, b), (without_unit(a, bare), bare)]))
+
+
+def _same(a: str, b: str) -> bool:
+    a, b = _cases_apart(a, b)
     signs = [[match[0] for match in ORDER.finditer(text)] for text in (a, b)]
     if signs[0] or signs[1]:
         return _same_order(a, b)
