@@ -31,7 +31,7 @@ def without_unit(formula: str, truth: str | None = None) -> str:
     r"""A formula without the unit at its end: 4\pi for 4\pi cm. `truth` is the true answer if it is another.
 
     One or two letters are a unit only after a product of plain numbers: those of x^2 t and 5 + 3m are
-    variables. In a true answer they are two that stand apart (4\pi cm). In another, the true one has no letter.
+    variables. In a true answer they are two that stand apart (4\pi cm). Else the true one has no letter.
     """
     if formula.endswith(" degrees") and not TRIGONOMETRY.search(formula):
         return formula.removesuffix(" degrees").strip()
