@@ -50,16 +50,13 @@ UNREAL = re.compile(
 DENIED = re.compile(
     r"(?:\bdoubt|(?:\bnot|\bnever|n['’]t)\s+(?:think|believe|say|mean))\s+(?:that\s+)?(?:the\s+)?$", re.I
 )
-# "negative 5", "is minus 5", "plus or minus 5": signs in words before digits.
-WORDED_SIGN = re.compile(
-    r"(?:\b(?P<both>(?:plus|positive) or (?:minus|negative))|\bnegative|(?<=\bis )minus|(?<=\bto )minus"
-    r"|(?<=: )minus)\s+(?=[$(]{0,2}(?:[\d.]|\\[dt]?frac))",
-    re.I,
-)
-# Operations in words between digits.
-WORDED_OPERATIONS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+# Signs and operations in words: "negative 5", "is minus 5", "plus or minus 5", "5 squared", "3 times 4".
+BEFORE_NUMBER = r"\s+(?=[$(]{0,2}(?:[\d.]|\\[dt]?frac))"
+WORDED: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern, re.I | re.M), sign)
     for pattern, sign in [
+        (rf"\b(?:plus|positive) or (?:minus|negative){BEFORE_NUMBER}", r"\\pm "),
+        (rf"(?:\bnegative|(?<=\bis )minus|(?<=\bto )minus|(?<=: )minus){BEFORE_NUMBER}", "-"),
         (r"(?<=\d) (?:squared|to the second power)\b", "^2"),
         (r"(?<=\d) (?:cubed|to the third power)\b", "^3"),
         (r"(?<=\d) to the power (?:of )?(?=\d)", "^"),
@@ -93,8 +90,8 @@ def find_answer(response: str) -> Found:
     the last <answer>, the last \boxed{}, the first `#### N`, what "the final answer is",
     what "the answer is", the end of the response.
     """
-    text = WORDED_SIGN.sub(lambda match: "\\pm " if match["both"] else "-", after_thought(response))
-    for pattern, sign in WORDED_OPERATIONS:
+    text = after_thought(response)
+    for pattern, sign in WORDED:
         text = pattern.sub(sign, text)
     if (tagged := _tagged(text)) is not None:
         inner = _marked(tagged)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from sage.answering.spelling import CURRENCY
+from sage.answering.spelling import CURRENCY, MAGNITUDE, MAGNITUDES
 from sage.answering.spoken import DATE, NUMBER_WORD, SCALES, UNITS, in_units, read_spoken
 
 # "$35 + $22" holds amounts, not a formula: a formula has a space inside both of its dollars or neither.
@@ -23,7 +23,7 @@ TIME = r"\d{1,2}(?::\d\d){0,2}\s?[ap]\.?m\b\.?|\d{1,2}:\d\d(?::\d\d)?(?!\d)"
 MIXED = rf"\d+ (?:and )?\d+/\d+(?![\d,])|(?:\d+ ?)?[{VULGAR}]"
 PLAIN = rf"(?:{TIME}|{MIXED}|(?:{THOUSANDS}|\d+)(?:\.\d+(?:\.\.\.|…)?)?(?:\s*/\s*\d+)?|\.\d+)"
 SCALED = re.compile(
-    rf"(?:\s*\\?%|\s+(?:{'|'.join(SCALES)}|percent|degrees)\b|\s?(?:mn|mil|bn)\b|\s*[ap]\.?m\b\.?|\s+and\s+a\s+half\b)*",
+    rf"(?:\s*\\?%|\s+(?:{'|'.join(SCALES)}|percent|degrees)\b|\s?{MAGNITUDE}\b|\s*[ap]\.?m\b\.?|\s+and\s+a\s+half\b)*",
     re.I,
 )
 
@@ -95,7 +95,7 @@ TEXT_END = re.compile(
 )
 
 NUMBER = re.compile(
-    rf"(?<![\w.])(?:[-−+]?{CURRENCY}[-−+]?{PLAIN}\s?(?:k|mn?|mil|bn?)\b"
+    rf"(?<![\w.])(?:[-−+]?{CURRENCY}[-−+]?{PLAIN}\s?(?:{'|'.join(MAGNITUDES)})\b"
     rf"|(?:[-−+]{CURRENCY}?|{CURRENCY}[-−+]?)?{PLAIN}{SCALED.pattern})",
     re.I,
 )

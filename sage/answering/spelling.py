@@ -102,6 +102,7 @@ MAGNITUDES = {
     "b": "billion",
     "bn": "billion",
 }
+MAGNITUDE = "(?:mn|mil|bn)"  # those that need no currency before them
 
 
 def _magnitude(match: re.Match[str]) -> str:
@@ -174,7 +175,10 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\\infty(?![A-Za-z])", r"\\infty "),
         # 3/4 x is three quarters of x.
         (r"(?<![\w.^_/{])(\d+)/(\d+) ?(?=[A-Za-z](?![A-Za-z]))", r"\\frac{\1}{\2} "),
-        (rf"^(-?{CURRENCY}-?\d[\d,.]*) ?((?i:k|m|mn|mil|bn?))\.?$|(?<=\d) ?((?i:mn|mil|bn))\.?$", _magnitude),
+        (
+            rf"^(-?{CURRENCY}-?\d[\d,.]*) ?((?i:{'|'.join(MAGNITUDES)}))\.?$|(?<=\d) ?((?i:{MAGNITUDE}))\.?$",
+            _magnitude,
+        ),
     ]
 ]
 

@@ -20,9 +20,8 @@ TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 SPOKEN = {word: n for n, word in enumerate(SMALL)} | {word: 20 + 10 * n for n, word in enumerate(TENS)}
 PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
 PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "twentieth": 20}
-PARTS |= {f"{word}th": SPOKEN[word] for word in SMALL[11:] if word != "twelve"} | {
-    f"{word}th": n for word, n in SCALES.items() if n > 99
-}
+PARTS |= {f"{word}th": SPOKEN[word] for word in SMALL[11:] if word != "twelve"}
+PARTS |= {f"{word}th": value for word, value in SCALES.items() if word != "dozen"}
 NUMBER_WORD = rf"(?:{'|'.join([*SPOKEN, *SCALES])})\b"
 WORD = re.compile(rf"(?P<join>[- ]|,? and )?(?P<word>{NUMBER_WORD})", re.I)
 SIGN = re.compile(r"(?:minus|negative) ", re.I)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class Hook:
     """Measures something in a run. Subclass it and override what you need. Its fields are its options.
 
-    Name the class by `hooks.NAME._target_` in the config. Every rank
-    calls every method, in the same order, so a method may use collectives. It must return the same numbers on
-    every rank. It must not disturb training: no gradients left behind, and no draws from torch's global
-    generator. Files belong in `run.run_dir`, and only rank 0 (`sage.util.ranks`) writes them. A checkpoint
-    does not hold a hook's own fields: what must survive a resume belongs in a file.
+    Name the class by `hooks.NAME._target_` in the config. Every rank calls every method, in the same order,
+    so a method may use collectives. It must return the same numbers on every rank. It must not disturb
+    training: no gradients left behind, and no draws from torch's global generator. Files belong in
+    `run.run_dir`, and only rank 0 (`sage.util.ranks`) writes them. A checkpoint does not hold a hook's own
+    fields: what must survive a resume belongs in a file.
     """
 
     def before_step(self, run: Run, choice: Choice) -> dict[str, float]:
