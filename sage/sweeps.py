@@ -47,7 +47,7 @@ class JobFailed(Exception):
 
 
 @dataclass
-class Outcome:
+class JobOutcome:
     """What came of a job. `value` is its result in `metric`; `error` says why it failed."""
 
     job: int
@@ -110,14 +110,14 @@ def check_jobs(composed: DictConfig) -> None:
 
 
 @contextmanager
-def job_of(hydra: Any, run_dir: Path) -> Iterator[Outcome]:
+def job_of(hydra: Any, run_dir: Path) -> Iterator[JobOutcome]:
     """Run one job of a sweep, and note what came of it.
 
     Raises:
         JobFailed: it failed.
         SystemExit: a signal ended it, and so the sweep.
     """
-    outcome = Outcome(hydra.job.num, list(hydra.overrides.task), str(run_dir))
+    outcome = JobOutcome(hydra.job.num, list(hydra.overrides.task), str(run_dir))
     status = 0
     if Sweep.folder is None:  # a launcher such as joblib runs jobs in processes of its own
         stopping.stay_with_parent()
@@ -186,9 +186,9 @@ def run_sweep(run: Callable[[], None]) -> None:
         Sweep.held.close()
 
 
-def outcomes_in(folder: Path) -> list[Outcome]:
+def outcomes_in(folder: Path) -> list[JobOutcome]:
     """What the jobs of a sweep have left so far, in their order."""
-    outcomes = [Outcome(**json.loads(file.read_text())) for file in (folder / JOBS_FOLDER).glob("*.json")]
+    outcomes = [JobOutcome(**json.loads(file.read_text())) for file in (folder / JOBS_FOLDER).glob("*.json")]
     return sorted(outcomes, key=lambda outcome: outcome.job)
 
 
@@ -209,7 +209,7 @@ def finish(folder: Path) -> None:
     console.print(table, markup=False)
 
 
-def varying(outcomes: Sequence[Outcome]) -> list[list[str]]:
+def varying(outcomes: Sequence[JobOutcome]) -> list[list[str]]:
     """The overrides of each job that not all jobs have."""
     every = [set(outcome.overrides) for outcome in outcomes]
     common = set.intersection(*every) if len(every) > 1 else set()

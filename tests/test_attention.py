@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sage.model import attention
-from sage.model.attention import Row, Span, Window, local_mask, packed_attention
+from sage.model.attention import PackedRow, Span, Window, local_mask, packed_attention
 
 PREFIX = 6
 ROWS = {
@@ -41,9 +41,9 @@ def naive(q, k, v, scaling, softcap, prefix, window=None):
     return (scores.masked_fill(~dense_mask(prefix, window), -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
-def row(prefix: int, length: int = LENGTH, flex: bool = False) -> Row:
+def row(prefix: int, length: int = LENGTH, flex: bool = False) -> PackedRow:
     """The row as a CPU reads it, or with `flex` as CUDA does, by an uncompiled FlexAttention."""
-    return Row(prefix, ROWS[prefix], length, torch.device("cpu"), compiled=not flex)
+    return PackedRow(prefix, ROWS[prefix], length, torch.device("cpu"), compiled=not flex)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])

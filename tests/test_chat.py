@@ -25,9 +25,9 @@ from sage.data.chat import (
 from sage.data.encoding import Encoder
 from sage.data.pairs import read_pair_set
 from sage.data.placement import place
+from sage.data.thoughts import OPENED
 from sage.data.tokens import tokenize_pairs
 from sage.util.errors import UserError
-from sage.util.thoughts import OPENED
 
 QUESTION = "What is 2 + 2?"
 TWO, THREE = "<think>\ntwo and two\n</think>\n\n", "<think>\ntwo or three\n</think>\n\n"

@@ -14,7 +14,7 @@ import transformers
 from sage.answering.agreement import Expected, find_decoder, probe_prompts
 from sage.answering.decoders import PlainGenerate, RefilledBatch
 from sage.answering.generation import HF, HFGenerator
-from sage.answering.responses import Request, Row
+from sage.answering.responses import Request, ResponseRow
 from sage.config import SamplingConfig
 from sage.util.errors import UserError
 
@@ -132,7 +132,7 @@ def greedy(logits: torch.Tensor, rows: Any) -> None:
 
 
 def decoded(decoder: Any, ids: list[list[int]], rooms: list[int]) -> list[list[int]]:
-    rows = [Row(i, prompt, room) for i, (prompt, room) in enumerate(zip(ids, rooms, strict=True))]
+    rows = [ResponseRow(i, prompt, room) for i, (prompt, room) in enumerate(zip(ids, rooms, strict=True))]
     return [row.tokens for row in sorted(decoder.decode(rows, greedy), key=lambda row: row.index)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from forks import Started
 
 from sage.commands import doctor
-from sage.commands.doctor import FAILED, NOTE, OK, Row
+from sage.commands.doctor import FAILED, NOTE, OK, Finding
 
 
 def wrong(folder, device):
@@ -77,10 +77,12 @@ def test_the_exit_status_and_the_json_name_what_failed(sage, monkeypatch, tmp_pa
     file = tmp_path / "doctor.json"
     words = ("doctor", f"json={file}", f"cache_dir={tmp_path / 'cache'}")
     monkeypatch.setattr(doctor, "absent", lambda: "you are not logged in")
-    monkeypatch.setattr(doctor, "tried", lambda gpus: [Row("head", OK, "0 nats [bold]")])
+    monkeypatch.setattr(doctor, "tried", lambda gpus: [Finding("head", OK, "0 nats [bold]")])
     status, out, _ = sage(*words)
     assert status == 0 and "all is well" in out and "[bold]" in out
-    monkeypatch.setattr(doctor, "tried", lambda gpus: [Row("head", FAILED, "2 nats", "set model.head=tiled")])
+    monkeypatch.setattr(
+        doctor, "tried", lambda gpus: [Finding("head", FAILED, "2 nats", "set model.head=tiled")]
+    )
     status, out, _ = sage(*words)
     assert status == 1 and "1 of" in out and "set model.head=tiled" in out
     written = json.loads(file.read_text())

@@ -20,7 +20,15 @@ from sage.model import loading, memory, selfcheck, tiles
 from sage.model.footprint import footprint
 from sage.model.policy import Policy
 from sage.model.sequence import SequenceGroup
-from sage.training.estimate import MARGIN, Machine, Source, Work, estimated, heaviest, largest_budget
+from sage.training.estimate import (
+    MARGIN,
+    HeaviestBatch,
+    Machine,
+    PairSource,
+    estimated,
+    heaviest,
+    largest_budget,
+)
 from sage.util import processes
 from sage.util.errors import UserError
 from sage.util.processes import free_memory
@@ -192,7 +200,7 @@ def test_auto_is_the_largest_micro_batch_that_fits(tiny_model, tmp_path):
     rng = torch.Generator().manual_seed(0)
     sizes = torch.randint(5, 25, (200, 3), generator=rng).tolist()
     made = [Pair(str(i), None, [i] * p, [i] * c, [i + 1] * r) for i, (p, c, r) in enumerate(sizes)]
-    source = Source(np.array(sizes), 0, "shared", made.__getitem__)
+    source = PairSource(np.array(sizes), 0, "shared", made.__getitem__)
 
     def at(budget: int):
         work = heaviest(cfg, source, budget)
@@ -227,7 +235,7 @@ def test_scoring_is_planned_without_training_and_with_its_second_model(tiny_mode
             common = ["model=hf", f"model.path={tiny_model}", "data.path=x", "data.max_length=60"]
             cfg = config.load(compose(command, [*common, *overrides]))
         assert isinstance(cfg, config.TrainConfig)
-        work = Work(PAIRS, 125, 0, "shared", 1, 50)
+        work = HeaviestBatch(PAIRS, 125, 0, "shared", 1, 50)
         return estimated(cfg, machine, str(tiny_model), torch.float32, work)
 
     trained, scored = planned("train", "steps=1"), planned("score_dataset")
@@ -251,7 +259,7 @@ def test_an_advised_adapter_is_its_own_online_reference(tiny_model, monkeypatch)
         return found
 
     monkeypatch.setattr(plan, "estimated", spy)
-    args = str(tiny_model), torch.float32, Work(PAIRS, 125, 0, "shared", 1, 50)
+    args = str(tiny_model), torch.float32, HeaviestBatch(PAIRS, 125, 0, "shared", 1, 50)
     list(plan.changes(cfg, estimated(cfg, Machine(False, 1.0, 1e6, "a machine"), *args), *args))
     assert tried[False] > 0 and tried[True] == 0
 

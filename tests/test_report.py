@@ -292,13 +292,24 @@ def test_a_damaged_summary_is_refused_by_name(tmp_path, pairs, content):
 
 
 def test_what_is_no_run_is_refused(tmp_path, made):
-    with pytest.raises(UserError, match="no training run"):
+    with pytest.raises(UserError, match="no run here"):
         report.report([str(tmp_path)])
     with pytest.raises(UserError, match=r"no run logged it; there are: .*eval/loss"):
         report.report([str(made), "--metric", "eval/accuracy"])
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml is not a config that sage wrote"):
         report.report([str(tmp_path)])
+
+
+def test_a_folder_of_another_command_is_passed_over_with_a_note(tmp_path, pairs, made, capsys):
+    """Protects `sage report outputs/*`, where the folder of a `sage inspect` may lie among the runs."""
+    other = write_run(tmp_path / "inspect", pairs)
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("command: train", "command: build-pairs"))
+    with pytest.raises(UserError, match="inspect: no training run"):
+        report.report([str(other)])
+    report.report([str(made), str(other), "--output", str(tmp_path / "out")])
+    assert f"note: {other} holds no training run" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_intervals_and_curves_by_hand():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sage.answering.decoders import PlainGenerate, RefilledBatch
-from sage.answering.responses import Decoder, Row
+from sage.answering.responses import Decoder, ResponseRow
 from sage.model.float32 import free_memory, in_float32
 from sage.util.errors import UserError, describe
 
@@ -154,18 +154,18 @@ class Expected:
         for _ in reference.decode(self.rows(), self.record):
             pass
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ResponseRow]:
         """Responses of different lengths, so that they end, and others enter, at different times."""
         rooms = [max(self.most - 2 * (index % 3), 1) for index in range(len(self.prompts))]
-        return [Row(index, ids, rooms[index]) for index, ids in enumerate(self.prompts)]
+        return [ResponseRow(index, ids, rooms[index]) for index, ids in enumerate(self.prompts)]
 
-    def record(self, logits: Tensor, rows: Sequence[Row]) -> None:
+    def record(self, logits: Tensor, rows: Sequence[ResponseRow]) -> None:
         top = logits.float().log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1]))
         for row, indices, logps in zip(rows, top.indices, top.values, strict=True):
             self.steps[row.index].append((indices, logps))
             self.follow(row)
 
-    def follow(self, row: Row) -> None:
+    def follow(self, row: ResponseRow) -> None:
         row.tokens.append(int(self.steps[row.index][len(row.tokens)][0][0]))
         row.finish = "length" if len(row.tokens) == row.room else ""
 
@@ -174,7 +174,7 @@ class Expected:
         differences: list[Tensor] = []
         dtypes: set[torch.dtype] = set()
 
-        def check(logits: Tensor, rows: Sequence[Row]) -> None:
+        def check(logits: Tensor, rows: Sequence[ResponseRow]) -> None:
             dtypes.add(logits.dtype)
             logps = logits.float().log_softmax(-1)
             for row, mine in zip(rows, logps, strict=True):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from sage.answering.prose import first_answer
 from sage.answering.spelling import CURRENCY, POWER
 from sage.answering.spoken import PARTS
-from sage.util.thoughts import CLOSE, OPEN
+from sage.data.thoughts import CLOSE, OPEN
 
 LONGEST = 4000  # characters of an answer that are read
 TAIL = 1000  # characters at the end of a response without a marked answer

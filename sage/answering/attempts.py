@@ -28,12 +28,12 @@ from sage.answering.responses import Generator, Request, seed_of
 from sage.answering.verify import UNDECIDED, Verifier
 from sage.config import ModelConfig, SamplingConfig
 from sage.data.chat import ChatFormat, encode_prompts, response_ends
+from sage.data.thoughts import OPENED
 from sage.model import loading
 from sage.util import ranks, stopping
 from sage.util.checksums import claim, digest, intact, seal_file
 from sage.util.files import write_text
 from sage.util.progress import Activity, activity, console
-from sage.util.thoughts import OPENED
 
 GENERATIONS_FILE, BEGUN_FILE = "generations.jsonl", ".begun.json"
 PROBLEMS = "set of problems"  # in BEGUN_FILE

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from sage.answering.responses import Choose, Row
+from sage.answering.responses import Choose, ResponseRow
 
 SPARE = 32  # unused columns that are tolerated, so that columns need not be moved at every step
 
@@ -113,10 +113,10 @@ class RefilledBatch:
         self.cache_name, self.base_cache_name = cache_name(model), cache_name(model.base_model)
 
     @torch.inference_mode()
-    def decode(self, rows: Sequence[Row], choose: Choose) -> Iterator[Row]:
+    def decode(self, rows: Sequence[ResponseRow], choose: Choose) -> Iterator[ResponseRow]:
         waiting = sorted(rows, key=lambda row: (len(row.prompt_ids), row.prompt_ids, -row.index))
         columns = max(len(row.prompt_ids) + row.room for row in rows) + SPARE
-        active: list[Row] = []
+        active: list[ResponseRow] = []
         slots: Slots | None = None
         # Filling places one by one would run a forward over one prompt every few steps.
         patience = max(self.batch_size // 8, 1)
@@ -137,7 +137,9 @@ class RefilledBatch:
                     active.pop()
                     slots.leave(place)
 
-    def fill(self, slots: Slots | None, active: list[Row], entering: list[Row], columns: int) -> Slots:
+    def fill(
+        self, slots: Slots | None, active: list[ResponseRow], entering: list[ResponseRow], columns: int
+    ) -> Slots:
         """Give each entering row a place that holds the states of its prompt but for the last token.
 
         The last token is the input of the next step.
@@ -179,7 +181,7 @@ class RefilledBatch:
             active.append(row)
         return slots
 
-    def step(self, slots: Slots, rows: Sequence[Row]) -> Tensor:
+    def step(self, slots: Slots, rows: Sequence[ResponseRow]) -> Tensor:
         """Logits [rows, vocabulary] of every row's next token."""
         device = self.model.device
         lengths = torch.tensor([len(row) - 1 for row in rows], device=device)
@@ -210,7 +212,7 @@ class PlainGenerate:
         self.model, self.batch_size = model, batch_size
 
     @torch.inference_mode()
-    def decode(self, rows: Sequence[Row], choose: Choose) -> Iterator[Row]:
+    def decode(self, rows: Sequence[ResponseRow], choose: Choose) -> Iterator[ResponseRow]:
         ordered = sorted(rows, key=lambda row: (-len(row.prompt_ids), row.index))
         for _, group in groupby(ordered, key=lambda row: len(row.prompt_ids)):
             alike = list(group)
@@ -219,7 +221,7 @@ class PlainGenerate:
                 self.generate(batch, choose)
                 yield from batch
 
-    def generate(self, rows: Sequence[Row], choose: Choose) -> None:
+    def generate(self, rows: Sequence[ResponseRow], choose: Choose) -> None:
         def processor(_: Tensor, scores: Tensor) -> Tensor:
             """Lets `choose` decide: only its token keeps a finite score, so the greedy search takes it."""
             alive = [place for place, row in enumerate(rows) if not row.finish]

@@ -51,7 +51,7 @@ def seed_of(seed: int, problem_id: str, sample: int) -> int:
     return int.from_bytes(sha256(f"{seed}/{problem_id}/{sample}".encode()).digest()[:7], "big")
 
 
-class Row:
+class ResponseRow:
     """A response in the making. It may get at most `room` tokens. `finish` is empty until it has ended."""
 
     def __init__(self, index: int, prompt_ids: list[int], room: int):
@@ -65,11 +65,11 @@ class Row:
 
 
 # Gives each row its next token from logits [rows, vocabulary], and sets `finish` where a row has ended.
-Choose = Callable[[Tensor, Sequence[Row]], None]
+Choose = Callable[[Tensor, Sequence[ResponseRow]], None]
 
 
 class Decoder(Protocol):
-    def decode(self, rows: Sequence[Row], choose: Choose) -> Iterator[Row]:
+    def decode(self, rows: Sequence[ResponseRow], choose: Choose) -> Iterator[ResponseRow]:
         """Run the model until every row has ended. Yields rows as they end, in any order."""
         ...
 
@@ -84,11 +84,11 @@ class Sampling:
         self.stop_window = 4 * max(map(len, stop), default=0) + 4
         self.uniforms: dict[int, np.ndarray] = {}
 
-    def row(self, index: int, request: Request, room: int) -> Row:
+    def row(self, index: int, request: Request, room: int) -> ResponseRow:
         self.uniforms[index] = np.random.default_rng(request.seed).random(room)
-        return Row(index, request.prompt_ids, room)
+        return ResponseRow(index, request.prompt_ids, room)
 
-    def __call__(self, logits: Tensor, rows: Sequence[Row]) -> None:
+    def __call__(self, logits: Tensor, rows: Sequence[ResponseRow]) -> None:
         uniforms = torch.tensor(
             [self.uniforms[row.index][len(row.tokens)] for row in rows], device=logits.device
         )
@@ -97,7 +97,7 @@ class Sampling:
             row.tokens.append(token)
             row.finish = self.finish(row)
 
-    def finish(self, row: Row) -> str:
+    def finish(self, row: ResponseRow) -> str:
         if row.tokens[-1] in self.ends:
             return "end"
         if self.stop:
@@ -106,7 +106,7 @@ class Sampling:
                 return "stop"
         return "length" if len(row.tokens) == row.room else ""
 
-    def response(self, row: Row) -> Response:
+    def response(self, row: ResponseRow) -> Response:
         del self.uniforms[row.index]
         return response_of(self.tokenizer, row.tokens, row.finish, self.ends, self.stop)
 

@@ -53,7 +53,7 @@ CHECKS = {
 }
 
 
-class Row(NamedTuple):
+class Finding(NamedTuple):
     what: str
     state: str
     detail: str
@@ -77,7 +77,7 @@ def doctor(cfg: DoctorConfig) -> None:
         raise SystemExit(1)
 
 
-def print_rows(rows: Sequence[Row]) -> None:
+def print_rows(rows: Sequence[Finding]) -> None:
     table = Table(title="sage doctor", title_justify="left")
     for column in ("", "", "what is here, and what was tried", "advice"):
         table.add_column(column)
@@ -89,13 +89,13 @@ def print_rows(rows: Sequence[Row]) -> None:
 # --- what is here
 
 
-def facts(cache_dir: Path) -> Iterator[Row]:
-    yield Row("python", OK, f"{platform.python_version()}, {platform.system()} {platform.release()}")
+def facts(cache_dir: Path) -> Iterator[Finding]:
+    yield Finding("python", OK, f"{platform.python_version()}, {platform.system()} {platform.release()}")
     yield packages()
     yield optional_packages()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bfloat16 = "bfloat16" if bfloat16_in_hardware() else "no bfloat16"
-    yield Row("CPU", OK, f"{cores} cores, {bfloat16} in hardware, load {os.getloadavg()[0]:.1f}")
+    yield Finding("CPU", OK, f"{cores} cores, {bfloat16} in hardware, load {os.getloadavg()[0]:.1f}")
     yield memory()
     yield disk("disk of the cache", cache_dir, "cache_dir")
     yield disk("disk of runs", Path("."), "hydra.run.dir")
@@ -106,7 +106,7 @@ def facts(cache_dir: Path) -> Iterator[Row]:
     yield weights_and_biases()
 
 
-def packages() -> Row:
+def packages() -> Finding:
     """The packages that sage needs, with their versions. One that is missing or does not fit fails."""
     found, wanting = [], []
     for requirement in required(""):
@@ -115,11 +115,11 @@ def packages() -> Row:
             wanting.append(f"'{requirement.name}{requirement.specifier}'")
         found.append(f"{requirement.name} {version or 'missing'}")
     if wanting:
-        return Row("packages", FAILED, ", ".join(found), f"pip install {' '.join(wanting)}")
-    return Row("packages", OK, ", ".join(found[:SHOWN]) + f" and {len(found) - SHOWN} more that fit")
+        return Finding("packages", FAILED, ", ".join(found), f"pip install {' '.join(wanting)}")
+    return Finding("packages", OK, ", ".join(found[:SHOWN]) + f" and {len(found) - SHOWN} more that fit")
 
 
-def optional_packages() -> Row:
+def optional_packages() -> Finding:
     found, lacking = [], []
     for extra in EXTRAS:
         for name in (requirement.name for requirement in required(extra)):
@@ -130,7 +130,7 @@ def optional_packages() -> Row:
     if has_triton():
         found.append(f"triton {version_of('triton')}")
     advice = f"to have more: pip install 'sage-align[{','.join(lacking)}]'" if lacking else ""
-    return Row("optional packages", OK, ", ".join(found) or "none", advice)
+    return Finding("optional packages", OK, ", ".join(found) or "none", advice)
 
 
 def required(extra: str) -> list[Requirement]:
@@ -146,21 +146,21 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def memory() -> Row:
+def memory() -> Finding:
     """Memory that this process may use: a container may have less than its machine."""
     free, total = free_memory(), machine_memory()
-    return Row("memory", OK, f"{free / GIB:.1f} of {total / GIB:.1f} GiB free")
+    return Finding("memory", OK, f"{free / GIB:.1f} of {total / GIB:.1f} GiB free")
 
 
-def disk(what: str, folder: Path, key: str) -> Row:
+def disk(what: str, folder: Path, key: str) -> Finding:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as e:
-        return Row(what, FAILED, f"{folder} cannot be written: {e.strerror}", f"choose another {key}")
+        return Finding(what, FAILED, f"{folder} cannot be written: {e.strerror}", f"choose another {key}")
     low = free < ROOM
-    return Row(
+    return Finding(
         what,
         NOTE if low else OK,
         f"{free / GIB:.0f} GiB free in {folder.absolute()}",
@@ -168,50 +168,50 @@ def disk(what: str, folder: Path, key: str) -> Row:
     )
 
 
-def gpus() -> Row:
+def gpus() -> Finding:
     if count := torch.cuda.device_count():
-        return Row("GPUs", OK, f"{count}, CUDA {torch.version.cuda}, torch {torch.__version__}")
+        return Finding("GPUs", OK, f"{count}, CUDA {torch.version.cuda}, torch {torch.__version__}")
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for CPUs"
         remedy = "look at CUDA_VISIBLE_DEVICES and nvidia-smi, and install the torch that fits the driver"
-        return Row("GPUs", FAILED, f"torch {torch.__version__} {built}, and sees no GPU", remedy)
-    return Row("GPUs", OK, f"none, torch {torch.__version__}: training runs on the CPU")
+        return Finding("GPUs", FAILED, f"torch {torch.__version__} {built}, and sees no GPU", remedy)
+    return Finding("GPUs", OK, f"none, torch {torch.__version__}: training runs on the CPU")
 
 
-def compilers() -> Row:
+def compilers() -> Finding:
     """What DeepSpeed and Triton compile with. Only GPUs and CPU offload need it."""
     found = {name: path for name in ("c++", "ninja", "nvcc") if (path := shutil.which(name))}
     detail = ", ".join(found) or "none"
     if "c++" not in found and torch.cuda.is_available():
-        return Row(
+        return Finding(
             "compilers", FAILED, detail, "Triton needs a C compiler: install gcc, or set model.head=tiled"
         )
     lacking = [name for name in ("c++", "ninja") if name not in found]
     if torch.cuda.is_available() and "nvcc" not in found:
         lacking.append("nvcc")
     advice = f"DeepSpeed's own Adam needs {' and '.join(lacking)}; else runs use torch's" if lacking else ""
-    return Row("compilers", NOTE if lacking else OK, detail, advice)
+    return Finding("compilers", NOTE if lacking else OK, detail, advice)
 
 
-def nccl() -> Row:
+def nccl() -> Finding:
     version = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free if shared.exists() else 0
     low = free < SHARED_MEMORY and torch.cuda.device_count() > 1
     advice = "ranks talk through /dev/shm: start the container with --shm-size=8g" if low else ""
-    return Row("NCCL", NOTE if low else OK, f"{version}, /dev/shm {free / GIB:.1f} GiB", advice)
+    return Finding("NCCL", NOTE if low else OK, f"{version}, /dev/shm {free / GIB:.1f} GiB", advice)
 
 
-def weights_and_biases() -> Row:
+def weights_and_biases() -> Finding:
     if reason := absent():
-        return Row("W&B", NOTE, "runs are logged offline", reason)
-    return Row("W&B", OK, "logged in, and its server answers")
+        return Finding("W&B", NOTE, "runs are logged offline", reason)
+    return Finding("W&B", OK, "logged in, and its server answers")
 
 
 # --- what was tried
 
 
-def tried(gpu_count: int) -> list[Row]:
+def tried(gpu_count: int) -> list[Finding]:
     """A row for each check, from one rank per GPU, or from two ranks on the CPU."""
     world = gpu_count or 2
     folder = Path(tempfile.mkdtemp(prefix="sage-doctor-"))
@@ -222,9 +222,9 @@ def tried(gpu_count: int) -> list[Row]:
     if all(row.state == OK for row in rows):
         shutil.rmtree(folder)
     else:
-        rows.append(Row("log", NOTE, f"{folder}/rank_N.log"))
+        rows.append(Finding("log", NOTE, f"{folder}/rank_N.log"))
     if not gpu_count:
-        rows.append(Row("Triton, FlexAttention", NOTE, "not tried: they need a GPU"))
+        rows.append(Finding("Triton, FlexAttention", NOTE, "not tried: they need a GPU"))
     return rows
 
 
@@ -253,16 +253,16 @@ def passed(folder: Path, name: str, world: int) -> bool:
     return all(outcome and outcome["ok"] for outcome in outcomes(folder, name, world))
 
 
-def row_of(name: str, folder: Path, world: int) -> Row:
+def row_of(name: str, folder: Path, world: int) -> Finding:
     what, advice = CHECKS[name]
     details, seconds = [], 0.0
     for rank, outcome in enumerate(outcomes(folder, name, world)):
         if outcome and not outcome["ok"]:
-            return Row(what, FAILED, f"rank {rank}: {outcome['detail']}", advice)
+            return Finding(what, FAILED, f"rank {rank}: {outcome['detail']}", advice)
         if outcome:
             details.append(outcome["detail"])
             seconds = max(seconds, outcome["seconds"])
     if len(details) < world:
-        return Row(what, FAILED, "a rank crashed, or hung; the end of its log says where", advice)
+        return Finding(what, FAILED, "a rank crashed, or hung; the end of its log says where", advice)
     shown = dict.fromkeys(details) if name == "device" else details[:1]
-    return Row(what, OK, f"{'; '.join(shown)}, {seconds:.1f} s")
+    return Finding(what, OK, f"{'; '.join(shown)}, {seconds:.1f} s")

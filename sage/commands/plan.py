@@ -27,9 +27,9 @@ from sage.training.estimate import (
     CUDA_CONTEXT,
     GB,
     Estimate,
+    HeaviestBatch,
     Machine,
-    Source,
-    Work,
+    PairSource,
     estimated,
     heaviest,
     largest_budget,
@@ -89,7 +89,7 @@ def machine_of(cfg: PlanConfig, device: torch.device) -> Machine:
     return this_machine(cfg.world_size, device)
 
 
-def source_of_pairs(cfg: PlanConfig, folder: str) -> Source:
+def source_of_pairs(cfg: PlanConfig, folder: str) -> PairSource:
     """The run's own pairs; where they are not built yet, pairs of data.max_length tokens."""
     layout = cfg.data.packing if cfg.data.packing != "auto" else "shared"
     if not cfg.data.has_pairs:
@@ -104,13 +104,13 @@ def source_of_pairs(cfg: PlanConfig, folder: str) -> Source:
         def made(i: int) -> Pair:  # no two share a text
             return Pair("", None, ids(i, prompt), ids(2 * i, response), ids(2 * i + 1, response))
 
-        return Source(lengths, 0, layout, made)
+        return PairSource(lengths, 0, layout, made)
     source, tokenizer = load_data(cfg.data, cfg.cache_dir), loading.load_tokenizer(folder, cfg.model)
-    return Source.of(tokenize_data(source, tokenizer, cfg.data, cfg.cache_dir), layout)
+    return PairSource.of(tokenize_data(source, tokenizer, cfg.data, cfg.cache_dir), layout)
 
 
 def measured_seconds(
-    model: ModelConfig, folder: str, dtype: torch.dtype, device: torch.device, work: Work
+    model: ModelConfig, folder: str, dtype: torch.dtype, device: torch.device, work: HeaviestBatch
 ) -> float:
     """Seconds of forward and backward of the micro-batch, with the model itself and without an engine."""
     loaded = loading.load_model(folder, model, dtype, seed=0)
@@ -127,7 +127,9 @@ def measured_seconds(
     return best
 
 
-def changes(cfg: PlanConfig, now: Estimate, folder: str, dtype: torch.dtype, work: Work) -> Iterator[str]:
+def changes(
+    cfg: PlanConfig, now: Estimate, folder: str, dtype: torch.dtype, work: HeaviestBatch
+) -> Iterator[str]:
     """Settings that would fit, each alone, the cheapest first."""
     machine = now.machine
     if now.most_tokens() >= max(work.longest, cfg.tokens_of_longest()):
@@ -164,7 +166,9 @@ def changes(cfg: PlanConfig, now: Estimate, folder: str, dtype: torch.dtype, wor
 # --- what is printed
 
 
-def rows_of(cfg: PlanConfig, estimate: Estimate, work: Work, seconds: float | None) -> list[tuple[str, str]]:
+def rows_of(
+    cfg: PlanConfig, estimate: Estimate, work: HeaviestBatch, seconds: float | None
+) -> list[tuple[str, str]]:
     together = cfg.engine.sequence_parallel
     part = f"1/{together} of " if together > 1 else ""
     rows = [(name, f"{value / GB:.2f} GB") for name, value in estimate.parts().items()]

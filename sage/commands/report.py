@@ -51,7 +51,7 @@ def report(words: list[str]) -> None:
     if args.every <= 0:
         raise UserError(f"--every {args.every}: must be above 0")
     while True:
-        runs, evaluations, folders = find(args.paths)
+        runs, evaluations, folders, others = find(args.paths)
         rounds = read_all(folders)
         known = {name for run in runs for name in run.metrics}
         if args.metric and args.metric not in known:
@@ -77,6 +77,8 @@ def report(words: list[str]) -> None:
             console.print(f"{table.title}: {len(table.rows)} rows, on the page")
     for note in notes:
         console.print(f"note: {note}")
+    for name in others:
+        console.print(f"note: {name} holds no training run, no rounds and no finished evaluation")
     console.print(f"page: {output / PAGE}\ntables: {output / FOLDER}")
 
 

@@ -94,7 +94,7 @@ def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
     except Timeout as e:
         raise UserError(f"{run_dir}: these rounds still run: wait for them, or kill them") from e
     try:
-        Rounds(cfg, run_dir, Parts(cfg, run_dir, start)).run()
+        Loop(cfg, run_dir, Parts(cfg, run_dir, start)).run()
     except OSError as e:
         if not disk_full(e):
             raise
@@ -104,7 +104,7 @@ def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
 
 
 @dataclass
-class Rounds:
+class Loop:
     """The rounds of one config; they are numbered from 1."""
 
     cfg: RoundsConfig

@@ -20,9 +20,9 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from sage.data.fields import Message, check_prompt
 from sage.data.templates import ChatFormat, choose_templates
+from sage.data.thoughts import OPENED
 from sage.util.errors import UserError
 from sage.util.limits import TooLong, cpu_limit, memory_limit
-from sage.util.thoughts import OPENED
 
 PROBE = "sage-probe-5f2e"  # stands for a text in a rendering, to find what the template writes around it
 LIMIT = 5.0  # seconds of CPU time for one conversation; a usual template takes less than a millisecond

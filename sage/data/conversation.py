@@ -22,7 +22,7 @@ class MissingPrompt(UserError):
     """The row has no prompt: neither a column nor a beginning that both responses share."""
 
 
-class Pair(NamedTuple):
+class PairTurns(NamedTuple):
     """All three are texts, or all three are messages. Each response is then one assistant's message."""
 
     prompt: Turns
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
     rejected: Turns
 
 
-def read_pair(values: Mapping[str, Any], chat: bool, implicit: bool, repeated: bool = False) -> Pair:
+def read_pair(values: Mapping[str, Any], chat: bool, implicit: bool, repeated: bool = False) -> PairTurns:
     """The pair in one row.
 
     Args:
@@ -53,7 +53,7 @@ def read_pair(values: Mapping[str, Any], chat: bool, implicit: bool, repeated: b
     pair = _split(prompt, *responses, implicit)
     if repeated and isinstance(pair.prompt, str):
         rests = (side.removeprefix(pair.prompt) for side in pair[1:] if isinstance(side, str))
-        pair = Pair(pair.prompt, *(rest.lstrip() if chat else rest for rest in rests))
+        pair = PairTurns(pair.prompt, *(rest.lstrip() if chat else rest for rest in rests))
     pair = _with_thoughts(_continue(_surround(pair, values)), values)
     if isinstance(pair.prompt, str):
         if not pair.prompt.strip():
@@ -89,7 +89,7 @@ def _read_response(name: str, value: Any, chat: bool) -> Turns:
     return turns
 
 
-def _split(prompt: Turns | None, chosen: Turns, rejected: Turns, implicit: bool) -> Pair:
+def _split(prompt: Turns | None, chosen: Turns, rejected: Turns, implicit: bool) -> PairTurns:
     chosen, rejected = _in_place(chosen, rejected), _in_place(rejected, chosen)
     if chosen == rejected:
         raise Useless("same_responses", "chosen and rejected are the same")
@@ -102,8 +102,8 @@ def _split(prompt: Turns | None, chosen: Turns, rejected: Turns, implicit: bool)
             raise MissingPrompt("prompt is missing")
         return _split_texts(chosen, rejected)
     if isinstance(prompt, str):
-        return Pair(prompt, chosen, rejected)
-    return Pair(prompt, [_says(chosen)], [_says(rejected)])
+        return PairTurns(prompt, chosen, rejected)
+    return PairTurns(prompt, [_says(chosen)], [_says(rejected)])
 
 
 def repeats(head: str, chosen: str, rejected: str) -> bool:
@@ -113,7 +113,7 @@ def repeats(head: str, chosen: str, rejected: str) -> bool:
     )
 
 
-def _continue(pair: Pair) -> Pair:
+def _continue(pair: PairTurns) -> PairTurns:
     """The pair with the started answer once: some sources repeat it at the beginning of both responses."""
     prompt, chosen, rejected = pair
     if isinstance(prompt, str) or not prompt or prompt[-1]["role"] != "assistant":
@@ -122,7 +122,7 @@ def _continue(pair: Pair) -> Pair:
     assert isinstance(one, dict) and isinstance(other, dict)
     if not repeats(started, one["content"], other["content"]):
         return pair
-    return Pair(
+    return PairTurns(
         prompt, *([{**side, "content": side["content"].removeprefix(started)}] for side in (one, other))
     )
 
@@ -140,7 +140,7 @@ def _in_place(response: Turns, other: Turns) -> Turns:
     return [*other[:-1], *response] if alone and other[0]["role"] != "assistant" else response
 
 
-def _split_texts(chosen: str, rejected: str) -> Pair:
+def _split_texts(chosen: str, rejected: str) -> PairTurns:
     """The longest common beginning is the prompt, as in TRL's `extract_prompt`.
 
     In HH's form the prompt ends with the last "Assistant:" in that beginning.
@@ -153,10 +153,10 @@ def _split_texts(chosen: str, rejected: str) -> Pair:
     end -= chosen[:end].endswith(" ")
     if not chosen[:end].strip():
         raise MissingPrompt("no prompt: neither a column nor a beginning that chosen and rejected share")
-    return Pair(chosen[:end], chosen[end:], rejected[end:])
+    return PairTurns(chosen[:end], chosen[end:], rejected[end:])
 
 
-def _split_messages(prompt: Turns | None, chosen: Messages, rejected: Messages) -> Pair:
+def _split_messages(prompt: Turns | None, chosen: Messages, rejected: Messages) -> PairTurns:
     """The messages with which both responses begin belong to the prompt."""
     end = _shared([_spoken(message) for message in chosen], [_spoken(message) for message in rejected])
     shared, responses = chosen[:end], (chosen[end:], rejected[end:])
@@ -168,7 +168,7 @@ def _split_messages(prompt: Turns | None, chosen: Messages, rejected: Messages) 
                 f"{name} must be one assistant message after what both responses share, not {roles}; end "
                 "both after the first message in which they differ, or make a pair of each turn"
             )
-    return Pair(_join_prompt(prompt, shared), *responses)
+    return PairTurns(_join_prompt(prompt, shared), *responses)
 
 
 def _join_prompt(prompt: Turns | None, shared: Messages) -> Messages:
@@ -201,7 +201,7 @@ def _join_prompt(prompt: Turns | None, shared: Messages) -> Messages:
     )
 
 
-def _surround(pair: Pair, values: Mapping[str, Any]) -> Pair:
+def _surround(pair: PairTurns, values: Mapping[str, Any]) -> PairTurns:
     """Add what other columns say about the prompt: input, history, system and the started answer."""
     prompt, chosen, rejected = pair
     system, history = _text(values, "system"), _history(values.get("history"))
@@ -211,7 +211,7 @@ def _surround(pair: Pair, values: Mapping[str, Any]) -> Pair:
             raise UserError("input follows a prompt that is a text, but this prompt is messages")
         prompt = f"{prompt}\n{added}"
     if not (system or history or started):
-        return Pair(prompt, chosen, rejected)
+        return PairTurns(prompt, chosen, rejected)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if history and messages and messages[0]["role"] in ("system", "developer"):
         messages = [messages[0], *history, *messages[1:]]
@@ -225,10 +225,10 @@ def _surround(pair: Pair, values: Mapping[str, Any]) -> Pair:
     if started:
         messages = [*messages, _says(started)]
     chosen, rejected = ([_says(side)] if isinstance(side, str) else side for side in (chosen, rejected))
-    return Pair(messages, chosen, rejected)
+    return PairTurns(messages, chosen, rejected)
 
 
-def _with_thoughts(pair: Pair, values: Mapping[str, Any]) -> Pair:
+def _with_thoughts(pair: PairTurns, values: Mapping[str, Any]) -> PairTurns:
     """The pair with the thoughts that other columns hold, as `reasoning_content` of its responses."""
     thoughts = [_text(values, f"{name}_reasoning") for name in ("chosen", "rejected")]
     if not any(thoughts):
@@ -238,7 +238,7 @@ def _with_thoughts(pair: Pair, values: Mapping[str, Any]) -> Pair:
     for side, thought in zip(sides, thoughts, strict=True):
         if thought:
             side[0] = {"reasoning_content": thought, **side[0]}
-    return Pair(prompt, *sides)
+    return PairTurns(prompt, *sides)
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:
@@ -273,7 +273,7 @@ def _history(value: Any) -> Messages:
     ]
 
 
-def _check_started(pair: Pair) -> None:
+def _check_started(pair: PairTurns) -> None:
     """Refuse a prompt whose last message, a started answer, is already the whole response."""
     last = pair.prompt[-1]
     assert isinstance(last, dict)

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.text import Text
 
+from sage.data.thoughts import CLOSE, OPEN, OPENED
 from sage.data.tokens import Pair
-from sage.util.thoughts import CLOSE, OPEN, OPENED
 
 COLOURS = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 ALIKE = 8  # tokens with which responses may begin alike before that is worth a warning

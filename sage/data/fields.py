@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from sage.data.thoughts import CLOSE
 from sage.util.errors import UserError
-from sage.util.thoughts import CLOSE
 
 Message = dict[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -42,7 +42,7 @@ ENCODED = pa.schema(
 )
 
 
-class Limits(NamedTuple):
+class ModelLimits(NamedTuple):
     """What a model can take: ids below `vocabulary`, texts of up to `positions` tokens; None = no limit."""
 
     vocabulary: int | None = None
@@ -52,7 +52,7 @@ class Limits(NamedTuple):
 class Picked:
     """Picks the pairs to keep, batch by batch, and notes what the user should know about all of them."""
 
-    def __init__(self, max_length: int, limits: Limits):
+    def __init__(self, max_length: int, limits: ModelLimits):
         self.max_length, self.limits = max_length, limits
         self.dropped: dict[str, list[str]] = {"too_long": [], "same_tokens": []}
         self.details: dict[str, str] = {}

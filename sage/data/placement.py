@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from sage.data.chat import MARK, PROBE, Message, Prompt, Renderer
 from sage.data.fields import Refused, check_prompt, check_response, content_of, fields_of, with_objects
+from sage.data.thoughts import CLOSE, OPEN, OPENED
 from sage.util.errors import UserError
-from sage.util.thoughts import CLOSE, OPEN, OPENED
 
 CLOSED = re.compile(rf"{CLOSE.pattern}\s*\Z", re.IGNORECASE)  # a text that ends with a thought just closed
 

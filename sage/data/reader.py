@@ -12,8 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from sage.data.columns import IDS, to_column
-from sage.data.conversation import MissingPrompt, Useless, read_pair
-from sage.data.conversation import Pair as Texts
+from sage.data.conversation import MissingPrompt, PairTurns, Useless, read_pair
 from sage.data.formats import SAMPLED, lookup
 from sage.data.messages import MEDIA, SAID
 from sage.data.source import Row, first_five, read_rows
@@ -232,7 +231,7 @@ class Reader:
         return notes
 
 
-def _record(values: Mapping[str, Any], pair: Texts) -> dict[str, Any]:
+def _record(values: Mapping[str, Any], pair: PairTurns) -> dict[str, Any]:
     """A row of `read_pair_set`'s pairs but for pair_id and row, or a UserError with the reason alone."""
     for name in MEDIA:
         if holds(values, name):

@@ -24,7 +24,7 @@ from sage.data.chat import ChatFormat, Renderer
 from sage.data.columns import IDS, lengths_of
 from sage.data.encoding import Encoder
 from sage.data.pairs import PairSet
-from sage.data.picked import KEPT, Limits, Picked, Prefix, encoded
+from sage.data.picked import KEPT, ModelLimits, Picked, Prefix, encoded
 from sage.data.source import first_five
 from sage.util import ranks, thoughts
 from sage.util.errors import UserError
@@ -223,14 +223,14 @@ def tokenize_data(source: PairSet, tokenizer: Any, data: DataConfig, cache_dir: 
     )
 
 
-def model_limits(folder: str) -> Limits:
+def model_limits(folder: str) -> ModelLimits:
     """The limits that a model folder's config.json states; none where there is no such file."""
     if not folder or not Path(folder, "config.json").is_file():
-        return Limits()
+        return ModelLimits()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception:  # a model that needs its own code
-        return Limits()
+        return ModelLimits()
     positions = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if positions and isinstance(rope.get("factor"), int | float):
@@ -238,7 +238,7 @@ def model_limits(folder: str) -> Limits:
         positions = max(
             positions, int(rope["factor"] * rope.get("original_max_position_embeddings", positions))
         )
-    return Limits(getattr(config, "vocab_size", None), positions)
+    return ModelLimits(getattr(config, "vocab_size", None), positions)
 
 
 def _state(renderer: Renderer) -> list[Any]:
@@ -257,7 +257,7 @@ def _digest(parts: list[Any]) -> Any:
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
-def _cache_key(content: str, renderer: Renderer, max_length: int, limits: Limits) -> str:
+def _cache_key(content: str, renderer: Renderer, max_length: int, limits: ModelLimits) -> str:
     """A hash of all that decides the ids."""
     parts = [*_state(renderer), max_length, limits, transformers.__version__, tokenizers.__version__]
     digest = _digest(parts)
@@ -273,7 +273,7 @@ def _check(
     source: PairSet,
     max_length: int,
     max_bad: float,
-    limits: Limits,
+    limits: ModelLimits,
     tokenizer: Any,
 ) -> None:
     """Refuse pairs that could not be encoded, an empty set, and a token without an embedding."""

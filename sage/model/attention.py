@@ -36,7 +36,7 @@ class Window(NamedTuple):
     size: int
 
 
-class Row:
+class PackedRow:
     """A packed row of `length` tokens. Each rank of `group` holds a part of it.
 
     Masks are made when a layer first asks for them, and serve all layers.
@@ -133,7 +133,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    packed_row: Row | None = None,
+    packed_row: PackedRow | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -187,7 +187,7 @@ class _Texts(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        row: Row,
+        row: PackedRow,
         scaling: float,
         softcap: float | None,
         window: int | None,

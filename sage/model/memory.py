@@ -70,7 +70,7 @@ def shell(folder: str, cfg: ModelConfig, dtype: torch.dtype, sequence_parallel: 
     return Policy(model.to(META), cfg.head, coefficient, group, cfg.tiled_mlp)
 
 
-class Live(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Counts the bytes of the meta tensors that were made since, and are still held. `known` do not count."""
 
     def __init__(self, known: list[Tensor]):
@@ -128,7 +128,7 @@ def micro_bytes(policy: Policy, batch: MicroBatch, cuda: bool, backward: bool = 
     known = [*inputs, *policy.parameters(), *policy.buffers()]
     hooks = [p.register_post_accumulate_grad_hook(forget) for p in policy.parameters() if p.requires_grad]
     try:
-        with torch.set_grad_enabled(backward), stand_ins(policy, cuda) as others, Live(known) as live:
+        with torch.set_grad_enabled(backward), stand_ins(policy, cuda) as others, LiveTensors(known) as live:
             logps = policy(batch)
             kept = live.now
             if backward:
@@ -245,7 +245,7 @@ def flex_shape(
     key: Tensor,
     value: Tensor,
     *_: Any,
-    packed_row: attention.Row,
+    packed_row: attention.PackedRow,
     **__: Any,
 ) -> tuple[Tensor, None]:
     out: Any = FlexShape.apply(*packed_row.group.to_heads(query, key, value))

@@ -243,7 +243,9 @@ class Policy(nn.Module):
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.spans is not None:
             length, device = batch.input_ids.shape[1] * self.group.size, batch.input_ids.device
-            inputs["packed_row"] = attention.Row(batch.prefix, batch.spans, length, device, group=self.group)
+            inputs["packed_row"] = attention.PackedRow(
+                batch.prefix, batch.spans, length, device, group=self.group
+            )
         else:
             inputs["attention_mask"] = batch.attention_mask
         if self.ropes:

@@ -127,27 +127,30 @@ class Rounds(NamedTuple):
         return self.path.absolute().name
 
 
-def find(paths: Sequence[str]) -> tuple[list[Run], list[Evaluation], list[Rounds]]:
-    """All training runs, finished evaluations and folders of rounds at or below these paths.
+def find(paths: Sequence[str]) -> tuple[list[Run], list[Evaluation], list[Rounds], list[str]]:
+    """All training runs, finished evaluations and folders of rounds at or below these paths, and the paths
+    that hold run directories of other commands only.
 
     Raises:
-        UserError: a path holds none of them, or a run cannot be read.
+        UserError: a path holds no run directory, no path holds one to report, or a run cannot be read.
     """
     found: dict[Path, Run | Evaluation | Rounds] = {}  # a folder may be at or below several paths
+    others = []
     for name in paths:
-        folders = dict.fromkeys(walk(Path(name).expanduser()))
+        folders = list(dict.fromkeys(walk(Path(name).expanduser())))
         here = [part for folder in folders if (part := read(folder)) is not None]
-        if not here:
-            raise UserError(
-                f"{name}: no training run, no rounds and no finished evaluation here; "
-                f"a run directory holds {CONFIG_FILE} and {METRICS_FILE}"
-            )
+        if not folders:
+            raise UserError(f"{name}: no run here; a run directory holds {CONFIG_FILE} and {METRICS_FILE}")
+        others += [] if here else [name]
         found |= {part.path.resolve(): part for part in here}
+    if not found:
+        raise UserError(f"{', '.join(others)}: no training run, no rounds and no finished evaluation here")
     parts = found.values()
     return (
         [part for part in parts if isinstance(part, Run)],
         [part for part in parts if isinstance(part, Evaluation)],
         [part for part in parts if isinstance(part, Rounds)],
+        others,
     )
 
 

@@ -105,7 +105,7 @@ def this_machine(world_size: int, device: torch.device, starting: bool = False) 
     return Machine(False, room, own, "this machine's memory, shared by the ranks")
 
 
-class Source(NamedTuple):
+class PairSource(NamedTuple):
     """The pairs that micro-batches are made of.
 
     lengths: [n, 3] tokens of prompt, chosen and rejected.
@@ -120,12 +120,12 @@ class Source(NamedTuple):
     keys: Callable[[np.ndarray], np.ndarray] | None = None
 
     @classmethod
-    def of(cls, pairs: TokenizedPairs, layout: str) -> Source:
+    def of(cls, pairs: TokenizedPairs, layout: str) -> PairSource:
         prefix = pairs.common_prefix if layout == "shared" else 0
         return cls(pairs.lengths(), prefix, layout, pairs.__getitem__, pairs.keys)
 
 
-class Work(NamedTuple):
+class HeaviestBatch(NamedTuple):
     """The heaviest micro-batch of some steps, and how many of them a rank computes in a step.
 
     With sequence parallelism a rank computes a part of it, and tokens are those of the part.
@@ -142,7 +142,7 @@ class Work(NamedTuple):
         return collate(pairs, self.layout, self.prefix)
 
 
-def heaviest(cfg: TrainConfig, source: Source, budget: int) -> Work:
+def heaviest(cfg: TrainConfig, source: PairSource, budget: int) -> HeaviestBatch:
     """The heaviest micro-batch of the first steps, if a rank computes at most `budget` tokens of each."""
     lengths, prefix, layout = source.lengths, source.prefix, source.layout
     together = cfg.engine.sequence_parallel  # ranks that compute each micro-batch
@@ -157,7 +157,7 @@ def heaviest(cfg: TrainConfig, source: Source, budget: int) -> Work:
             if total > most:
                 chosen, most = drawn[members], total
     most, longest = (-(-n // together) for n in (most, int(pair_tokens(lengths, layout, prefix).max())))
-    return Work([source.get(int(i)) for i in chosen], most, prefix, layout, rounds, longest)
+    return HeaviestBatch([source.get(int(i)) for i in chosen], most, prefix, layout, rounds, longest)
 
 
 def with_other_texts(pairs: Sequence[Pair], prefix: int) -> list[Pair]:
@@ -176,7 +176,9 @@ def with_other_texts(pairs: Sequence[Pair], prefix: int) -> list[Pair]:
     ]
 
 
-def estimated(cfg: TrainConfig, machine: Machine, folder: str, dtype: torch.dtype, work: Work) -> Estimate:
+def estimated(
+    cfg: TrainConfig, machine: Machine, folder: str, dtype: torch.dtype, work: HeaviestBatch
+) -> Estimate:
     trains = not isinstance(cfg, ScoreConfig)  # `sage score-dataset` has no backward pass
     policy = shell(folder, cfg.model, dtype, cfg.engine.sequence_parallel)
     micro = micro_bytes(policy, work.batch(work.pairs), machine.cuda, trains)
@@ -218,7 +220,7 @@ def settle_budget(
 
     def decide() -> int:
         with activity("choosing micro_batch_tokens"):
-            source = Source.of(pairs, layout)
+            source = PairSource.of(pairs, layout)
             tokens, why = largest_budget(cfg, base.folder, base.dtype, source, least)
         console.print(f"micro_batch_tokens=auto: {tokens}, {why}", markup=False)
         cfg.micro_batch_tokens = tokens
@@ -230,7 +232,7 @@ def settle_budget(
 
 
 def largest_budget(
-    cfg: TrainConfig, folder: str, dtype: torch.dtype, source: Source, machine: Machine
+    cfg: TrainConfig, folder: str, dtype: torch.dtype, source: PairSource, machine: Machine
 ) -> tuple[int, str]:
     """The largest micro_batch_tokens whose estimate leaves MARGIN of the memory, and why it is that one."""
     smallest, room = cfg.tokens_of_longest(), machine.room * (1 - MARGIN)

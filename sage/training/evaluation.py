@@ -54,7 +54,7 @@ class HeldOut(Hook):
         return {**metrics, "eval/pairs": len(everything)}
 
 
-class Live(Backend):
+class LivePolicy(Backend):
     """`generation=hf` with the run's own policy, which is not loaded again."""
 
     def __init__(self, policy: Policy, options: HF):
@@ -82,7 +82,7 @@ class Benchmarks(Hook):
         assert isinstance(policy, Policy)
         exported = None
         if type(backend) is HF and policy.can_answer and not is_sharded(policy):
-            backend = Live(policy, backend)
+            backend = LivePolicy(policy, backend)
         else:
             exported = folder / "policy"
             run.export(exported)

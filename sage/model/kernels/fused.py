@@ -57,7 +57,7 @@ def token_stats(
     """`sage.model.kernels.token_stats` for bfloat16 and float32. `tile` belongs to the backward pass."""
     if hidden.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"backend='triton' takes bfloat16 and float32, not {hidden.dtype}: choose tiled")
-    backend = recompute.Backend(_partials, _residual, tile, hidden.dtype)
+    backend = recompute.TileMath(_partials, _residual, tile, hidden.dtype)
     return recompute.token_stats(
         hidden.contiguous(),
         weight,

@@ -34,7 +34,7 @@ class Partials(NamedTuple):
     squares: Tensor | None  # [k, n] sum e^2, if asked for
 
 
-class Backend(NamedTuple):
+class TileMath(NamedTuple):
     """The parts of `recompute` that each backend computes in its own way.
 
     partials(hidden, weight, bias, labels, softcap, scale, stats) -> Partials
@@ -52,7 +52,7 @@ class Backend(NamedTuple):
     dtype: torch.dtype
 
 
-def token_stats(hidden, weight, labels, *, bias, softcap, scale, stats, backend: Backend) -> TokenStats:
+def token_stats(hidden, weight, labels, *, bias, softcap, scale, stats, backend: TileMath) -> TokenStats:
     return TokenStats(*_Stats.apply(hidden, weight, bias, labels, softcap, scale, frozenset(stats), backend))
 
 

@@ -66,9 +66,9 @@ def token_stats(
 
     in_bfloat16 = hidden.dtype == torch.bfloat16 and not hidden.is_cuda and recompute.bfloat16_in_hardware()
     if in_bfloat16 and bias is None and softcap is None and scale == 1:
-        backend = recompute.Backend(partials, _residual_bfloat16, tile, torch.bfloat16)
+        backend = recompute.TileMath(partials, _residual_bfloat16, tile, torch.bfloat16)
     else:
-        backend = recompute.Backend(partials, _residual, tile, accumulator(hidden.dtype))
+        backend = recompute.TileMath(partials, _residual, tile, accumulator(hidden.dtype))
     return recompute.token_stats(
         hidden, weight, labels, bias=bias, softcap=softcap, scale=scale, stats=stats, backend=backend
     )
