@@ -111,7 +111,7 @@ def test_equal_pairs_of_two_sources_are_counted(sources, tmp_path):
         num_proc=1,
         cache_dir=str(tmp_path),
     )
-    assert pairs.repeated() == 7 and len(pairs) == 87
+    assert pairs.repeated() == (7, 0) and len(pairs) == 87
 
 
 # --- held-out pairs by prompt

@@ -15,6 +15,7 @@ from sage.data.chat import ChatFormat
 from sage.data.columns import to_column, to_lists
 from sage.data.pairs import read_pair_set
 from sage.data.tokens import TokenizedPairs, tokenize_pairs
+from sage.training.sources import doubtful
 from sage.util.errors import UserError
 
 PLAIN = {"prompt": "What is 2 + 2?", "chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"}
@@ -366,6 +367,15 @@ def test_scaled_positions_count(tmp_path):
         keys = {"max_position_embeddings": positions, "rope_parameters": rope, "vocab_size": 9}
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **keys}))
         assert tokenized.model_limits(str(tmp_path)) == (9, 256)
+
+
+def test_repeated_and_contradicted_pairs_are_counted_for_the_user(write, tokenise):
+    """Protects a run from learning a pair and its opposite without a word."""
+    opposite = {**PLAIN, "chosen": PLAIN["rejected"], "rejected": PLAIN["chosen"]}
+    rows = PLAIN, opposite, PLAIN, {**PLAIN, "prompt": "other"}
+    pairs = tokenise(read_pair_set(write(*rows)), make_tokenizer())
+    assert pairs.repeated() == (1, 3)
+    assert [note.split()[1] for note in doubtful(pairs)] == ["1", "3"]
 
 
 def test_a_share_of_bad_pairs_may_be_dropped(write, tmp_path):

@@ -19,14 +19,14 @@ import tokenizers
 import transformers
 
 from sage.config import DataConfig
-from sage.data import store
+from sage.data import store, thoughts
 from sage.data.chat import ChatFormat, Renderer
 from sage.data.columns import IDS, lengths_of
 from sage.data.encoding import Encoder
 from sage.data.pairs import PairSet
 from sage.data.picked import KEPT, ModelLimits, Picked, Prefix, encoded
 from sage.data.source import first_five
-from sage.util import ranks, thoughts
+from sage.util import ranks
 from sage.util.errors import UserError
 from sage.util.files import source_digest
 
@@ -109,9 +109,12 @@ class TokenizedPairs:
         known = other._hashes(np.arange(len(other)), 0)
         return int(np.isin(self._hashes(np.arange(len(self)), 0), known).sum())
 
-    def repeated(self) -> int:
-        """How many pairs have the very ids of an earlier one."""
-        return len(self) - len({*self._pair_hashes()})
+    def repeated(self) -> tuple[int, int]:
+        """How many pairs have the very ids of an earlier one, and how many have those of another one with
+        chosen and rejected exchanged."""
+        keys = [tuple(key) for key in self.keys(np.arange(len(self))).tolist()]
+        known = {*keys}
+        return len(keys) - len(known), sum((p, rejected, chosen) in known for p, chosen, rejected in keys)
 
     def keys(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n, 3]: a hash of the ids of prompt, chosen and rejected, the same in every process."""

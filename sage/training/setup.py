@@ -46,7 +46,7 @@ from sage.training.references import other_references, own_references
 from sage.training.run import Run
 from sage.training.selection import Selection
 from sage.training.snr import SNR
-from sage.training.sources import Sources, by_source
+from sage.training.sources import Sources, by_source, doubtful
 from sage.training.tracking import METRICS_FILE, Tracker
 from sage.util import ranks
 from sage.util.checksums import digest
@@ -229,6 +229,8 @@ def read_pairs(
     counts = dict(Counter(row["reason"] for row in dropped))
     notes.append(f"{len(pairs)} pairs" + (f", dropped: {counts}" if counts else ""))
     notes += by_source(pairs, data, held_out)
+    if not held_out and not console.quiet:
+        notes += doubtful(pairs)
     if source.dropped:
         notes.append(f"the first dropped row is {source.dropped[0].place}: {source.dropped[0].detail}")
     for note in [*pairs.notes, *notes]:

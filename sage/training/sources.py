@@ -21,6 +21,17 @@ def count_by_source(pairs: TokenizedPairs) -> dict[str, int]:
     return dict(Counter(map(source_of, pairs.pair_ids())))
 
 
+def doubtful(pairs: TokenizedPairs) -> list[str]:
+    """Lines for the user on training pairs that are there twice or contradict each other."""
+    repeated, contradicted = pairs.repeated()
+    notes = []
+    if repeated:
+        notes.append(f"warning: {repeated} pairs are equal to an earlier pair")
+    if contradicted:
+        notes.append(f"warning: {contradicted} pairs have chosen and rejected of another pair exchanged")
+    return notes
+
+
 def by_source(pairs: TokenizedPairs, data: DataConfig, held_out: bool) -> list[str]:
     """Lines for the user; none if the pairs have one source."""
     if not data.sources or (held_out and data.eval_path is not None):
@@ -29,8 +40,6 @@ def by_source(pairs: TokenizedPairs, data: DataConfig, held_out: bool) -> list[s
     notes = ["pairs by source: " + ", ".join(f"{found.get(name, 0)} {name}" for name in data.sources)]
     if empty := [name for name in data.sources if name not in found]:
         notes.append(f"warning: no pair of {', '.join(empty)} is left")
-    if repeated := pairs.repeated():
-        notes.append(f"warning: {repeated} pairs are equal to an earlier pair, of the same or another source")
     return notes
 
 
