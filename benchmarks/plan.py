@@ -22,7 +22,8 @@ from sage import config
 from sage.commands.plan import machine_of, source_of_pairs
 from sage.data.source import resolve_path
 from sage.model import loading
-from sage.training.estimate import GB, estimated, heaviest
+from sage.training.estimate import estimated, heaviest
+from sage.util.processes import GB
 
 COMMON = [
     *("+experiment=demo", "+baseline=dpo", "data.eval_path=null", "data.limit=40", "data.max_length=256"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from sage.answering.spelling import CURRENCY, MAGNITUDE, MAGNITUDES
+from sage.answering.spelling import CURRENCY, MAGNITUDE, MAGNITUDES, VULGAR
 from sage.answering.spoken import DATE, NUMBER_WORD, SCALES, UNITS, in_units, read_spoken
 
 # "$35 + $22" holds amounts, not a formula: a formula has a space inside both of its dollars or neither.
@@ -18,9 +18,9 @@ FORMULA = re.compile(
 THOUSANDS = (
     r"\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?:['’]\d{3})+(?!\d)|\d{1,3}(?:[ '’\u00a0\u202f\u2009]\d{3})+(?!\d)"
 )
-VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+FRACTIONS = "".join(VULGAR)
 TIME = r"\d{1,2}(?::\d\d){0,2}\s?[ap]\.?m\b\.?|\d{1,2}:\d\d(?::\d\d)?(?!\d)"
-MIXED = rf"\d+ (?:and )?\d+/\d+(?![\d,])|(?:\d+ ?)?[{VULGAR}]"
+MIXED = rf"\d+ (?:and )?\d+/\d+(?![\d,])|(?:\d+ ?)?[{FRACTIONS}]"
 PLAIN = rf"(?:{TIME}|{MIXED}|(?:{THOUSANDS}|\d+)(?:\.\d+(?:\.\.\.|…)?)?(?:\s*/\s*\d+)?|\.\d+)"
 SCALED = re.compile(
     rf"(?:\s*\\?%|\s+(?:{'|'.join(SCALES)}|percent|degrees)\b|\s?{MAGNITUDE}\b|\s*[ap]\.?m\b\.?|\s+and\s+a\s+half\b)*",
@@ -40,9 +40,9 @@ ATOM = (
 )
 RUN = re.compile(rf"(?:{CURRENCY}?(?:{ATOM})\s*)+", re.I)
 ARTICLE = re.compile(r"[AaI]\s+(?!(?:is|are|because|since|or|and|as|with|for|if|but|not|in)\b)[a-z]{2,}")
-MATHS = re.compile(rf"[\d\\√∞π{VULGAR}]|^\s*[^A-Za-z\s]*[A-Za-z](?![A-Za-z])")
+MATHS = re.compile(rf"[\d\\√∞π{FRACTIONS}]|^\s*[^A-Za-z\s]*[A-Za-z](?![A-Za-z])")
 VALUE_START = re.compile(
-    rf"(?<![\w.])(?={CURRENCY}?[-−+]?{CURRENCY}?(?:\\(?:[dt]?frac|sqrt)|[\d.{VULGAR}√]))|{FORMULA.pattern}",
+    rf"(?<![\w.])(?={CURRENCY}?[-−+]?{CURRENCY}?(?:\\(?:[dt]?frac|sqrt)|[\d.{FRACTIONS}√]))|{FORMULA.pattern}",
     re.S,
 )
 

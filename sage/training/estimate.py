@@ -26,10 +26,9 @@ from sage.order import Shuffled
 from sage.training.base import BaseModel
 from sage.util import ranks
 from sage.util.errors import UserError
-from sage.util.processes import free_memory
+from sage.util.processes import GB, free_memory
 from sage.util.progress import activity, console
 
-GB = 1e9
 STEPS = 50  # steps' batches that are drawn to find the heaviest micro-batch
 CUDA_CONTEXT = 0.8 * GB  # what the driver and NCCL take, beside torch's allocator
 CHANGES = ", or set model.gradient_checkpointing=true; `sage plan` with the same options says what fits"
