@@ -44,17 +44,17 @@ sage: align reasoning models with preference pairs, and spend gradients only on 
 usage: sage COMMAND [arguments]
 
 commands
-  doctor            what is on this machine, and whether sage works here: devices, engines, generation
-  plan              what a run will take in memory, and the largest micro-batch that fits
+  doctor            show what is on this machine, and test whether sage works here
+  plan              estimate the memory that a run will take, and the largest micro-batch that fits
   train             align a policy: sage train +experiment=demo [key=value ...]; -m runs a sweep
-  rounds            train, ask the new policy again, and train on its answers: sage rounds +experiment=gsm8k
+  rounds            train, sample from the new policy, and train again: sage rounds +experiment=gsm8k
   build-pairs       sample responses to problems, verify them, make preference pairs
   score-dataset     score every pair with forward passes only, and write the best rows
-  inspect           show pairs exactly as they will be trained; needs the tokenizer only
-  eval              accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
-  verify FILE       verdicts on responses that are already there; verify RUN_DIR: on those of a finished eval
-  resume RUN_DIR    continue an interrupted run exactly; steps=N, rounds=N: to more; world_size=N: on N ranks
-  report RUN...     what runs did, and how they compare: on the terminal, as one HTML page, as CSV
+  inspect           show pairs exactly as training will see them; needs only the tokenizer
+  eval              measure accuracy on math benchmarks; --compare RUN_DIR_A RUN_DIR_B: is B better than A?
+  verify FILE       verify responses that you already have; verify RUN_DIR: those of a finished eval
+  resume RUN_DIR    continue an interrupted run exactly; steps=N, rounds=N extend it; world_size=N: on N ranks
+  report RUN...     show what runs did, and compare them: on the terminal, as one HTML page, as CSV
 
 sage COMMAND --help             every config group and key
 sage COMMAND --cfg job ...      the composed config, without running it

@@ -112,7 +112,7 @@ class SageCurriculum(Curriculum):
         self.pool_size = min(self.size, max(setting.candidates, min(wanted, self.size // 2)))
         if self.size < 2 * self.strata:
             self.strata = max(self.size // 2, 1)
-            console.print(f"{self.size} pairs are few: the curriculum splits them into {self.strata} strata")
+            console.print(f"with only {self.size} pairs, the curriculum uses {self.strata} strata")
         self.refreshed = -1  # the step of the latest refresh
         self.latest = np.full(self.size, np.nan)  # the margin when the pair was last seen
         self.stratum = np.zeros(self.size, np.int16)  # 0 is the easiest

@@ -186,8 +186,8 @@ class Ranking(Scorer):
             )
         if not self.candidates_per_pair >= 1:
             raise ValueError(
-                f"scorer.candidates_per_pair={self.candidates_per_pair}: these are fewer candidates "
-                "than pairs to train on; it must be at least 1"
+                f"scorer.candidates_per_pair={self.candidates_per_pair} gives fewer candidates than pairs to "
+                "train on: it must be at least 1"
             )
         if self.reuse < 1 or self.score_every < 1 or self.score_every % self.reuse:
             raise ValueError(

@@ -173,8 +173,8 @@ def run_sweep(run: Callable[[], None]) -> None:
         raise SystemExit(e.status) from e
     except BrokenExecutor as e:
         raise UserError(
-            "a process that ran jobs of this sweep was killed, probably because memory ran out, and the jobs "
-            "that ran were ended: `sage resume FOLDER` goes on with each of them; run fewer jobs at a time"
+            "a process that ran jobs of this sweep was killed, probably because memory ran out, and its jobs "
+            "ended. Continue each with `sage resume FOLDER`, and run fewer jobs at a time"
         ) from e
     except Exception as e:
         if Sweep.folder is None or not any(outcome.error for outcome in outcomes_in(Sweep.folder)):

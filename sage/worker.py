@@ -47,8 +47,8 @@ def hold(run_dir: Path, rank: int) -> FileLock:
         return lock(run_dir / RANK_LOCK.format(rank), timeout=0)
     except Timeout as e:
         raise UserError(
-            f"rank {rank} of {run_dir} still runs, perhaps because only its launcher was killed: wait "
-            "for it, or kill it"
+            f"rank {rank} of {run_dir} is still running, perhaps because only its launcher was killed: "
+            "wait for it, or kill it"
         ) from e
 
 

@@ -373,15 +373,18 @@ def in_child(model_type: str) -> tuple[str, ...]:
 
 
 ONE_RUN = "All rows come from one run of the script."
-SEVERAL_RUNS = "Rows of single types were made anew, so the rows come from several runs of the script."
+SEVERAL_RUNS = (
+    "The rows of some types were generated again, so the rows come from several runs of the script."
+)
 HEADER = f"""# Models
 
 Every run of `sage train` and `sage score-dataset` begins with a self-check (`sage/model/selfcheck.py`). It
 takes a few shortened pairs of the run, and compares the log-probability of each response token with the
-model's own logits, one text at a time. What disagrees gives way to a slower path, and one line says so:
+model's own logits, one text at a time. A path that disagrees is replaced by a slower one, and one line says
+so:
 
-- `packed`: pairs lie in one row without padding, and the prompt is computed once. If packed rows disagree,
-  rows are padded.
+- `packed`: pairs are packed into one row without padding, and the prompt is computed once. If packed rows
+  disagree, rows are padded.
 - `own logits`: the model's own full forward computes the logits. It replaces sage's head, which never keeps
   all logits, where a model transforms its logits in a way that the head does not know. It takes more
   memory.

@@ -266,7 +266,7 @@ def test_a_rank_that_still_runs_is_not_joined(common, tmp_path):
     run = freeze(tmp_path / "run", *common)
     with FileLock(run / ".rank0.lock"):
         status, said = command("resume", str(run)).end()
-    assert status == 2 and "rank 0" in said and "still runs" in said
+    assert status == 2 and "rank 0" in said and "still running" in said
     assert not (run / "metrics.jsonl").exists()
 
 
@@ -296,8 +296,8 @@ def test_what_cannot_be_resumed_is_refused(one, common, tmp_path):
         ("older", "(KeyError: 'queue')"),
         ("newer", "(TypeError: "),
         ("adam", "holds the state of FusedAdam, and this run's optimizer is AdamW"),
-        ("inputs", "that began with another content of data.eval_path"),
-        ("tokenizer", "began with another content of the tokenizer or the chat template"),
+        ("inputs", "that began with different content of data.eval_path"),
+        ("tokenizer", "began with different content of the tokenizer or the chat template"),
         ("head", "with padded rows and the triton head, and here the self-check chooses shared rows"),
     ):
         run = interrupted(whole, 4, tmp_path / name)

@@ -176,7 +176,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch):
         monkeypatch.setenv(name, value)
     store.set("here/1", "")
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"3 ranks should have met at .*\(missing: 2\)"):
+    with pytest.raises(UserError, match=r"not all 3 ranks connected to .*\(missing: 2\)"):
         ranks.join("gloo")
     assert time.monotonic() - started < 30
 

@@ -244,7 +244,7 @@ def test_an_encoder_is_refused(config, dtype):
     settings = getattr(transformers, config)(**SIZES)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
-    with pytest.raises(UserError, match="no causal language model: another last token of a prompt"):
+    with pytest.raises(UserError, match="not a causal language model: changing the last token of a prompt"):
         find_decoder(model, prompts(), 60, 3, 30)
 
 

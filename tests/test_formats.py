@@ -339,7 +339,7 @@ def test_a_restated_question_is_not_taken_away(tmp_path):
     row = {"prompt": "2 + 2", "chosen": "2 + 2 is 4", "rejected": "2 + 2 is 5"}
     source = load(tmp_path, row, {"prompt": "Hi", "chosen": "Hello", "rejected": "No"})
     assert read(source.pairs[0]) == ("2 + 2", "2 + 2 is 4", "2 + 2 is 5")
-    assert "all responses begin with the prompt; it is asked once" in load(tmp_path, row).notes
+    assert "all responses begin with the prompt, which is removed from them" in load(tmp_path, row).notes
 
 
 @pytest.mark.parametrize("tools", [str(TOOLS), [json.dumps(TOOLS[0])]])
@@ -485,7 +485,7 @@ def test_an_unnamed_prompt_column_is_not_passed_over(tmp_path):
         load(tmp_path, {"question": "?", **sides("4", "5")})
 
 
-# ---------------------------------------------------------------- the prompt, asked once
+# ---------------------------------------------------------------- the prompt, repeated in responses
 
 PROMPTS = {
     "first turn of many": ("Hi", CONVERSATION, CONVERSATION),

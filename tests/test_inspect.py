@@ -1,4 +1,4 @@
-"""sage inspect: pairs exactly as they will be trained, from the tokenizer alone."""
+"""sage inspect: pairs exactly as training will see them, from the tokenizer alone."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_pairs_that_others_repeat_or_contradict(folder, capsys):
 
 
 def test_wrong_labels_are_listed_or_dropped_as_in_training(folder, capsys):
-    """Protects `exactly as they will be trained`: data.answers=drop leaves pairs out of training."""
+    """Protects `exactly as training will see them`: data.answers=drop leaves pairs out of training."""
     rows = [
         {"pair_id": "good", "prompt": "What is 2 + 2?", "chosen": "It is 4.", "rejected": "It is 5."},
         {"pair_id": "both", "prompt": "What is 2 + 2? [INST]", "chosen": "It is 5.", "rejected": "It is 4."},

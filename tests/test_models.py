@@ -89,7 +89,7 @@ def test_models_that_see_later_tokens_are_refused(model_type):
     config = table.tiny_config(model_type)
     config.update(ENCODERS[model_type])
     verdict = table.examine(table.tiny_model(config), model_type)
-    assert verdict.way == "refused" and "no causal language model" in verdict.note
+    assert verdict.way == "refused" and "not a causal language model" in verdict.note
 
 
 LLAMA = {
@@ -221,7 +221,7 @@ def test_models_that_pad_are_refused(model_type):
 
 def test_frequencies_that_depend_on_a_texts_length_are_refused():
     policy = Policy(table.tiny_model(copy.deepcopy(ROPES["longrope"])), group=SequenceGroup(2))
-    with pytest.raises(UserError, match=r"engine.sequence_parallel=2 does not suit .*frequencies"):
+    with pytest.raises(UserError, match=r"engine.sequence_parallel=2 does not work with .*frequencies"):
         settle(table.Asked(policy), [table.some_pairs()], "auto", "longrope")
 
 

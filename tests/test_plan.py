@@ -124,7 +124,7 @@ def test_ranks_that_compute_a_row_together_keep_a_part_each(tiny_model):
 
 
 def test_a_model_without_a_config_is_refused_by_name(tmp_path):
-    """So is one that the hub does not give."""
+    """So is one that the hub does not provide."""
     with pytest.raises(UserError, match=f"model.path={tmp_path}: its config cannot be read"):
         memory.shell(str(tmp_path), ModelConfig(str(tmp_path)), torch.float32)
 

@@ -145,7 +145,7 @@ def test_another_number_of_ranks(common, tmp_path, started, capsys):
     """The frozen config says it, unless a rank still runs. A requeued job may have another number, too."""
     run = freeze(tmp_path / "run", *common, "steps=4")
     (run / "metrics.jsonl").write_text("{}\n")
-    with FileLock(run / ".rank0.lock"), pytest.raises(UserError, match="still runs"):
+    with FileLock(run / ".rank0.lock"), pytest.raises(UserError, match="still running"):
         launch.resume(run, world_size=2)
     with pytest.raises(UserError, match=r"batch_size=4 pairs cannot feed world_size=8 ranks"):
         launch.resume(run, world_size=8)

@@ -908,7 +908,7 @@ def test_more_rounds_are_those_of_a_longer_run(begin, monkeypatch, sage, tmp_pat
 def test_rounds_that_still_run_are_not_started_twice(tmp_path):
     run_dir = freeze(tmp_path / "run", "+experiment=arithmetic")
     held = lock(run_dir / ".rank0.lock")
-    with pytest.raises(UserError, match="still run"):
+    with pytest.raises(UserError, match="still running"):
         rounds(run_dir, in_this_process)
     held.release()
     found = read(run_dir)

@@ -317,10 +317,14 @@ def test_the_first_choice_by_scores_costs_nothing(runs):
         ("other_pairs", ("data.scores", "other pairs", "60", "50")),
         ("nothing_there", ("data.scores", "nowhere", "score-dataset")),
         ("no_reference", ("data.scores", "needs no reference")),
-        ("uniform", ("scorer._target_=sage.scorers.Uniform", "no score")),
+        ("uniform", ("scorer._target_=sage.scorers.Uniform", "does not score pairs")),
         (
             "gate",
-            ("scorer._target_", "RandomFromPool", "it shuts candidates out in training, and ranks none"),
+            (
+                "scorer._target_",
+                "RandomFromPool",
+                "it excludes candidates in training and does not rank them",
+            ),
         ),
         (
             "constant",

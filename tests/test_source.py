@@ -503,7 +503,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     pq.write_table(twice, tmp_path / "twice.parquet")
     with pytest.raises(UserError, match=r"twice.parquet.* has chosen more than once"):
         read_pair_set(str(tmp_path / "twice.parquet"))
-    with pytest.raises(UserError, match=r"no file of a kind that sage reads.*fits this pattern"):
+    with pytest.raises(UserError, match=r"no file of a kind that sage reads.*matches this pattern"):
         read_pair_set(str(tmp_path / "*.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no data files were found"):

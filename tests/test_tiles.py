@@ -199,7 +199,9 @@ def test_the_self_check_sees_a_module_that_mixes_many_tokens(capsys):
             return whole(x + 0.1 * x.mean(1, keepdim=True) if x.shape[:2] == (1, CHECKED) else x)
 
         each.whole = mixes
-    with pytest.raises(UserError, match=r"model\.tiled_mlp=true does not suit .*2 LlamaMLP in tiles, it cha"):
+    with pytest.raises(
+        UserError, match=r"model\.tiled_mlp=true does not work with .*2 LlamaMLP in tiles, it cha"
+    ):
         chosen(policy)
 
 

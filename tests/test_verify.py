@@ -354,7 +354,7 @@ def test_columns_of_the_file_that_verdicts_replace_are_said(tmp_path, capsys):
 
     file = write_jsonl(tmp_path / "v.jsonl", [{"response": "5", "answer": "5", "correct": "yes", "rule": 0}])
     verify(VerifyConfig(path=str(file)), tmp_path / "run")
-    assert "the file's own correct, rule made way for the verdicts" in " ".join(
+    assert "holds the new verdicts in place of the file's own correct, rule" in " ".join(
         capsys.readouterr().out.split()
     )
 

@@ -71,8 +71,8 @@ def first_that_agrees(
         ) from error
     if looks_ahead(model, next((ids for ids in reversed(probes) if len(ids) > 1), probes[0])):
         raise UserError(
-            f"this {model.config.model_type} is no causal language model: another last token of a prompt "
-            "changes what it predicts before it. An encoder such as BERT cannot answer problems"
+            f"this {model.config.model_type} is not a causal language model: changing the last token of a "
+            "prompt changes its earlier predictions. An encoder such as BERT cannot answer problems"
         )
     candidates = (
         ("one refilled batch", RefilledBatch(model, min(batch_size, BATCH), prefill_tokens)),

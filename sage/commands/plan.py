@@ -183,7 +183,7 @@ def rows_of(
     rows.append(("largest micro_batch_tokens that fits", str(most) if most >= work.longest else "none"))
     rows.append(("largest data.max_length that fits", str(most * together // 2) if most >= 2 else "none"))
     if seconds:
-        note = f"{work.per_step} micro-batches per rank, without the exchange, the optimizer and scoring"
+        note = f"{work.per_step} micro-batches per rank, without communication, the optimizer and scoring"
         rows.append(("seconds of a step", f"{seconds:.1f}: {note}"))
     return rows
 

@@ -92,7 +92,7 @@ def rounds(run_dir: Path, start: Callable[[int, Path], None]) -> None:
     try:
         held = lock(run_dir / RANK_LOCK.format(0), timeout=0)
     except Timeout as e:
-        raise UserError(f"{run_dir}: these rounds still run: wait for them, or kill them") from e
+        raise UserError(f"{run_dir}: these rounds are still running: wait for them, or kill them") from e
     try:
         Loop(cfg, run_dir, Parts(cfg, run_dir, start)).run()
     except OSError as e:

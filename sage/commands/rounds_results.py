@@ -99,7 +99,7 @@ def whole(file: Path) -> Iterator[None]:
         parts = dict.fromkeys((part, run_dir / SUMMARY_FILE))  # with a summary, the rounds count as finished
         delete = " and ".join(str(path) for path in parts if path == part or path.exists())
         raise UserError(
-            f"{file} {reason}: delete {delete}, and resume the rounds, which make it again"
+            f"{file} {reason}: delete {delete} and resume the rounds, which then make it again"
         ) from e
 
 
@@ -127,7 +127,7 @@ def check_start(policy: Path, needed: Path, folder: Path) -> None:
     if file.exists() and file.read_text(encoding="utf-8") != made:
         raise UserError(
             f"{folder} was made from another policy than {policy} is now: delete it and all rounds after it, "
-            "and resume the rounds, which make them again"
+            "and resume the rounds, which then make them again"
         )
     write_text(file, made)
     train, instead = folder / "train", "with a fresh optimizer"
@@ -160,8 +160,8 @@ def check_attempts(number: int, attempts: Sequence[Attempt], file: Path) -> None
     if lost and lost == len(answered):
         raise UserError(
             f"round {number}: the verifier timed out or crashed on all {lost} answers, so none counts as "
-            f"right: is the machine overloaded, or are the true answers no formulas? See {file}. To sample "
-            f"and verify again, delete {file.parent}, then {stopping.go_on(file.parents[2])}"
+            f"right. The machine may be overloaded, or the true answers may not be formulas. See {file}. To "
+            f"sample and verify again, delete {file.parent}, then {stopping.go_on(file.parents[2])}"
         )
     if lost:
         console.print(

@@ -99,11 +99,11 @@ def build_scorer(key: str, node: dict[str, Any], loss: Loss, alone: bool) -> Sco
     """
     scorer: Scorer = build(key, node, "scorer")
     if not scorer.makes_scores:
-        raise UserError(f"{key}._target_={node['_target_']} gives pairs no score: choose another")
+        raise UserError(f"{key}._target_={node['_target_']} does not score pairs: choose another")
     if len({*build(key, node, "scorer")(any_pairs(loss, alone=False)).tolist()}) == 1:
         raise UserError(
-            f"{key}._target_={node['_target_']} gives every pair the same score: it shuts candidates out in "
-            "training, and ranks none. Choose another"
+            f"{key}._target_={node['_target_']} gives every pair the same score: it excludes candidates in "
+            "training and does not rank them. Choose another"
         )
     if alone and len({*build(key, node, "scorer")(any_pairs(loss, alone=True)).tolist()}) == 1:
         raise UserError(
@@ -306,7 +306,7 @@ def show(cfg: ScoreConfig, table: pa.Table, scores: np.ndarray, summary: dict[st
     if not table["margin"].to_numpy().any():
         console.print(
             "policy and reference are the same model, so every margin (implicit reward) is 0. policy_mean "
-            "and the logit level still distinguish pairs"
+            "and scores at the logit level still tell pairs apart"
         )
     finite = np.isfinite(scores)
     if broken := table["pair_id"].filter(pa.array(~finite)).to_pylist():

@@ -79,9 +79,9 @@ def verify_rows(cfg: VerifyConfig, run_dir: Path) -> None:
         f"{rules['none']} without an answer"
     )
     if stopped := sum(count for rule, count in rules.items() if rule.endswith(UNDECIDED)):
-        console.print(f"{stopped} took too long or too much memory, and count as wrong")
+        console.print(f"{stopped} exceeded the limit of time or memory, and count as wrong")
     if own := [name for name in Verdict._fields if any(name in record for record in records)]:
-        console.print(f"the file's own {', '.join(own)} made way for the verdicts in {output}")
+        console.print(f"{output} holds the new verdicts in place of the file's own {', '.join(own)}")
     console.print(f"verdicts: {output}")
 
 
@@ -154,8 +154,8 @@ def verify_evaluation(cfg: VerifyConfig, source: Path, run_dir: Path) -> None:
     unread = ("split", "columns", "answer_from", "output", "limit")
     if given := [key for key in unread if getattr(cfg, key) != getattr(VerifyConfig(), key)]:
         raise UserError(
-            f"{given[0]} has no effect on {source}: of an evaluation, all responses are verified: "
-            "leave it out"
+            f"{given[0]} has no effect on {source}: sage verifies all responses of an evaluation. Leave it "
+            "out"
         )
     evaluation = load(source)
     if not isinstance(evaluation, EvalConfig) or not (source / SUMMARY_FILE).is_file():

@@ -213,7 +213,7 @@ def check_patience(patience: int | None, select: str | None, eval_every: int) ->
         return
     if select is None:
         raise UserError(
-            f"patience={patience} needs a metric that is to improve: give select=eval/policy_accuracies "
+            f"patience={patience} needs a metric to watch: give select=eval/policy_accuracies "
             "or select=benchmark/NAME/accuracy"
         )
     if not eval_every:

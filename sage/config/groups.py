@@ -175,8 +175,8 @@ class PairingConfig:
     )
     rejected_from: list[str] = key(
         [],
-        "folders of finished `sage build-pairs`, best of weaker policies: a problem takes its rejected "
-        "responses from the first one with wrong answers to it; own ones are for problems without any",
+        "run directories of `sage build-pairs`, preferably with weaker policies: a problem takes its "
+        "rejected responses from the first one with wrong answers to it, and its own ones if there is none",
     )
     per_problem: int = key(1, "at most this many pairs per problem", low=1)
     max_length_ratio: float | None = key(

@@ -88,17 +88,18 @@ class RoundsConfig(TrainConfig):
             )
         if self.patience is not None and self.select is None:
             raise UserError(
-                f"patience={self.patience} needs a metric that is to improve: give "
-                "select=benchmark/NAME/accuracy"
+                f"patience={self.patience} needs a metric to watch: give select=benchmark/NAME/accuracy"
             )
         if self.round.budget is not None and self.round.budget < self.pairing.samples:
             raise UserError(
-                f"round.budget={self.round.budget} does not pay for one problem: raise it to "
+                f"round.budget={self.round.budget} is too small for one problem: raise it to "
                 f"pairing.samples={self.pairing.samples} or more"
             )
         self.check_reference()
         if not self.start:
-            raise UserError("start=false: `sage rounds` starts the ranks of its parts itself: leave it out")
+            raise UserError(
+                "start=false has no effect: `sage rounds` starts the ranks of its parts itself. Leave it out"
+            )
 
     def check_reference(self) -> None:
         """Check that the first policy can be the reference of later rounds."""

@@ -329,7 +329,7 @@ class VerifyConfig(CommandConfig):
     columns: ResponseColumns = field(default_factory=ResponseColumns)
     answer_from: str = key(
         "plain",
-        "how the true answer stands in its column: after ####, in the last \\boxed{}, or alone",
+        "how the true answer is written in its column: after ####, in the last \\boxed{}, or alone",
         choices=("hash", "boxed", "plain"),
     )
     output: str | None = key(None, "file to write; null = RUN_DIR/verdicts.jsonl")

@@ -201,7 +201,7 @@ class Reader:
                     f"{found}. Say which one is the prompt, for example data.columns.prompt={unnamed[0]}, or "
                     "set data.columns.prompt='' if both responses begin with the prompt"
                 )
-            head = f"{path}: {len(bad)} of {total} rows are bad; mend or remove them"
+            head = f"{path}: {len(bad)} of {total} rows are bad; fix or remove them"
             if len(bad) < total:
                 head += f", or have them dropped with data.max_bad={_ceiling(len(bad), total)}"
             raise UserError(first_five(head, bad))
@@ -218,7 +218,7 @@ class Reader:
         if "prompt" not in plan.names:
             notes.append("no prompt column; the prompt is what chosen and rejected both begin with")
         if plan.repeats_prompt:
-            notes.append("all responses begin with the prompt; it is asked once")
+            notes.append("all responses begin with the prompt, which is removed from them")
         if shown := [
             key for key in plan.unused if key.strip()
         ]:  # pandas writes its index under an empty name

@@ -60,7 +60,7 @@ def resolve_path(path: str) -> str:
 def refuse_bad_rows(path: str, problems: list[str], total: int) -> None:
     """Raise UserError that names the first five problems, if there are any."""
     if problems:
-        head = f"{path}: {len(problems)} of {total} rows are bad; mend or remove them"
+        head = f"{path}: {len(problems)} of {total} rows are bad; fix or remove them"
         raise UserError(first_five(head, problems))
 
 
@@ -180,7 +180,7 @@ def _files(path: str, split: str) -> list[Path] | None:
         files = [name for name in found if name.is_file() and kind_of(name)]
         if not files:
             raise UserError(
-                f"{path}: no file of a kind that sage reads ({', '.join(KINDS)}) fits this pattern"
+                f"{path}: no file of a kind that sage reads ({', '.join(KINDS)}) matches this pattern"
             )
         return files
     if not file.exists() and kind_of(file):
@@ -214,8 +214,9 @@ def _folder_files(path: str, folder: Path, split: str) -> list[Path]:
     if left:
         names = ", ".join(file.name for file in left[:5])
         raise UserError(
-            f"{path}: {names} would not be read: of a folder, datasets takes one kind of file, and if names "
-            f"say the split, no others. Give the files that you mean as a glob, such as '{path}/*'"
+            f"{path}: {names} would not be read: datasets reads one kind of file from a folder, and only "
+            "files named after a split if there are any. Give the files that you mean as a glob, such as "
+            f"'{path}/*'"
         )
     return files
 

@@ -59,7 +59,7 @@ def resolve_model(cfg: ModelConfig, cache_dir: str) -> str:
         return snapshot_download(path, revision=cfg.revision, allow_patterns=patterns)
     except Exception as e:
         raise UserError(
-            f"model.path={cfg.path}: no such folder here, and the hub does not give it: {first_line(e)}"
+            f"model.path={cfg.path}: no such folder here, and the hub did not provide it: {first_line(e)}"
         ) from e
 
 

@@ -163,7 +163,7 @@ def first_fault(fault: Any) -> Any:
 def refuse_changes(weights: Sequence[str] | None, name: str) -> None:
     if weights:
         raise UserError(
-            f"model.path={name}: its own code changes weights while it computes ({named(weights)}), so "
+            f"model.path={name}: its own code changes weights in the forward pass ({named(weights)}), so "
             "sage cannot train it"
         )
 
@@ -171,9 +171,9 @@ def refuse_changes(weights: Sequence[str] | None, name: str) -> None:
 def refuse_encoder(looks_ahead: float, name: str) -> None:
     if looks_ahead:
         raise UserError(
-            f"model.path={name}: it is no causal language model: another last token of a text changes the "
-            f"log-probabilities of the tokens before it by {looks_ahead:.2g} nats. An encoder such as BERT "
-            "cannot be trained on preference pairs"
+            f"model.path={name}: it is not a causal language model: changing the last token of a text "
+            f"changes the log-probabilities of the tokens before it by {looks_ahead:.2g} nats. An encoder "
+            "such as BERT cannot be trained on preference pairs"
         )
 
 
@@ -236,8 +236,8 @@ def settle(
                 )
             if packing not in ("auto", "padded"):
                 raise UserError(
-                    f"data.packing={packing} does not suit this model: {reasons[packing, heads[-1]]}; set "
-                    "data.packing=padded"
+                    f"data.packing={packing} does not work with this model: {reasons[packing, heads[-1]]}; "
+                    "set data.packing=padded"
                 )
             raise UserError(
                 f"model.path={name}: sage cannot compute what this model's own code computes, so it does "
@@ -297,12 +297,12 @@ def layouts_of(policy: Policy, packing: str, name: str) -> list[str]:
     """The layouts to try, the fastest first. Texts that share a prompt must share its frequencies."""
     if packing == "shared" and policy.ropes:
         raise UserError(
-            f"data.packing=shared does not suit model.path={name}: its rotary frequencies depend on a text's "
-            "length, and the responses of a pair differ in length; set data.packing=auto"
+            f"data.packing=shared does not work with model.path={name}: its rotary frequencies depend on a "
+            "text's length, and the responses of a pair differ in length; set data.packing=auto"
         )
     if policy.group.size > 1 and policy.ropes:
         raise UserError(
-            f"engine.sequence_parallel={policy.group.size} does not suit model.path={name}: its rotary "
+            f"engine.sequence_parallel={policy.group.size} does not work with model.path={name}: its rotary "
             "frequencies depend on a text's length, and no rank has whole texts; set "
             "engine.sequence_parallel=1, or lower data.max_length"
         )

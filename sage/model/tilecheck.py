@@ -27,8 +27,8 @@ def check_tiles(engine: Engine | Frozen, sample: Sample, layout: str, name: str)
     modules = described(policy.tiles)
     if reason := next(filter(None, ranks.gather(fault(engine, sample, layout))), None):
         raise UserError(
-            f"model.tiled_mlp=true does not suit model.path={name}: with {modules} in tiles, {reason}; set "
-            "model.tiled_mlp=false"
+            f"model.tiled_mlp=true does not work with model.path={name}: with {modules} in tiles, {reason}; "
+            "set model.tiled_mlp=false"
         )
     console.print(f"model.tiled_mlp: {name} computes {modules} in tiles of {TILE} tokens", markup=False)
 

@@ -164,7 +164,7 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     if saved.data_fingerprint != state.data_fingerprint:
         raise UserError(
             f"{folder}: data.path or data.sources no longer holds the pairs that this run began with, or "
-            "this version of sage reads them in another way"
+            "this version of sage reads them differently"
         )
     if saved.model != state.model:
         raise UserError(
@@ -174,13 +174,13 @@ def restore(engine: Engine, state: TrainState, folder: Path) -> TrainState:
     for key, fingerprint in saved.inputs.items():
         if state.inputs.get(key) != fingerprint:
             raise UserError(
-                f"{folder} belongs to a run that began with another content of {key}, and its results would "
-                "mix the two: put the old file back, or start a new run"
+                f"{folder} belongs to a run that began with different content of {key}, and its results "
+                "would mix the two: put the old file back, or start a new run"
             )
     if saved.optimizer != state.optimizer:
         raise UserError(
             f"{folder} holds the state of {saved.optimizer}, and this run's optimizer is {state.optimizer}: "
-            "resume where the same optimizer builds, or start a new run"
+            "resume on a machine where the same optimizer can be built, or start a new run"
         )
     if saved.computation != state.computation:
         raise UserError(

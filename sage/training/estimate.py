@@ -34,7 +34,7 @@ CUDA_CONTEXT = 0.8 * GB  # what the driver and NCCL take, beside torch's allocat
 CHANGES = ", or set model.gradient_checkpointing=true; `sage plan` with the same options says what fits"
 NAMES = {
     "step": "the optimizer's step",
-    "buckets": "buffers of the exchange",
+    "buckets": "communication buffers",
     "spare": "left by loading, and kernels",
     "export": "copies for the export",
 }

@@ -83,13 +83,14 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
         differing = [part for part, value in inputs.items() if begun.get(part) != value]
     except (ValueError, AttributeError) as e:
         raise UserError(
-            f"{file} is damaged, so nobody knows what its folder was begun with: choose another hydra.run.dir"
+            f"{file} is damaged, so sage cannot tell what its folder was begun with: choose another "
+            "hydra.run.dir"
         ) from e
     if differing:
         part = differing[0]
         raise UserError(
-            f"{file.parent} was begun with another {part}: {begun.get(part)}, and now it is {inputs[part]}; "
-            "their results must not be mixed: put back what it began with, or choose another hydra.run.dir"
+            f"{file.parent} was begun with another {part}: {begun.get(part)}, and now it is {inputs[part]}. "
+            "Their results must not be mixed: restore the old one, or choose another hydra.run.dir"
         )
 
 

@@ -94,7 +94,7 @@ def join(backend: str, device: Any = None) -> None:
         count, where = world_size(), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         absent = [str(other) for other in range(count) if store and not store.check([f"here/{other}"])]
         raise UserError(
-            f"{count} ranks should have met at {where} within {MEET}, and not all came "
+            f"not all {count} ranks connected to {where} within {MEET} "
             f"(missing: {', '.join(absent) or 'unknown'}). A rank failed to start, or its machine cannot "
             f"reach this address ({first_line(e)})"
         ) from e
@@ -204,7 +204,7 @@ def agreed(work: Callable[[], T], what: str) -> T:
         if outcome and outcome.value != main.value:
             raise UserError(
                 f"{what} are not the same on {outcome.machine} (rank {other}) as on {main.machine} (rank 0): "
-                "put the same on all machines"
+                "make them the same on all machines"
             )
     return main.value  # pyright: ignore[reportReturnType]
 
