@@ -283,7 +283,7 @@ def tuned(task: Task, folder: Path, method: str) -> tuple[float, float] | None:
         if not runs:
             return None
         if task.sampling is None:
-            values[lr, beta] = best(runs[0].metrics[task.metric()], task.metric())[0]
+            values[lr, beta] = best(runs[0], task.metric())[0]
         else:
             values[lr, beta] = sampled_accuracy(folder, where)
     if any(map(math.isnan, values.values())):
@@ -349,7 +349,7 @@ def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
         row = []
         for lr, beta in task.grid:
             runs = finished([grid_folder(folder, method, lr, beta)])
-            value, step = best(runs[0].metrics[metric], metric) if runs else (math.nan, 0)
+            value, step = best(runs[0], metric) if runs else (math.nan, 0)
             answers = sampled_accuracy(folder, grid_folder(folder, method, lr, beta))
             also = "" if math.isnan(answers) else f", sampled {answers:.3f}"
             row.append(f"{value:.3f} at {step}{also}" if runs else "")
@@ -375,7 +375,7 @@ def table(task: Task, folder: Path, args: argparse.Namespace) -> None:
     for method, group in groups.items():
         row = [method, str(len(group.runs))]
         for value_of in (
-            lambda run: best(run.metrics[metric], metric)[0],
+            lambda run: best(run, metric)[0],
             lambda run: final(run.metrics[metric]),
         ):
             row.append(cell(interval([value_of(run) for run in group.runs])))

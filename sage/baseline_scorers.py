@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage.losses import Loss
-from sage.scorers import PairStats, Ranking, below_quantile, deviation, mean_margin, signal
+from sage.scorers import (
+    PairStats,
+    Ranking,
+    below_quantile,
+    check_not_negative,
+    deviation,
+    mean_margin,
+    signal,
+)
 
 
 @dataclass
@@ -73,6 +81,7 @@ class Rho(Ranking):
     """
 
     uses_margins_from: ClassVar[bool] = True
+    compares_losses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +89,10 @@ class Rho(Ranking):
             raise ValueError(
                 "scorer.margins_from is not set: this scorer needs the margins of a model that was trained "
                 "on held-out pairs; give a Parquet file with pair_id and margin"
+            )
+        if self.margin != "implicit_reward":
+            raise ValueError(
+                f"scorer.margin={self.margin}: this scorer compares losses, so it needs implicit_reward"
             )
 
     def __call__(self, stats: PairStats) -> Tensor:
@@ -160,6 +173,9 @@ class BetaDPO(Ranking):
                 "beta_dpo adapts beta in every step and draws by its own weights: keep "
                 "scorer.score_every=1 and scorer.temperature=0"
             )
+        check_not_negative(self, "scale", "momentum")
+        if not self.momentum < 1:
+            raise ValueError(f"scorer.momentum={self.momentum}: must be below 1")
         self.mean, self.std = 0.0, 0.0
 
     @property

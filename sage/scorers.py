@@ -10,6 +10,7 @@ The formulas and constants are ours. docs/sage.md gives the reasons.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -96,6 +97,7 @@ class Scorer(ABC):
     temperature: float = 0.0
     max_nan: float = 0.0
     margins_from: str | None = None
+    compares_losses: bool = False  # whether the size of other margins counts, not only their order
     needs_logit: bool = False
     ranked_by: str | None = None  # the name of the margin that scores depend on, for the log
 
@@ -196,9 +198,18 @@ class Ranking(Scorer):
             )
         if self.margin not in MARGINS:
             raise ValueError(f"scorer.margin={self.margin}: must be one of {', '.join(MARGINS)}")
-        for name in ("warmup_steps", "temperature"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"scorer.{name}={getattr(self, name)}: must not be negative")
+        gated = self.mastered_above is not None or self.drop_curvature
+        if self.margin not in (self.ranked_by, type(self).margin) and not gated:
+            raise ValueError(
+                f"scorer.margin={self.margin} has no effect: this scorer does not rank by it, and no gate "
+                "looks at it. Leave it out"
+            )
+        if self.temperature and self.ranked_by is None:
+            raise ValueError(
+                f"scorer.temperature={self.temperature} has no effect: this scorer ranks no pair above "
+                "another. Leave it out"
+            )
+        check_not_negative(self, "warmup_steps", "temperature")
         for name in ("drop_curvature", "drop_uncertainty", "drop_negative", "max_nan"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"scorer.{name}={getattr(self, name)}: a share, at least 0 and below 1")
@@ -224,6 +235,12 @@ class Ranking(Scorer):
         return passed
 
 
+def check_not_negative(scorer: Scorer, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(scorer, name) < math.inf:
+            raise ValueError(f"scorer.{name}={getattr(scorer, name)}: must be finite and not negative")
+
+
 def below_quantile(values: Tensor, q: float) -> Tensor:
     """Which values do not exceed the q-quantile of the finite ones, [n] bool. NaN never passes."""
     finite = values[values.isfinite()]
@@ -241,14 +258,17 @@ class Sage(Ranking):
     """The damped Newton decrement at margin level: g^2 / (h + damping * beta^2).
 
     Without damping it is exp(-u), the squared signal-to-noise ratio of the pair's gradient. It falls strictly
-    in u, so without gates and temperature it ranks as `LargestLoss` with the same
-    `margin` does. The damping is in units of beta^2,
-    so one value suits every beta.
+    in u, so without gates and temperature it ranks as `LargestLoss` with the same `margin` does. The damping
+    is in units of beta^2, so one value suits every beta.
     """
 
     damping: float = 0.25
     candidates_per_pair: float = 2.0
     margin: str = "policy_mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(self, "damping")
 
     def __call__(self, stats: PairStats) -> Tensor:
         u = stats.margin(self.margin)
@@ -267,6 +287,10 @@ class SageLogit(Ranking):
     per_token: bool = True
     damping: float = 1e-3
     uses_logit: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(self, "damping")
 
     def __call__(self, stats: PairStats) -> Tensor:
         assert stats.logit

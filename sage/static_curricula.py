@@ -54,8 +54,11 @@ class ByDifficulty(Curriculum):
         self.ranks = order_by_difficulty(difficulty, self.seed)
 
     def refresh(self, step: int, stats_of: StatsOf) -> None:
-        if self.ranks is None:  # only at the first step, when the policy still is the reference
-            self.rank(-mean_margin(stats_of(np.arange(self.size)).policy).numpy())
+        if self.ranks is None:  # only at the first step
+            stats = stats_of(np.arange(self.size))
+            # A loss without a reference has zeros in its place.
+            before = stats.reference if stats.reference.chosen.any() else stats.policy
+            self.rank(-mean_margin(before).numpy())
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "ranks": torch.from_numpy(self.ranks)}

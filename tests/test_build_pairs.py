@@ -17,6 +17,8 @@ from hydra import compose, initialize_config_module
 from whole_runs import files, kill_after
 from whole_runs import sage as run_sage
 
+import sage
+import sage.util.files as files_module
 from sage import config, launch
 from sage.answering.attempts import Attempt, Sampler, write_lines
 from sage.answering.problems import Problem
@@ -334,7 +336,7 @@ def test_train_builds_its_missing_pairs_once(words, tmp_path):
     assert files(tmp_path / "two") == files(built.parent)
 
 
-def test_whatever_decides_the_pairs_is_in_their_cache_key(words, tiny_model, tmp_path):
+def test_whatever_decides_the_pairs_is_in_their_cache_key(words, tiny_model, tmp_path, monkeypatch):
     """A stale cache would train on pairs that this model and these settings do not make."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
@@ -366,7 +368,17 @@ def test_whatever_decides_the_pairs_is_in_their_cache_key(words, tiny_model, tmp
     keys += [key(f"pairing.rejected_from=[{weak}]")]
     write_lines(Path(weak, "generations.jsonl"), [attempt("0", 0, "9")])
     keys += [key(f"pairing.rejected_from=[{weak}]")]
+    for name in ("answering/equality.py", "commands/pairing.py"):  # verdicts and pairing of another version
+        edited = copied_package(tmp_path / name.replace("/", "_"))
+        (edited / name).write_text((edited / name).read_text() + "\n# changed\n")
+        monkeypatch.setattr(files_module, "__file__", str(edited / "util" / "files.py"))
+        keys += [key()]
     assert len(set(keys)) == len(keys)
+
+
+def copied_package(folder: Path) -> Path:
+    """A copy of sage's source."""
+    return Path(shutil.copytree(Path(sage.__file__).parent, folder, ignore=shutil.ignore_patterns("assets")))
 
 
 def test_build_pairs_without_problems_is_refused():

@@ -211,7 +211,30 @@ IGNORED = [
     ("train", "tracking.project=mine"),
     ("eval", "sampling.top_p=0.5"),
     ("score-dataset", "scorer.candidates_per_pair=4"),
+    ("score-dataset", "scorer.max_nan=0"),
+    ("score-dataset", "scorer.drop_curvature=0.2"),
+    ("score-dataset", "loss.nll_weight=1"),
+    ("rounds", "optimizer.min_lr_ratio=0.5"),
+    ("rounds", "tracking.project=mine"),
+    ("rounds", "data.answers=drop"),
 ]
+
+
+def test_options_of_further_scorers_without_effect_are_refused():
+    words = ["+experiment=arithmetic", "top=0.5", "+scorer@scorers.logit=sage_logit"]
+    load(*words, "scorer.drop_curvature=0.2", "scorers.logit.damping=1", command="score-dataset")
+    for override in ("scorers.logit.drop_curvature=0.2", "scorers.logit.temperature=1"):
+        with pytest.raises(UserError, match=f"{override}.* has no effect on `sage score-dataset`"):
+            load(*words, override, command="score-dataset")
+
+
+def test_rounds_that_evaluate_nothing_in_training_refuse_how_often():
+    """A round's training answers a benchmark only if `select` names it."""
+    words = ["+experiment=arithmetic", "data.eval_path=null", "+benchmark=arithmetic"]
+    load(*words, "pairing.samples=4", "benchmark_limit=9", command="rounds")
+    with pytest.raises(UserError, match="eval_every has no effect on `sage rounds`"):
+        load(*words, "eval_every=5", command="rounds")
+    load(*words, "eval_every=5", "select=benchmark/arithmetic/accuracy", command="rounds")
 
 
 def test_a_file_has_no_splits(tmp_path):

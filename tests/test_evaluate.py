@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from whole_runs import files
 
 from sage import config
-from sage.answering.accuracy import measure
+from sage.answering.accuracy import check_decided, measure
 from sage.answering.attempts import BEGUN_FILE, PROBLEMS, Attempt, read_attempts, write_lines
 from sage.answering.problems import read_problems
 from sage.answering.statistics import (
@@ -173,6 +174,17 @@ def test_measure_by_hand():
     assert sum(half["interval"]) == pytest.approx(1.0)
     alike = measure([attempt(p, s, False) for p in range(30) for s in range(4)])  # resampling shows no doubt
     assert alike["interval"] == list(wilson(0, 30)) and alike["interval_by"] == "wilson"
+
+
+def test_answers_that_could_not_be_compared_are_said(capsys):
+    """Protects an accuracy from a verifier that failed: they count as wrong, and may be right."""
+    attempts = [attempt(p, 0, p == 0) for p in range(4)]
+    attempts[1] = replace(attempts[1], rule="equal/crash")
+    check_decided("gsm8k", attempts, Path("x"))
+    assert "warning: gsm8k: the verifier timed out or crashed on 1 of 4" in capsys.readouterr().out
+    assert measure(attempts)["undecided"] == 0.25
+    with pytest.raises(UserError, match="timed out or crashed on all 4 answers"):
+        check_decided("gsm8k", [replace(a, rule="equal/timeout") for a in attempts], Path("x"))
 
 
 def test_compare_by_hand(tmp_path):

@@ -24,10 +24,10 @@ from scipy import stats
 from sage.commands import report
 from sage.data.pairs import read_pair_set
 from sage.reporting.choices import ranking_margin
-from sage.reporting.compare import value_at_end
-from sage.reporting.groups import group, interval, mean_curve, thin
+from sage.reporting.compare import comparison, value_at_end
+from sage.reporting.groups import Group, best, group, interval, mean_curve, reach, thin
 from sage.reporting.page import strata
-from sage.reporting.runs import find, read_metrics
+from sage.reporting.runs import Run, Series, find, read_metrics
 from sage.training.hooks import Hook
 from sage.training.pair_log import CONTENT_KEY
 from sage.util.errors import UserError
@@ -201,6 +201,19 @@ def test_texts_of_a_source_that_changed_are_left_out(tmp_path):
     report.report([str(tmp_path / "run")])
     html = (tmp_path / "run" / "report.html").read_text()
     assert "Ann has" not in html and "their texts are left out" in html
+
+
+def test_less_is_better_where_the_run_selects_by_less(tmp_path):
+    """Protects a hook's metric whose name does not say it, such as a perplexity."""
+    series = Series(np.array([0, 1, 2]), np.array([9.0, 4.0, 7.0]))
+    for select, value, step, reached in (("-ood/perplexity", 4.0, 1, 1), (None, 9.0, 0, 0)):
+        metrics = {"ood/perplexity": series, "loss": Series(np.array([1, 2]), np.ones(2))}
+        config = {"seed": 0, "select": select}
+        run = Run(tmp_path, config, metrics, None, "finished")
+        assert best(run, "ood/perplexity") == (value, step)
+        assert reach(run, "ood/perplexity", 8.0, "step") == reached
+        title = comparison([Group("A", "", [run])], "ood/perplexity", 8.0).header[5]
+        assert ("<=" in title) == (select is not None)
 
 
 def test_groups_are_named_by_what_differs(sweep):

@@ -707,7 +707,7 @@ def test_real_parts(tmp_path):
     """
     number, kills = (int(os.environ.get(name, n)) for name, n in (("SAGE_ROUNDS", 1), ("SAGE_KILLS", 2)))
     small = ["data.problems.limit=10", "benchmark_limit=4", "data.eval_path=null", "pairing.samples=4"]
-    short = ["steps=2", "batch_size=4", "eval_every=0", "save_every=1", "generation.chunk=16"]
+    short = ["steps=2", "batch_size=4", "save_every=1", "generation.chunk=16"]
     options = ["round.keep=1", "round.rejected=earlier", "round.reference=initial", f"rounds={number}"]
     words = ["+experiment=arithmetic", "+benchmark=arithmetic_validation", *small, *short, *options]
     words += [f"cache_dir={tmp_path / 'cache'}", "model.dtype=bfloat16"]
@@ -725,8 +725,8 @@ def test_real_parts(tmp_path):
 def test_an_adapter_goes_on_as_it_is(optimizer, kept, tmp_path):
     """The final weights are the first model and the last adapter, rounded once. A round that began with the
     merged export of the one before would have lost what that one rounded."""
-    small = ["data.problems.limit=10", "benchmark_limit=4", "data.eval_path=null", "pairing.samples=4"]
-    short = ["steps=2", "batch_size=4", "eval_every=0", "optimizer.lr=1e-3", "rounds=2"]
+    small = ["data.problems.limit=10", "data.eval_path=null", "pairing.samples=4"]
+    short = ["steps=2", "batch_size=4", "optimizer.lr=1e-3", "rounds=2"]
     words = ["+experiment=arithmetic", *small, *short, "+model/lora=default", "model.dtype=bfloat16"]
     words += [f"round.optimizer={optimizer}"]
     run_dir = freeze(tmp_path / "run", *words)
@@ -804,13 +804,19 @@ def test_what_several_rounds_read_must_not_change_between_them(begin, monkeypatc
     file = begin("run").parent / "problems.jsonl"
     before = file.read_text()
     file.write_text(before.replace('"Q3"', '"Q33"'))
-    with pytest.raises(UserError, match=r"another data.problems.path.*put back what it began with"):
+    with pytest.raises(UserError, match=r"another data.problems.path.*restore the old one"):
         rounds(begin("run"), Parts(monkeypatch))
     file.write_text(before)
     rounds(begin("run"), Parts(monkeypatch))
     monkeypatch.setattr("sage.model.loading.fingerprint", lambda *_: "other weights")
     with pytest.raises(UserError, match=r"another model.path: .*, and now it is other weights"):
         rounds(begin("run"), Parts(monkeypatch))
+
+
+def test_a_scorer_without_its_reference_is_refused_before_sampling(begin, monkeypatch):
+    """Round 1 would sample for hours before its training refuses."""
+    with pytest.raises(UserError, match="this loss needs no reference"):
+        rounds(begin("run", "loss=simpo", "scorer=margin_gap"), Parts(monkeypatch))
 
 
 def test_float32_weights_of_the_first_model_must_not_change(begin, monkeypatch, tmp_path):

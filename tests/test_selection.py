@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sage import config
 from sage.baseline_scorers import (
     BetaDPO,
     Easiest,
@@ -31,15 +33,16 @@ from sage.baseline_scorers import (
 )
 from sage.curriculum import Curriculum, SageCurriculum, Setting, allot
 from sage.data.tokens import TokenizedPairs
-from sage.losses import DPO
+from sage.losses import DPO, SimPO
 from sage.model.logps import LogitStats, PairLogps
+from sage.model.reference import METADATA_KEY
 from sage.order import Shuffled, order_by_difficulty, strata_by_difficulty
 from sage.scorers import PairStats, Sage, SageLogit, Uniform, curvature, select, signal
 from sage.static_curricula import EasyToHard, StaticFilter
 from sage.training.metrics import PER_PAIR
 from sage.training.pair_log import PairLog
-from sage.training.selection import Selection, read_margins
-from sage.training.setup import build, build_curriculum
+from sage.training.selection import Selection, margins_of, read_margins
+from sage.training.setup import build, build_curriculum, check_reference
 from sage.util.errors import UserError
 
 U = torch.linspace(-10, 10, 201)
@@ -384,7 +387,7 @@ def test_pairs_without_a_margin_do_not_poison_competence():
 def test_few_pairs_have_fewer_strata(n, strata, capsys):
     """Protects small files: no refusal, one line, and a pool that holds the candidates there are."""
     curriculum = sage_curriculum(n=n)
-    assert curriculum.strata == strata and ("few" in capsys.readouterr().out) == (strata < 4)
+    assert curriculum.strata == strata and ("with only" in capsys.readouterr().out) == (strata < 4)
     for step in range(12):
         curriculum.refresh(step, Policy(np.linspace(-1, 1, n)))
         drawn = curriculum.draw(6)
@@ -427,7 +430,14 @@ def setting_of(scorer, n: int) -> Setting:
         (lambda: Sage(margin="rewards"), "must be one of implicit_reward"),
         (lambda: Sage(drop_negative=1.0), "drop_negative"),
         (lambda: Sage(temperature=-1.0), "temperature"),
+        (lambda: Sage(damping=-1.0), "damping=-1.0"),
+        (lambda: SageLogit(damping=math.nan), "damping=nan"),
+        (lambda: BetaDPO(momentum=1.0), "momentum=1.0"),
+        (lambda: BetaDPO(margin="policy_mean"), "margin=policy_mean has no effect"),
+        (lambda: MarginGap(margin="mixed"), "margin=mixed has no effect"),
+        (lambda: RandomFromPool(temperature=2.0), "temperature=2.0 has no effect"),
         (lambda: Rho(), "margins_from is not set"),
+        (lambda: Rho(margins_from="x", margin="policy_mean"), "needs implicit_reward"),
         (lambda: Sage(margins_from="x"), "has no effect"),
         (lambda: BetaDPO(temperature=1.0), "temperature=0"),
         (
@@ -620,6 +630,47 @@ def test_scores_are_reused_for_an_interval(tmp_path):
 def pairs_named(*ids: str, hashes: Sequence[int] = ()) -> TokenizedPairs:
     columns = {"pair_id": list(ids), "text_hash": pa.array(hashes or range(len(ids)), pa.uint64())}
     return TokenizedPairs(datasets.Dataset(pa.table(columns)), {}, "")
+
+
+def test_a_static_order_is_that_of_the_reference():
+    """Protects reference_margin where `reference_model` makes the reference another model than the policy."""
+    policy = Policy(np.linspace(-1, 1, 40))
+    for reference, hardest in (
+        (np.linspace(1, -1, 40), range(30, 40)),
+        (np.zeros(40), range(10)),  # a loss without a reference: the policy decides
+    ):
+        other = Policy(reference)
+        curriculum = StaticFilter(setting(pass_rates=[math.nan] * 40), low=0.75)
+        curriculum.refresh(
+            0, lambda i, other=other: dataclasses.replace(policy(i), reference=other(i).policy)
+        )
+        assert sorted(curriculum.draw(10)) == list(hardest)
+
+
+def test_losses_are_compared_with_those_of_the_same_objective(tmp_path, capsys):
+    """Protects rho from the implicit rewards of another loss, which have another scale."""
+    file = tmp_path / "scores.parquet"
+    table = pa.table({"pair_id": ["b", "a"], "margin": [2.0, 1.0]})
+    manifest = {"loss": {"_target_": "sage.losses.SimPO", "beta": 2.0}}
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(manifest)}), file)
+    pairs = pairs_named("a", "b")
+    with pytest.raises(UserError, match=r"those of sage\.losses\.SimPO, and .* is sage\.losses\.DPO"):
+        margins_of(Rho(margins_from=str(file)), DPO(), pairs)
+    margins = margins_of(MarginGap(margins_from=str(file)), DPO(), pairs)  # only their order counts
+    assert margins is not None and margins.tolist() == [1.0, 2.0]
+    margins_of(Rho(margins_from=str(file)), SimPO(beta=2.0), pairs)
+    assert not capsys.readouterr().out
+    margins_of(Rho(margins_from=str(file)), SimPO(beta=1.0), pairs)
+    assert "loss.beta=2.0, and this run has loss.beta=1.0" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_scorer_by_the_reference_needs_one():
+    """Protects `scorer=margin_gap` from a random choice with a loss that has no reference."""
+    cfg = config.TrainConfig(scorer={"_target_": "sage.baseline_scorers.MarginGap"})
+    check_reference(cfg, DPO(), MarginGap())
+    check_reference(cfg, SimPO(), MarginGap(margins_from="x"))
+    with pytest.raises(UserError, match=r"this loss needs no reference: give scorer\.margins_from"):
+        check_reference(cfg, SimPO(), MarginGap())
 
 
 def test_margins_from_another_model(tmp_path):

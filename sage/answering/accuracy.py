@@ -14,6 +14,8 @@ from sage.answering.problems import read_problems
 from sage.answering.statistics import bootstrap, by_group, majority, pass_at, wilson
 from sage.config import ProblemsConfig
 from sage.util import ranks
+from sage.util.errors import UserError
+from sage.util.progress import console
 
 
 def run_benchmarks(
@@ -34,8 +36,30 @@ def run_benchmarks(
         problems = ranks.main_only(lambda benchmark=benchmark: read_problems(benchmark)[:limit])
         attempts = sampler.attempts(problems, samples, benchmark.prompt, folder / name, name, weights)
         if ranks.rank() == 0:
+            check_decided(name, attempts, folder / name)
             results[name] = measure(attempts)
     return results
+
+
+def check_decided(name: str, attempts: Sequence[Attempt], folder: Path) -> None:
+    """Say how many answers could not be compared within the verifier's limits. They count as wrong.
+
+    Raises:
+        UserError: no attempt could be compared.
+    """
+    lost = sum(a.undecided for a in attempts)
+    if lost == len(attempts):
+        raise UserError(
+            f"{name}: the verifier timed out or crashed on all {lost} answers, so none counts as right. The "
+            f"machine may be overloaded, or the true answers may not be formulas. See {folder}. To answer "
+            "and verify again, delete it and run the same command"
+        )
+    if lost:
+        console.print(
+            f"warning: {name}: the verifier timed out or crashed on {lost} of {len(attempts)} answers, which "
+            "count as wrong",
+            markup=False,
+        )
 
 
 def by_problem(attempts: Sequence[Attempt]) -> list[list[Attempt]]:
@@ -75,6 +99,7 @@ def measure(attempts: Sequence[Attempt]) -> dict[str, Any]:
         "truncated": fmean(a.finish == "length" for a in attempts),
         "no_room": fmean(a.finish == "no_room" for a in attempts),
         "unparsable": fmean(a.extracted is None for a in attempts),
+        "undecided": fmean(a.undecided for a in attempts),
     }
     if samples > 1:
         votes = [majority([a.extracted for a in row], [a.correct for a in row]) for row in rows]

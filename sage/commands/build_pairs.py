@@ -24,14 +24,12 @@ from sage.model import loading
 from sage.util import ranks
 from sage.util.checksums import digest
 from sage.util.errors import UserError
-from sage.util.files import sha256, write_json
+from sage.util.files import sha256, source_digest, write_json
 from sage.util.progress import console
 
 PAIRS_FILE = "pairs.jsonl"
 MANIFEST_FILE = "manifest.json"
-# Raise it when new code for prompts, sampling, verification or pairing gives other pairs. Cached ones are
-# rebuilt.
-PAIRS_VERSION = 1
+VERIFIERS = ("math-verify", "latex2sympy2-extended", "sympy")  # packages that verdicts depend on
 
 
 def build_pairs(run_dir: Path) -> None:
@@ -132,8 +130,8 @@ def recipe(cfg: TrainConfig, weights: str, tokenizer: Any, problems: Sequence[Pr
     prompts = prompts_of(problems, cfg.data.problems.prompt)
     chat = ChatFormat.of(cfg.data)
     return {
-        "version": PAIRS_VERSION,
-        "sage": importlib.metadata.version("sage-align"),
+        "code": source_digest("data", "answering", "commands/pairing.py"),
+        "verifier": {name: importlib.metadata.version(name) for name in VERIFIERS},
         "model": {
             "path": cfg.model.path,
             "weights": weights,

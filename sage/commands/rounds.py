@@ -64,6 +64,7 @@ from sage.model.masters import MASTERS_FOLDER, trained_folder
 from sage.training.best import Criterion
 from sage.training.checkpoint import BEST_FOLDER
 from sage.training.optimizer_state import OPTIMIZER_FOLDER
+from sage.training.setup import check_reference
 from sage.util import checksums, stopping
 from sage.util.errors import UserError, disk_full
 from sage.util.files import delete_folder, link_folder, write_json, write_text
@@ -119,6 +120,7 @@ class Loop:
         return read_problems(self.cfg.data.problems)
 
     def run(self) -> None:
+        check_reference(self.cfg, *(config.build(key, getattr(self.cfg, key)) for key in ("loss", "scorer")))
         claim_inputs(self.cfg, self.run_dir)
         warn_of_known_problems(self.cfg)
         policies, values, ended = [self.cfg.model], list[float](), None

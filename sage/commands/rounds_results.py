@@ -99,7 +99,7 @@ def whole(file: Path) -> Iterator[None]:
         parts = dict.fromkeys((part, run_dir / SUMMARY_FILE))  # with a summary, the rounds count as finished
         delete = " and ".join(str(path) for path in parts if path == part or path.exists())
         raise UserError(
-            f"{file} {reason}: delete {delete} and resume the rounds, which then make it again"
+            f"{file} {reason}: delete {delete}, and resume the rounds, which then make it again"
         ) from e
 
 

@@ -37,7 +37,7 @@ from sage.order import difficulty_of, strata_by_difficulty
 from sage.scorers import PairStats, Scorer, curvature, mean_margin, select, signal
 from sage.training.base import load_frozen, open_model, open_reference
 from sage.training.estimate import settle_budget, this_machine
-from sage.training.selection import read_margins
+from sage.training.selection import margins_of
 from sage.training.setup import read_pairs
 from sage.util import ranks, stopping
 from sage.util.checksums import claim, intact, seal_file
@@ -206,7 +206,7 @@ def finish(
     assert forward["pair_id"].to_pylist() == pairs.pair_ids().tolist()  # `claim` saw to that
     stats = PairStats.of(loss, logps_of(forward, "policy"), logps_of(forward, "reference"), logit_of(forward))
     forward = forward.append_column("text_hash", pa.array(pairs.text_hashes()))
-    table = derive(forward, stats, pairs, scorers, cfg.strata, cfg.seed)
+    table = derive(forward, stats, pairs, scorers, loss, cfg.strata, cfg.seed)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(manifest)})
     (run_dir / SCORES_FOLDER).mkdir(exist_ok=True)
     for number in range(len(parts)):
@@ -239,6 +239,7 @@ def derive(
     stats: PairStats,
     pairs: TokenizedPairs,
     scorers: dict[str, Scorer],
+    loss: Loss,
     strata: int,
     seed: int,
 ) -> pa.Table:
@@ -266,8 +267,7 @@ def derive(
         "logit_curvature": h * squared_norm + g * (chosen_uncertainty + rejected_uncertainty),
     }
     for name, scorer in scorers.items():
-        other = scorer.margins_from and read_margins(scorer.margins_from, pairs)
-        columns[name] = scorer(replace(stats, other_margin=other))
+        columns[name] = scorer(replace(stats, other_margin=margins_of(scorer, loss, pairs)))
     derived = to_table(columns)
     return pa.table(
         [*forward.columns, *derived.columns], names=[*forward.column_names, *derived.column_names]

@@ -32,10 +32,10 @@ from sage.config.schema import (
     EvalConfig,
     InspectConfig,
     PlanConfig,
-    ScoreConfig,
     TrainConfig,
     VerifyConfig,
 )
+from sage.config.scores import ScoreConfig
 
 __all__ = [
     "CONFIG_FILE",

@@ -83,7 +83,9 @@ class ModelConfig:
         "long texts",
     )
     allow_missing: bool = key(
-        False, "accept a model whose files lack weights (random values replace them) or have others"
+        False,
+        "accept a model whose files lack weights (the same random values replace them in every run) or have "
+        "others",
     )
     router_aux_coef: float | None = key(
         None,

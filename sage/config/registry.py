@@ -15,10 +15,10 @@ from sage.config.schema import (
     EvalConfig,
     InspectConfig,
     PlanConfig,
-    ScoreConfig,
     TrainConfig,
     VerifyConfig,
 )
+from sage.config.scores import ScoreConfig
 
 # Command word -> its schema. The command composes conf/WORD.yaml, which names WORD_schema (a dash becomes _).
 SCHEMAS: dict[str, type[CommandConfig]] = {

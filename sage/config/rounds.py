@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from sage.config.checks import check_building, check_target
-from sage.config.command import RunConfig
 from sage.config.data import DataConfig, PairColumns, ProblemsConfig
 from sage.config.groups import key
 from sage.config.keys import because
@@ -133,7 +132,11 @@ class RoundsConfig(TrainConfig):
     def ignored(self) -> dict[str, str]:
         keys = ("path", "sources", "split", "limit", "columns", "scores", "build", "answers")
         reason = "which builds the pairs of each round from data.problems"
-        ignored = {**RunConfig.ignored(self), **because(reason, *(f"data.{name}" for name in keys))}
+        training = replace(self, data=self.pairs_of_a_round(None))
+        ignored = {**TrainConfig.ignored(training), **because(reason, *(f"data.{name}" for name in keys))}
+        if not (self.data.has_held_out or self.select or self.hooks):
+            reason = "since the training of a round has no held-out pairs, no hooks and no select"
+            ignored |= because(reason, "eval_every")
         if self.round.temperatures:
             ignored |= because("since round.temperatures has that of each round", "sampling.temperature")
         return ignored

@@ -216,49 +216,6 @@ class BuildPairsConfig(TrainConfig):
 
 
 @dataclass
-class ScoreConfig(TrainConfig):
-    """`sage score-dataset` has all keys of `sage train`, so that an experiment means the same in both."""
-
-    command: str = key("score-dataset", "the command that this config is for", choices=("score-dataset",))
-    name: str = key("scores", "names the run's folder")
-    scorers: dict[str, dict[str, Any]] = key(
-        {},
-        "further scores: a name for each, and a class of sage.scorers, or yours, by _target_; "
-        "+scorer@scorers.NAME=OPTION adds one",
-    )
-    top: float | None = key(
-        None,
-        "write this share of the rows, those with the highest scores, to RUN_DIR/top, unchanged",
-        above=0,
-        high=1,
-    )
-    show: int = key(0, "print this many of the highest and of the lowest pairs", low=0)
-    strata: int = key(4, "the summary groups pairs into this many quantiles of difficulty", low=1)
-    shard_pairs: int = key(
-        1024, "pairs per Parquet file; a killed run computes at most this many again", low=1
-    )
-
-    def check(self) -> None:
-        self.check_forward()
-        for name, node in self.scorers.items():
-            check_target(f"scorers.{name}", node, "scorer")
-        if self.data.scores:
-            raise UserError("data.scores is what score-dataset writes: leave it out")
-
-    def ignored(self) -> dict[str, str]:
-        training = (
-            "curriculum optimizer tracking steps epochs batch_size reference eval_every benchmark "
-            "benchmark_limit select patience export_float32 export_optimizer save_minutes save_every "
-            "keep_checkpoints log_every hooks model.gradient_checkpointing engine.offload data.eval_split "
-            "data.eval_limit scorer.candidates_per_pair scorer.score_every scorer.reuse scorer.warmup_steps "
-            "scorer.temperature"
-        )
-        if self.data.eval_path is not None:  # null makes way for data.eval_share, which leaves pairs out
-            training += " data.eval_path"
-        return {**super().ignored(), **because("which trains nothing", *training.split())}
-
-
-@dataclass
 class InspectConfig(TrainConfig):
     """`sage inspect` takes all keys of `sage train`, so that an experiment means the same pairs in both."""
 

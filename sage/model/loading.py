@@ -198,15 +198,17 @@ def load_base(folder: str, cfg: ModelConfig, dtype: torch.dtype) -> Any:
     for implementation in wanted:
         config = read_config(folder, cfg, implementation)
         try:
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=cfg.trust_remote_code,
-                ignore_mismatched_sizes=True,  # `check_weights` names them all
-                output_loading_info=True,
-            )
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)  # of missing weights: every load gives the same model
+                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    trust_remote_code=cfg.trust_remote_code,
+                    ignore_mismatched_sizes=True,  # `check_weights` names them all
+                    output_loading_info=True,
+                )
             break
         except Exception as e:  # transformers and safetensors report broken files with many types
             if implementation != wanted[-1] and isinstance(e, (ValueError, ImportError)):

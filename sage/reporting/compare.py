@@ -10,7 +10,6 @@ import pyarrow as pa
 from sage.reporting.groups import Group, Interval, best, final, interval, paired, reach
 from sage.reporting.runs import AXES, Evaluation, Run
 from sage.reporting.tables import Table
-from sage.training.best import lower_is_better
 
 FACTS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 
@@ -21,10 +20,6 @@ def value_at_end(run: Run, metric: str) -> float:
     if series is None or (run.steps and not series.steps[-1]):
         return math.nan
     return final(series)
-
-
-def best_of(run: Run, metric: str) -> float:
-    return best(run.metrics[metric], metric)[0] if metric in run.metrics else math.nan
 
 
 def settings(groups: Sequence[Group]) -> Table:
@@ -53,7 +48,7 @@ def overview(groups: Sequence[Group], metric: str | None) -> Table:
                 *(ends.get(name) for name in ("pairs", "cost", "seconds")),
             ]
             if metric:
-                value, step = best(run.metrics[metric], metric) if metric in run.metrics else (math.nan, 0)
+                value, step = best(run, metric)
                 row += [value_at_end(run, metric), value, step]
             rows.append(row)
     return Table("runs", "Runs", header, rows)
@@ -79,8 +74,8 @@ def comparison(groups: Sequence[Group], metric: str, target: float | None) -> Ta
     """
     baseline = groups[0]
     if target is None:
-        target = interval([best_of(run, metric) for run in baseline.runs]).mean
-    goal = f"{'<=' if lower_is_better(metric) else '>='} {target:.4g}"
+        target = interval([best(run, metric)[0] for run in baseline.runs]).mean
+    goal = f"{'<=' if baseline.runs[0].less_is_better(metric) else '>='} {target:.4g}"
     header = ["setting", "seeds", "best", "final", "final - first setting's"]
     header += [f"{name} to {goal}" for name in ("pairs", "cost", "seconds")] + ["reached"]
     rows: list[list] = []
@@ -97,7 +92,7 @@ def comparison(groups: Sequence[Group], metric: str, target: float | None) -> Ta
             [
                 group.key,
                 len(group.runs),
-                interval([best_of(run, metric) for run in group.runs]),
+                interval([best(run, metric)[0] for run in group.runs]),
                 interval([value_at_end(run, metric) for run in group.runs]),
                 difference,
                 *(interval(reached[axis]) for axis in reached),
@@ -109,7 +104,7 @@ def comparison(groups: Sequence[Group], metric: str, target: float | None) -> Ta
 
 def wins(groups: Sequence[Group], metric: str) -> Table:
     """On how many common seeds the setting of a row ends better than that of a column."""
-    sign = -1 if lower_is_better(metric) else 1
+    sign = -1 if groups[0].runs[0].less_is_better(metric) else 1
     values = [{run.seed: value_at_end(run, metric) for run in group.runs} for group in groups]
     rows: list[list] = []
     for i, group in enumerate(groups):

@@ -11,7 +11,6 @@ import numpy as np
 from scipy import stats
 
 from sage.reporting.runs import Rounds, Run, Series
-from sage.training.best import lower_is_better
 
 # Keys that say where a run lies or how it is watched, not what it computes.
 IGNORED = (
@@ -109,12 +108,13 @@ def main_metric(runs: Sequence[Run]) -> str | None:
     return next((name for name in (*benchmarks, *PREFERRED) if name in names), None)
 
 
-def best(series: Series, metric: str) -> tuple[float, int]:
+def best(run: Run, metric: str) -> tuple[float, int]:
     """The best finite value and its step; NaN at step 0 where there is none."""
-    steps, values = series.finite
-    if not len(values):
+    series = run.metrics.get(metric)
+    if series is None or not len(series.finite.values):
         return float("nan"), 0
-    place = int(values.argmin() if lower_is_better(metric) else values.argmax())
+    steps, values = series.finite
+    place = int(values.argmin() if run.less_is_better(metric) else values.argmax())
     return float(values[place]), int(steps[place])
 
 
@@ -147,7 +147,7 @@ def reach(run: Run, metric: str, target: float, axis: str) -> float:
     if series is None:
         return float("nan")
     steps, values = series.finite
-    good = values <= target if lower_is_better(metric) else values >= target
+    good = values <= target if run.less_is_better(metric) else values >= target
     return float(run.at(axis, steps[good][:1])[0]) if good.any() else float("nan")
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from sage.config import CONFIG_FILE, SUMMARY_FILE, flatten, read_frozen
+from sage.training.best import Criterion, lower_is_better
 from sage.training.pair_log import FOLDER as SAMPLES_FOLDER
 from sage.training.tracking import METRICS_FILE
 from sage.util.errors import UserError
@@ -63,6 +64,10 @@ class Run:
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    def less_is_better(self, metric: str) -> bool:
+        select = self.config.get("select")
+        return lower_is_better(metric) or (select is not None and Criterion.of(select) == (metric, True))
 
     @property
     def steps(self) -> int:

@@ -6,6 +6,7 @@ ranks there are.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from sage.data.tokens import TokenizedPairs
 from sage.losses import Loss
 from sage.model.forward import PairForward
 from sage.model.logps import LogitStats
-from sage.model.reference import Reference, known_policy, reference_logps
+from sage.model.reference import METADATA_KEY, Reference, known_policy, reference_logps
 from sage.scorers import PairStats, Scorer, curvature, select, signal
 from sage.training.metrics import PER_PAIR
 from sage.training.pair_log import PairLog
@@ -61,10 +62,7 @@ class Selection:
         self.queue = self.latest.indices  # chosen, and not yet trained on
         self.dropped = 0  # candidates without a finite score, so far
         self.numbers: dict[str, float] = {}  # of the latest scoring; empty if the queue was not scored
-        self.other_margin = None
-        if scorer.margins_from is not None:
-            file = scorer.margins_from
-            self.other_margin = ranks.main_only(lambda: read_margins(file, pairs))
+        self.other_margin = ranks.main_only(lambda: margins_of(scorer, loss, pairs))
 
     def choose(self, step: int) -> Choice:
         """The pairs of this step. Called once for every step, in order."""
@@ -218,6 +216,35 @@ class Selection:
         self.numbers, self.dropped = state["numbers"], state["dropped"]
         self.curriculum.load_state_dict(state["curriculum"])
         self.scorer.load_state_dict(state["scorer"])
+
+
+def margins_of(scorer: Scorer, loss: Loss, pairs: TokenizedPairs) -> Tensor | None:
+    """The margins of the model that the scorer compares with, [pairs] float32; None if it has none.
+
+    Raises:
+        UserError: see `read_margins`; or the scorer compares losses, and the margins are those of another
+            one.
+    """
+    if scorer.margins_from is None:
+        return None
+    margins = read_margins(scorer.margins_from, pairs)
+    metadata = pq.read_table(scorer.margins_from, columns=[]).schema.metadata or {}
+    there = json.loads(metadata.get(METADATA_KEY.encode(), b"{}")).get("loss")
+    if not scorer.compares_losses or there is None:
+        return margins
+    name = f"{type(loss).__module__}.{type(loss).__qualname__}"
+    if there["_target_"] != name:
+        raise UserError(
+            f"scorer.margins_from={scorer.margins_from}: its margins are those of {there['_target_']}, and "
+            f"this run's loss is {name}: score the pairs with the same loss"
+        )
+    if (beta := there.get("beta", loss.beta)) != loss.beta:
+        console.print(
+            f"warning: the margins of scorer.margins_from={scorer.margins_from} are those of loss.beta="
+            f"{beta}, and this run has loss.beta={loss.beta}",
+            markup=False,
+        )
+    return margins
 
 
 def read_margins(file: str, pairs: TokenizedPairs) -> Tensor:

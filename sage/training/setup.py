@@ -63,14 +63,7 @@ def build_run(run_dir: Path) -> Run:
     loss: Loss = build("loss", cfg.loss)
     scorer: Scorer = build("scorer", cfg.scorer)
     hooks = [build(f"hooks.{name}", node, "hooks") for name, node in cfg.hooks.items()]
-    if cfg.data.scores and loss.reference_free:
-        raise UserError(
-            f"data.scores={cfg.data.scores} is a reference cache, and this loss needs no reference"
-        )
-    if cfg.reference_model and loss.reference_free:
-        raise UserError(
-            f"reference_model={cfg.reference_model} has no effect: this loss needs no reference. Leave it out"
-        )
+    check_reference(cfg, loss, scorer)
     if warning := check_select(cfg, map(type, hooks)):
         console.print(warning, markup=False)
     device = init_distributed()
@@ -240,6 +233,20 @@ def read_pairs(
         console.print(shown(pairs[0], tokenizer, ends, width=FIRST_PAIR_WIDTH), end="\n\n")
     list_rows(run_dir / "dropped.jsonl", title, dropped, held_out)
     return pairs, content
+
+
+def check_reference(cfg: TrainConfig, loss: Loss, scorer: Scorer) -> None:
+    """Refuse what looks at the reference where the loss has none."""
+    if not loss.reference_free:
+        return
+    for key, value in (("data.scores", cfg.data.scores), ("reference_model", cfg.reference_model)):
+        if value:
+            raise UserError(f"{key}={value} has no effect: this loss needs no reference. Leave it out")
+    if scorer.ranked_by == "reference_mean":
+        raise UserError(
+            f"scorer._target_={cfg.scorer['_target_']} ranks pairs by the reference, and this loss needs no "
+            "reference: give scorer.margins_from, or choose another scorer"
+        )
 
 
 def list_rows(file: Path, title: str, rows: list[dict[str, Any]], held_out: bool) -> None:

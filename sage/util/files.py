@@ -136,7 +136,8 @@ def checksum(file: Path) -> str:
 
 
 def source_digest(*parts: str) -> str:
-    """Hash of sage's own source in these folders of the package. It keys caches that depend on the code."""
+    """Hash of sage's own source in these files and folders of the package, for caches that depend on it."""
     package = Path(__file__).resolve().parent.parent
-    files = sorted(file for part in parts for file in (package / part).rglob("*.py"))
+    found = [package / part for part in parts]
+    files = sorted(file for path in found for file in ([path] if path.is_file() else path.rglob("*.py")))
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
