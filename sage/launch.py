@@ -239,7 +239,7 @@ def resume(
     with reserved(run_dir, "hydra.run.dir"):
         if longer or cfg.world_size != before:
             if alive(run_dir):
-                raise UserError(f"a rank of {run_dir} still runs: wait for it, or kill it")
+                raise UserError(f"a rank of {run_dir} is still running: wait for it, or kill it")
             if isinstance(cfg, RoundsConfig):
                 from sage.commands.rounds_inputs import claim_inputs  # here, because it loads torch
 
