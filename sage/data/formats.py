@@ -126,6 +126,13 @@ def map_columns(
     names = {name: name for name in COLUMNS if name not in MAPPED_ONLY}
     names |= form.columns if form else {}
     names |= columns
+    sides = [names["chosen"], names["rejected"]]
+    if not columns and not any(theirs.partition(".")[0] in present for theirs in sides):
+        raise UserError(
+            f"{path}: no columns {sides[0]!r} and {sides[1]!r}; it has {', '.join(present)}. A pair needs a "
+            "better and a worse response in one row. If they are there, name their columns with "
+            "data.columns.chosen=COLUMN and data.columns.rejected=COLUMN"
+        )
     found = {}
     for name, theirs in names.items():
         if not theirs:
