@@ -281,9 +281,9 @@ def test_implicit_prompt_must_exist(write):
 def test_column_errors_name_what_there_is(write):
     """Protects the way out: the message lists the columns and the key that maps them."""
     path = write({"question": "q", "good": "a", "bad": "b"})
-    with pytest.raises(UserError, match=r"no columns 'chosen' and 'rejected'.*question, good, bad.*columns\."):
+    with pytest.raises(UserError, match=r"no columns 'chosen' and 'rejected'.*question, good.*\.chosen="):
         read_pair_set(path)
-    with pytest.raises(UserError, match=r"no column 'rejected'.*for example data\.columns\.rejected=question"):
+    with pytest.raises(UserError, match=r"no column 'rejected'.*example data\.columns\.rejected=question"):
         read_pair_set(path, columns={"chosen": "good"})
     with pytest.raises(UserError, match="no column 'nope' for prompt"):
         read_pair_set(path, columns={"prompt": "nope", "chosen": "good", "rejected": "bad"})
