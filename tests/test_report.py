@@ -22,6 +22,7 @@ from many_runs import freeze
 from scipy import stats
 
 from sage.commands import report
+from sage.config import load
 from sage.data.pairs import read_pair_set
 from sage.reporting.choices import ranking_margin
 from sage.reporting.compare import comparison, value_at_end
@@ -312,6 +313,16 @@ def test_what_is_no_run_is_refused(tmp_path, made):
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml is not a config that sage wrote"):
         report.report([str(tmp_path)])
+
+
+def test_runs_of_another_version_are_reported_and_not_resumed(tmp_path, pairs):
+    """Protects results from an upgrade that renames or removes keys."""
+    run = write_run(tmp_path / "run", pairs)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "gone: 1\n")
+    report.report([str(run)])
+    assert (run / "report.html").is_file()
+    with pytest.raises(UserError, match=r"does not have the keys of this version of sage: .*gone"):
+        load(run)
 
 
 def test_a_folder_of_another_command_is_passed_over_with_a_note(tmp_path, pairs, made, capsys):

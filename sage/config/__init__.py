@@ -11,6 +11,7 @@ from sage.config.frozen import (
     keep_budget,
     load,
     read_frozen,
+    read_written,
     write,
 )
 from sage.config.groups import (
@@ -76,6 +77,7 @@ __all__ = [
     "load",
     "nearest",
     "read_frozen",
+    "read_written",
     "refusal",
     "refuse_hidden",
     "unknown_keys",

@@ -69,6 +69,23 @@ def load(
 
 
 def read_frozen(run_dir: Path) -> DictConfig:
+    """The config of a run directory, with the keys and types of its command.
+
+    Raises:
+        UserError: there is none, or another version of sage wrote it, with other keys.
+    """
+    written = read_written(run_dir)
+    try:
+        return OmegaConf.merge(OmegaConf.structured(SCHEMAS[written["command"]]), written)  # pyright: ignore
+    except OmegaConfBaseException as e:
+        raise UserError(
+            f"{run_dir / CONFIG_FILE} does not have the keys of this version of sage: {first_line(e)}; use "
+            "the version that wrote it"
+        ) from e
+
+
+def read_written(run_dir: Path) -> dict[str, Any]:
+    """The config of a run directory as it was written, by this version of sage or another."""
     file = run_dir / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
@@ -76,8 +93,9 @@ def read_frozen(run_dir: Path) -> DictConfig:
         written: Any = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
         if found := next((text for text in texts_in(written) if INTERPOLATION.search(text)), None):
             raise ValueError(f"{found!r} would be replaced, for example by a secret of the environment")
-        schema = OmegaConf.structured(SCHEMAS[written["command"]])
-        return OmegaConf.merge(schema, written)  # pyright: ignore
+        if written["command"] not in SCHEMAS:
+            raise ValueError(f"no command {written['command']!r}")
+        return written
     except OSError:
         raise
     except Exception as e:  # a text that is no config fails in YAML, in OmegaConf or here, in many ways

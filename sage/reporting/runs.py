@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from omegaconf import OmegaConf
 
-from sage.config import CONFIG_FILE, SUMMARY_FILE, flatten, read_frozen
+from sage.config import CONFIG_FILE, SUMMARY_FILE, flatten, read_written
 from sage.training.best import Criterion, lower_is_better
 from sage.training.pair_log import FOLDER as SAMPLES_FOLDER
 from sage.training.tracking import METRICS_FILE
@@ -177,13 +176,13 @@ def natural(path: Path) -> tuple[int, int | str]:
 
 def read(folder: Path) -> Run | Evaluation | Rounds | None:
     """What a run directory holds, or None for a command that has nothing to report, like build-pairs."""
-    cfg = read_frozen(folder)
-    command = cfg.command
+    written = read_written(folder)
+    command = written["command"]
     summary_file = folder / SUMMARY_FILE
     summary = read_summary(summary_file) if summary_file.is_file() else None
     if command == "eval":
         return Evaluation(folder, summary) if summary else None
-    config = dict(flatten(OmegaConf.to_container(cfg)))
+    config = dict(flatten(written))
     if command == "rounds":
         return Rounds(folder, config)
     if command != "train":
@@ -191,7 +190,7 @@ def read(folder: Path) -> Run | Evaluation | Rounds | None:
     metrics, damaged = read_metrics(folder / METRICS_FILE)
     if rounds := rounds_of(folder):
         config = {key: inside(value, rounds) for key, value in config.items()}
-        whole = dict(flatten(OmegaConf.to_container(read_frozen(rounds))))
+        whole = dict(flatten(read_written(rounds)))
         config |= {key: value for key, value in whole.items() if key == "seed" or key.startswith("round.")}
     status = "finished" if summary is not None else "running" if alive(folder) else "interrupted"
     return Run(folder, config, metrics, summary, status, damaged, sorted((folder / "report").glob("*.csv")))
