@@ -121,8 +121,9 @@ def execute(word: str, composed: DictConfig, hydra_config: Any, run_dir: Path) -
             raise UserError(f"resume=auto needs a folder that stays the same: add {folder}=FOLDER")
         launch.run(cfg, run_dir)
     except UserError:
-        with suppress(OSError):
-            run_dir.rmdir()  # Hydra made it; a folder that holds anything stays
+        if run_dir.resolve() != Path.cwd():
+            with suppress(OSError):
+                run_dir.rmdir()  # Hydra made it; a folder that holds anything stays
         raise
 
 
@@ -162,6 +163,8 @@ def verify() -> None:
     if not first.startswith("-") and ("=" not in first or Path(first).exists()):
         escaped = first.replace("\\", "\\\\").replace("'", "\\'")
         sys.argv[1] = f"path='{escaped}'"
+        if other := next((word for word in sys.argv[2:] if word.startswith("path=")), None):
+            raise UserError(f"{other}: `sage verify FILE` has its file already: leave one of them out")
     hydra_command("verify")()
 
 

@@ -371,12 +371,22 @@ def test_plain_text_has_one_begin_token(begin):
 def test_sampled_ids_are_used_exactly():
     """Protects on-policy pairs: not one token more, no end where none was sampled."""
     tokenizer = family("qwen3")
-    sampled = {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]}
+    good, bad = ([ids[0] for ids in encode_texts(tokenizer, list(text))] for text in (GOOD, BAD))
+    assert good != encode_texts(tokenizer, [GOOD])[0]  # the tokenizer would merge some letters
+    end = tokenizer.eos_token_id
+    prompt = encode_prompts(tokenizer, [QUESTION], ChatFormat())[0]
+    sampled = {"prompt_ids": prompt, "chosen_ids": [*good, end], "rejected_ids": bad}
     mine = {**sampled, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    rows, rules = encode("qwen3", QUESTION, "a", "b", **mine)
+    rows, rules = encode("qwen3", QUESTION, GOOD, BAD, **mine)
     assert [ids for ids, _ in rows] == list(sampled.values()) and not rules
-    rows, rules = encode("qwen3", QUESTION, GOOD, BAD, **{**mine, "tokenizer": "another"})
-    assert rows == encode("qwen3", QUESTION, GOOD, BAD)[0] and rules == {"other_tokenizer"}
+    for texts, chat, change, rule in (
+        ((QUESTION, GOOD, BAD), None, {"tokenizer": "another"}, "other_tokenizer"),
+        ((QUESTION, BAD, GOOD), None, {}, "other_text"),  # columns that are mapped to each other
+        (("What?", GOOD, BAD), None, {}, "other_text"),
+        ((QUESTION, GOOD, BAD), ChatFormat(False), {}, "other_text"),
+    ):
+        rows, rules = encode("qwen3", *texts, chat=chat, **{**mine, **change})
+        assert rows == encode("qwen3", *texts, chat=chat)[0] and rule in rules
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "qwen3 thinking", "r1 distill", "mistral"])
@@ -385,10 +395,11 @@ def test_a_solution_beside_a_sampled_response_follows_the_sampled_prompt(name):
     the solution is whole and ends."""
     tokenizer = family(name)
     prompt = encode_prompts(tokenizer, [QUESTION], ChatFormat())[0]
-    mine = {"prompt_ids": prompt, "chosen_ids": None, "rejected_ids": [40, 41]}
+    cut_off = encode_texts(tokenizer, ["so"])[0]
+    mine = {"prompt_ids": prompt, "chosen_ids": None, "rejected_ids": cut_off}
     mine["tokenizer"] = tokenizer_fingerprint(tokenizer)
     (head, chosen, rejected), _ = encode(name, QUESTION, GOOD, "so", **mine)
-    assert head[0] == prompt and rejected[0] == [40, 41]
+    assert head[0] == prompt and rejected[0] == cut_off
     assert chosen[0][-1] in response_ends(tokenizer, ChatFormat()) and GOOD in chosen[1]
     assert (head[1] + chosen[1]).count("<think>") == (head[1] + chosen[1]).count("</think>")
 

@@ -264,6 +264,29 @@ def test_escapes_that_hydra_does_not_read_are_refused(override):
     load("+experiment=gsm8k", r"benchmark.gsm8k.prompt='{problem} in $\nu$ and \text{m}'")
 
 
+def test_texts_of_a_list_that_hydra_alters_are_refused():
+    with pytest.raises(UserError, match="True is no text here"):
+        load("+experiment=gsm8k", "sampling.stop=[true]")
+    with pytest.raises(UserError, match=r"1000\.0 is no text here"):
+        load("+experiment=gsm8k", "sampling.stop=[x,1e3]")
+    assert load("+experiment=gsm8k", "sampling.stop=['true']").sampling.stop == ["true"]
+
+
+@pytest.mark.parametrize("command", ["eval", "build-pairs"])
+def test_a_new_adapter_is_refused_where_nothing_is_trained(command):
+    """Protects from the base model's answers in place of an adapter's whose path was forgotten."""
+    with pytest.raises(UserError, match=r"model\.lora has no effect .* give model\.adapter_path"):
+        load("model=arithmetic", "+model/lora=default", command=command)
+
+
+def test_problems_to_train_on_are_those_of_the_training_split():
+    """Protects test problems: the split of benchmarks is another default."""
+    cfg = load(
+        "+experiment=arithmetic", "data.path=null", "data.problems.path=OWNER/NAME", "+benchmark=svamp"
+    )
+    assert cfg.data.problems.split == "train" and cfg.benchmark["svamp"].split == "test"
+
+
 def test_an_option_that_the_experiment_overrules_is_refused():
     """Protects what was asked for: Hydra lets an experiment's own keys win over an option that was typed."""
     for options, key in (

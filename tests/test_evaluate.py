@@ -257,6 +257,9 @@ def test_two_benchmarks_and_their_comparison(tiny_model, problem_file, tmp_path,
     print_comparison(tmp_path / "seed_0", run_dir)
     assert "warning: their sampling.max_new_tokens differ too" in capsys.readouterr().out
     (run_dir / "config.yaml").write_text(sampled)
+    (run_dir / "summary.json").write_text(json.dumps({**summary, "verdicts": {"code": "older"}}))
+    print_comparison(tmp_path / "seed_0", run_dir)
+    assert "warning: their verdicts come from different versions" in capsys.readouterr().out
     result = json.loads((run_dir / "compared_to_seed_0.json").read_text())
     assert set(result) == {"gsm8k", "gaokao2023en"} and result["gsm8k"]["problems"] == 8
     with pytest.raises(UserError, match="not a finished evaluation"):

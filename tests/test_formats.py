@@ -12,6 +12,7 @@ import yaml
 from conftest import REPO
 
 from sage.answering.check import check_answers
+from sage.answering.verify import Verdict, Verifier
 from sage.data.pairs import read_pair_set, turns_of
 from sage.util.errors import UserError
 
@@ -632,7 +633,19 @@ def test_answers_of_both_sides_are_checked(tmp_path):
     left = source.without({found.pair_id for found in check.findings})
     assert left.pairs["pair_id"][:] == ["1", "5", "6"] and left.count == 3
     assert left.content != source.content
-    assert "2 chosen are wrong, 2 rejected are right; these 3 pairs are dropped" in check.summary(True)
+    assert check.summary(True).endswith("2 chosen are wrong, 2 rejected are right; these 3 pairs are dropped")
+
+
+def test_an_answer_that_could_not_be_compared_is_no_wrong_one(tmp_path, monkeypatch):
+    """Protects data.answers=drop from a busy machine: a timeout says nothing about the answer."""
+    right, late = Verdict(True, "4", "last/number"), Verdict(False, "4", "boxed/timeout")
+    monkeypatch.setattr(
+        Verifier, "verify", lambda self, texts, truths: [late if "4" in t else right for t in texts]
+    )
+    check = check_answers(
+        load(tmp_path, {"prompt": "?", "chosen": "4", "rejected": "is 4", "answer": 4}).pairs
+    )
+    assert not check.findings and "2 answers could not be compared in time" in check.summary(True)
 
 
 # ---------------------------------------------------------------- the cases that people have reported
@@ -711,6 +724,13 @@ def test_reported_cases_that_are_refused(name, reason):
 
 
 # --- columns that belong to the conversation, and tables in other layouts
+
+
+def test_other_responses_of_step_dpo_need_its_started_answer(tmp_path):
+    row = {"prompt": "2 + 2?", "initial_reason_steps": "Step 1:", "chosen": " a", "rejected": " b"}
+    row |= {"full_chosen": " 2 + 2 = 4", "full_rejected": " 2 + 2 = 5"}
+    with pytest.raises(UserError, match=r"'initial_reason_steps' would be left out.*columns\.started="):
+        load(tmp_path, row, columns={"chosen": "full_chosen", "rejected": "full_rejected"})
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ class Finding(NamedTuple):
 class AnswerCheck(NamedTuple):
     checked: int
     findings: list[Finding]
+    undecided: int = 0  # verdicts that ended in a timeout or a crash: their pairs are kept
 
     def summary(self, drop: bool) -> str:
         """One line for the user."""
@@ -34,6 +35,7 @@ class AnswerCheck(NamedTuple):
             f"answers of {self.checked} pairs checked: {wrong} chosen are wrong, "
             f"{len(self.findings) - wrong} rejected are right; these {pairs} pairs are "
             + ("dropped" if drop else "kept (data.answers=drop drops them)")
+            + (f"; {self.undecided} answers could not be compared in time" if self.undecided else "")
         )
 
 
@@ -53,11 +55,11 @@ def check_answers(pairs: datasets.Dataset) -> AnswerCheck:
         )
     findings = []
     for row, truth, good, bad in zip(rows, truths, chosen, rejected, strict=True):
-        if not good.correct:
+        if not (good.correct or good.undecided):
             findings.append(Finding(row["row"], row["pair_id"], "wrong_chosen", truth, good.extracted))
         if bad.correct:
             findings.append(Finding(row["row"], row["pair_id"], "right_rejected", truth, bad.extracted))
-    return AnswerCheck(len(rows), findings)
+    return AnswerCheck(len(rows), findings, sum(verdict.undecided for verdict in (*chosen, *rejected)))
 
 
 def _true_answer(text: str) -> str:

@@ -8,6 +8,7 @@ a new one.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from sage.answering.equality import Compare, same
 from sage.answering.measures import TIME
 from sage.answering.prose import FORMULA, first_answer, last_number
 from sage.answering.spelling import as_number, canonical, is_words
+from sage.util.files import source_digest
 
 MEMORY = 2 << 30  # bytes of address space that a worker may have
 PATIENCE = 60  # an answer may take this many times its CPU time by the clock
@@ -55,6 +57,7 @@ class NeedsMathematics(Exception):
     """No plain rule decides."""
 
 
+PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
 UNDECIDED = ("/timeout", "/crash")  # ends of the rules of verdicts that are no comparison
 
 
@@ -68,6 +71,17 @@ class Verdict(NamedTuple):
     correct: bool
     extracted: str | None
     rule: str
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the answer could not be compared, so it counts as wrong but may be right."""
+        return self.rule.endswith(UNDECIDED)
+
+
+def rules_of_verdicts() -> dict[str, str]:
+    """What verdicts depend on: sage's own rules, and the packages that compare formulas."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"code": source_digest("answering", "data/thoughts.py"), **packages}
 
 
 class Verifier:

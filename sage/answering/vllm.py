@@ -44,7 +44,7 @@ class VLLM(Backend):
         tokenizer = loading.load_tokenizer(source.folder, source.model)
         options = {
             "model": source.folder,
-            "dtype": source.model.dtype,
+            "dtype": str(loading.compute_dtype(source.model, source.device)).removeprefix("torch."),
             "tensor_parallel_size": self.tensor_parallel,
             "gpu_memory_utilization": self.memory_fraction,
             "load_format": "safetensors",  # never pickled weights

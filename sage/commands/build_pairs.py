@@ -7,7 +7,6 @@ RUN_DIR/manifest.json       the recipe and counts; written last
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from sage.answering.attempts import GENERATIONS_FILE, Attempt, Sampler, read_attempts, write_lines
 from sage.answering.problems import Problem, prompts_of, read_problems
+from sage.answering.verify import rules_of_verdicts
 from sage.commands.pairing import gold_response, make_pairs, pass_rates
 from sage.config import BuildPairsConfig, TrainConfig, build, load
 from sage.data.chat import ChatFormat, encode_prompts, response_ends, tokenizer_fingerprint
@@ -29,7 +29,6 @@ from sage.util.progress import console
 
 PAIRS_FILE = "pairs.jsonl"
 MANIFEST_FILE = "manifest.json"
-VERIFIERS = ("math-verify", "latex2sympy2-extended", "sympy")  # packages that verdicts depend on
 
 
 def build_pairs(run_dir: Path) -> None:
@@ -131,7 +130,7 @@ def recipe(cfg: TrainConfig, weights: str, tokenizer: Any, problems: Sequence[Pr
     chat = ChatFormat.of(cfg.data)
     return {
         "code": source_digest("data", "answering", "commands/pairing.py"),
-        "verifier": {name: importlib.metadata.version(name) for name in VERIFIERS},
+        "verdicts": rules_of_verdicts(),
         "model": {
             "path": cfg.model.path,
             "weights": weights,

@@ -17,6 +17,7 @@ from rich.table import Table
 from sage.answering.accuracy import by_problem, run_benchmarks, table
 from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE, PROBLEMS, Sampler, read_attempts
 from sage.answering.statistics import difference_interval, majority, mcnemar
+from sage.answering.verify import rules_of_verdicts
 from sage.config import SUMMARY_FILE, EvalConfig, build, differences, load
 from sage.data.chat import ChatFormat
 from sage.model import loading
@@ -52,6 +53,7 @@ def evaluate(run_dir: Path) -> None:
         "samples": cfg.samples,
         "sampling": asdict(cfg.sampling),
         "seed": cfg.seed,
+        "verdicts": rules_of_verdicts(),
         "mean_accuracy": fmean(result["accuracy"] for result in results.values()),
         "benchmarks": results,
     }
@@ -134,6 +136,13 @@ def print_comparison(a: Path, b: Path) -> None:
     prompts = tuple(f"benchmark.{name}.prompt" for name in result)
     if keys := [key for key in differences(load(a), load(b)) if key.startswith(SETTINGS + prompts)]:
         console.print(f"warning: their {named(keys)} differ too", markup=False)
+    rules = [json.loads((folder / SUMMARY_FILE).read_text()).get("verdicts") for folder in (a, b)]
+    if rules[0] != rules[1]:
+        console.print(
+            "warning: their verdicts come from different versions of sage or of its packages: `sage verify "
+            "RUN_DIR` judges the responses again",
+            markup=False,
+        )
     for name, r in result.items():
         for kind in ("gained", "lost"):
             if r[kind]:

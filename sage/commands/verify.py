@@ -20,7 +20,7 @@ from typing import Any
 
 from sage.answering.problems import ANSWERS, refuse_solutions
 from sage.answering.statistics import wilson
-from sage.answering.verify import UNDECIDED, Verdict, Verifier
+from sage.answering.verify import UNDECIDED, Verdict, Verifier, rules_of_verdicts
 from sage.config import CONFIG_FILE, SUMMARY_FILE, EvalConfig, VerifyConfig, freeze, load
 from sage.data.source import read_rows, refuse_bad_rows
 from sage.util.errors import UserError
@@ -148,7 +148,7 @@ def judge_all(
 def verify_evaluation(cfg: VerifyConfig, source: Path, run_dir: Path) -> None:
     """Copy a finished evaluation to `run_dir`, with new verdicts and the numbers that follow from them."""
     # Here, because it loads torch.
-    from sage.answering.accuracy import measure, table
+    from sage.answering.accuracy import check_decided, measure, table
     from sage.answering.attempts import BEGUN_FILE, GENERATIONS_FILE, read_attempts, write_lines
 
     unread = ("split", "columns", "answer_from", "output", "limit")
@@ -171,6 +171,7 @@ def verify_evaluation(cfg: VerifyConfig, source: Path, run_dir: Path) -> None:
         new = [replace(a, **v._asdict()) for a, v in zip(old, verdicts, strict=True)]
         write_lines(run_dir / name / GENERATIONS_FILE, new)
         shutil.copy(source / name / BEGUN_FILE, run_dir / name)  # --compare looks at its problems
+        check_decided(name, new, run_dir / name)
         results[name] = measure(new)
         gained = sum(b.correct > a.correct for a, b in zip(old, new, strict=True))
         lost = sum(b.correct < a.correct for a, b in zip(old, new, strict=True))
@@ -178,6 +179,7 @@ def verify_evaluation(cfg: VerifyConfig, source: Path, run_dir: Path) -> None:
     summary |= {
         "mean_accuracy": fmean(result["accuracy"] for result in results.values()),
         "benchmarks": results,
+        "verdicts": rules_of_verdicts(),
         "verified_again_from": str(source.resolve()),
     }
     write_json(run_dir / SUMMARY_FILE, summary)

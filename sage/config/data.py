@@ -118,7 +118,7 @@ class DataConfig(ChatConfig):
         "null = data.sources, or built from data.problems",
     )
     sources: dict[str, SourceConfig] = key({}, "several sources of training pairs, instead of data.path")
-    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    problems: ProblemsConfig = field(default_factory=lambda: ProblemsConfig(split="train"))
     build: str = key(
         "missing",
         "missing = `sage train` builds the pairs of data.problems if cache_dir does not have them; "

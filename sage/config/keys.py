@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sage.util.errors import UserError
 
@@ -143,6 +143,9 @@ def refuse_ignored(ignored: dict[str, str], typed: Iterable[str], command: str) 
                 )
 
 
+LITERALS = (int, float, list)  # what Hydra makes of true, 007, 1e3 and [true]
+
+
 def refuse_altered(cfg: Any, typed: Iterable[str]) -> None:
     """Refuse an unquoted override of a text that Hydra reads as a number or as true or false, and a line
     break that it does not read.
@@ -161,9 +164,19 @@ def refuse_altered(cfg: Any, typed: Iterable[str]) -> None:
                 f"{override}: {escape[0]} is read as a backslash and a letter. Write a real line break or "
                 f"tab, in bash with $'{key}=\"...{escape[0]}...\"', or set {key} in a YAML file of yours"
             )
-        leaf = OmegaConf.select(OmegaConf.structured(cfg), key) if isinstance(value, (int, float)) else None
-        if isinstance(leaf, str) and str(value) != text.strip():
+        read = OmegaConf.select(OmegaConf.structured(cfg), key) if isinstance(value, LITERALS) else None
+        if isinstance(read, str) and str(value) != text.strip():
             raise UserError(f"{override} is read as {value}; to set this text, write '{key}=\"{text}\"'")
+        if isinstance(read, ListConfig) and isinstance(value, list):
+            items = zip(value, read, strict=False)
+            altered = [
+                item for item, leaf in items if isinstance(leaf, str) and isinstance(item, (bool, float))
+            ]
+            if altered:
+                raise UserError(
+                    f"{override}: {altered[0]} is no text here; write each text of the list in quotes, as in "
+                    f"'{key}=[\"true\"]'"
+                )
 
 
 def refuse_overruled(cfg: Any, typed: Iterable[str], own: Iterable[Path] = ()) -> None:

@@ -6,6 +6,7 @@ A `check` raises and never edits: the composed config is the one that runs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from sage.config.checks import check_benchmarks, check_building, check_patience, check_sources, check_target
@@ -23,6 +24,13 @@ GENERATION_IGNORES: dict[str, str] = because(
     "model.router_aux_coef",
     "model.tiled_mlp",
 )
+
+
+def ignored_adapter(cfg: RunConfig) -> dict[str, str]:
+    """A new adapter changes no answer, so it has no effect where nothing is trained."""
+    if cfg.model.adapter_path is not None:
+        return {}
+    return because("since a new adapter changes no answer: give model.adapter_path", "model.lora")
 
 
 @dataclass
@@ -212,6 +220,7 @@ class BuildPairsConfig(TrainConfig):
                 "which reads problems", *(f"data.{f.name}" for f in fields(self.data) if f.name not in data)
             ),
             **GENERATION_IGNORES,
+            **ignored_adapter(self),
         }
 
 
@@ -270,7 +279,7 @@ class EvalConfig(RunConfig):
             )
 
     def ignored(self) -> dict[str, str]:
-        return {**super().ignored(), **GENERATION_IGNORES}
+        return {**super().ignored(), **GENERATION_IGNORES, **ignored_adapter(self)}
 
 
 @dataclass
@@ -297,6 +306,10 @@ class VerifyConfig(CommandConfig):
     def check(self) -> None:
         if self.path is None:
             raise UserError("no file: `sage verify FILE` takes responses with their true answers")
+
+    def ignored(self) -> dict[str, str]:
+        one_file = self.path is not None and Path(self.path).expanduser().is_file()
+        return because("since path is one file", "split") if one_file else {}
 
 
 @dataclass

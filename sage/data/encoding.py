@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from sage.data.chat import Renderer, encode_heads, encode_texts, tokenizer_fingerprint
 from sage.data.columns import IDS
@@ -44,10 +45,12 @@ class Encoder:
             out["rules"][i] = []
             try:
                 if record.get("prompt_ids") is not None:
-                    if record["tokenizer"] == self.fingerprint:
-                        sampled[i] = [record[name] for name in IDS]
-                    else:
+                    if record["tokenizer"] != self.fingerprint:
                         out["rules"][i].append("other_tokenizer")
+                    elif not self.gives(record):
+                        out["rules"][i].append("other_text")
+                    else:
+                        sampled[i] = [record[name] for name in IDS]
                 if i not in sampled or None in sampled[i]:
                     prompt, chosen, rejected = (json.loads(record[name]) for name in ("prompt", *SIDES))
                     tools = json.loads(record["tools"]) if record.get("tools") else None
@@ -74,6 +77,22 @@ class Encoder:
             for name, row in zip(IDS, ids, strict=True):
                 out[name][i] = row
         return out
+
+    def gives(self, record: dict[str, Any]) -> bool:
+        """Whether the sampled ids of a record are those of its texts and of the template: a column may have
+        been mapped to others, or texts edited."""
+        prompt, *texts = (json.loads(record[name]) for name in ("prompt", *SIDES))
+        for ids, turns in zip((record[name] for name in IDS[1:]), texts, strict=True):
+            text = (turns if isinstance(turns, str) else turns[-1]["content"]).strip()
+            # The last token may end the response, and is then no part of its text.
+            if ids is not None and text not in (self.decode(ids), self.decode(ids[:-1])):
+                return False
+        head = encode_heads(self.tokenizer, [self.renderer.prompt(prompt)], self.plain)[0]
+        return head == list(record["prompt_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text.strip()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -20,6 +20,7 @@ MAPPED_ONLY = ("input", "history", "started", "chosen_reasoning", "rejected_reas
 TELLING = {
     **{name: name for name in MAPPED_ONLY if name != "started"},
     **dict.fromkeys(("system_prompt", "system_message"), "system"),
+    "initial_reason_steps": "started",
     **dict.fromkeys(("functions", "function_definitions"), "tools"),
     **{
         f"{side}_{word}": f"{side}_reasoning"

@@ -28,6 +28,8 @@ BATCH = 1000  # rows encoded at a time
 PREFIX_ROWS = 4096  # prompts compared at a time: all of a large set at once would take gigabytes
 RULES = placement.RULES | {
     "other_tokenizer": "the sampled token ids belong to another tokenizer, so the texts are encoded instead",
+    "other_text": "the sampled token ids are not those of the texts and of the chat template, so the texts "
+    "are encoded instead",
     "unknown": "the tokenizer reads some characters of the texts as its unknown token",
 }
 KEPT = pa.schema(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -26,7 +27,8 @@ def convert_gguf(path: str, cache_dir: str) -> str:
         if importlib.util.find_spec(module) is None:
             raise UserError(f"model.path={path} is a GGUF file: reading it needs `pip install {package}`")
     source = Path(path)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    versions = transformers.__version__, importlib.metadata.version("gguf"), sha256(Path(__file__))
+    digest = hashlib.sha256(f"{sha256(source)} {versions}".encode()).hexdigest()[:16]
     target = Path(cache_dir).expanduser() / "models" / f"{source.stem}-{digest}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(Path(f"{target}.lock")):
