@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sage.answering.generation import HF, Source
-from sage.answering.responses import Request, decode, sample
+from sage.answering.responses import Request, sample
 from sage.answering.vllm import VLLM
 from sage.config import ModelConfig, SamplingConfig
-from sage.data.chat import ChatFormat, encode_prompts
+from sage.data.chat import ChatFormat, decode, encode_prompts
 from sage.model import loading
 from sage.util.errors import UserError
 

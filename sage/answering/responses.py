@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sage.data.chat import decode
+
 
 class Request(NamedTuple):
     prompt_ids: list[int]
@@ -114,11 +116,6 @@ class Sampling:
 def response_of(tokenizer: Any, ids: list[int], finish: str, ends: set[int], stop: Sequence[str]) -> Response:
     text = decode(tokenizer, ids[:-1] if ids[-1:] and ids[-1] in ends else ids)
     return Response(cut(text, stop), ids, finish)
-
-
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of sampled ids. Special tokens are kept, because some tokenizers have `<think>` among them."""
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

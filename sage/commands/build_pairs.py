@@ -129,7 +129,7 @@ def recipe(cfg: TrainConfig, weights: str, tokenizer: Any, problems: Sequence[Pr
     prompts = prompts_of(problems, cfg.data.problems.prompt)
     chat = ChatFormat.of(cfg.data)
     return {
-        "code": source_digest("data", "answering", "commands/pairing.py"),
+        "code": source_digest("data", "commands/pairing.py"),
         "verdicts": rules_of_verdicts(),
         "model": {
             "path": cfg.model.path,

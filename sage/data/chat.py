@@ -263,6 +263,11 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [known[text] for text in texts]
 
 
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of sampled ids. Special tokens are kept, because some tokenizers have `<think>` among them."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def begin_ids(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer puts before a plain text: often a begin token, often none."""
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from sage.data.chat import Renderer, encode_heads, encode_texts, tokenizer_fingerprint
+from sage.data.chat import Renderer, decode, encode_heads, encode_texts, tokenizer_fingerprint
 from sage.data.columns import IDS
 from sage.data.fields import Refused
 from sage.data.placement import Placed, place
@@ -85,14 +85,10 @@ class Encoder:
         for ids, turns in zip((record[name] for name in IDS[1:]), texts, strict=True):
             text = (turns if isinstance(turns, str) else turns[-1]["content"]).strip()
             # The last token may end the response, and is then no part of its text.
-            if ids is not None and text not in (self.decode(ids), self.decode(ids[:-1])):
+            if ids is not None and text not in [decode(self.tokenizer, i).strip() for i in (ids, ids[:-1])]:
                 return False
         head = encode_heads(self.tokenizer, [self.renderer.prompt(prompt)], self.plain)[0]
         return head == list(record["prompt_ids"])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text.strip()
 
     @cached_property
     def fingerprint(self) -> str:
